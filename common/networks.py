@@ -1,0 +1,248 @@
+"""Networks (flax.linen) and the action distributions of their policies.
+
+Shapes: obs (..., obs_dim), continuous actions (..., action_dim) in [-1, 1], discrete actions (...,) integers; leading
+axes are free. An ensemble's axis comes first: a Critic returns (num_critics, ...).
+
+A policy is a network that returns a distribution with `sample(key)`, `log_prob(action)` (summed over the action's
+dimensions), `mode()` and `entropy()`. An algorithm that needs no more works with discrete and continuous actions.
+"""
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+# --- Distributions -------------------------------------------------------------------------------------
+
+
+class Normal(NamedTuple):
+    """Independent Gaussians of the action's dimensions."""
+
+    mean: jax.Array  # (..., action_dim)
+    log_std: jax.Array  # (..., action_dim)
+
+    def mode(self):
+        return self.mean
+
+    def sample(self, key):
+        return self.mean + jnp.exp(self.log_std) * jax.random.normal(key, self.mean.shape)
+
+    def log_prob(self, action):
+        z = (action - self.mean) * jnp.exp(-self.log_std)
+        return -(0.5 * z**2 + self.log_std + 0.5 * jnp.log(2 * jnp.pi)).sum(axis=-1)
+
+    def entropy(self):
+        return (self.log_std + 0.5 * jnp.log(2 * jnp.pi * jnp.e)).sum(axis=-1)
+
+
+class TanhNormal(NamedTuple):
+    """tanh(u) of a Gaussian u (SAC, https://arxiv.org/abs/1812.05905, appendix C).
+
+    Its entropy has no closed form: minus the log-probability of a sample estimates it without bias.
+    """
+
+    mean: jax.Array  # (..., action_dim), of u
+    log_std: jax.Array  # (..., action_dim), of u
+
+    def mode(self):
+        return jnp.tanh(self.mean)  # of the mean, as every implementation has it; the density's peak is elsewhere
+
+    def sample(self, key):
+        return jnp.tanh(Normal(*self).sample(key))
+
+    def sample_and_log_prob(self, key):
+        u = Normal(*self).sample(key)
+        return jnp.tanh(u), self._log_prob_of_u(u)
+
+    def log_prob(self, action):
+        limit = 1 - 1e-5  # an action on the bound has u = infinity
+        return self._log_prob_of_u(jnp.arctanh(jnp.clip(action, -limit, limit)))
+
+    def _log_prob_of_u(self, u):
+        # log(1 - tanh(u)^2), in the form that does not cancel for large |u|
+        log_slope = 2 * (jnp.log(2.0) - u - nn.softplus(-2 * u))
+        return Normal(*self).log_prob(u) - log_slope.sum(axis=-1)
+
+
+class Categorical(NamedTuple):
+    """Discrete actions 0 .. n - 1."""
+
+    logits: jax.Array  # (..., n)
+
+    def mode(self):
+        return self.logits.argmax(axis=-1)
+
+    def sample(self, key):
+        return jax.random.categorical(key, self.logits)
+
+    def log_prob(self, action):
+        return select(nn.log_softmax(self.logits), action)
+
+    def entropy(self):
+        log_p = nn.log_softmax(self.logits)
+        return -(jnp.exp(log_p) * log_p).sum(axis=-1)
+
+
+def select(values, action):
+    """values[..., action]: (..., n) at integers (...,) -> (...,)."""
+    return jnp.take_along_axis(values, action[..., None], axis=-1).squeeze(axis=-1)
+
+
+# --- Layers --------------------------------------------------------------------------------------------
+
+
+class Dense(nn.Module):
+    """A linear layer with the initialisation of a reference implementation.
+
+    "orthogonal": kernel orthogonal times sqrt(2), bias 0 (jaxrl, IQL). "torch": both uniform in +-1 / sqrt(inputs)
+    (PyTorch's nn.Linear: TD3, TD3+BC). "lecun": flax's default.
+    """
+
+    features: int
+    initializer: str = "orthogonal"
+
+    @nn.compact
+    def __call__(self, x):
+        bias = nn.initializers.zeros
+        if self.initializer == "orthogonal":
+            kernel = _orthogonal
+        elif self.initializer == "torch":
+            bound = 1 / jnp.sqrt(x.shape[-1])
+            kernel = bias = lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
+        elif self.initializer == "lecun":
+            kernel = nn.initializers.lecun_normal()
+        else:
+            raise ValueError(f"initializer is 'orthogonal', 'torch' or 'lecun', not {self.initializer!r}")
+        return nn.Dense(self.features, kernel_init=kernel, bias_init=bias, name="linear")(x)
+
+
+def _orthogonal(key, shape, dtype):
+    # One matrix at a time also under vmap (ensembles, seeds): the batched QR of JAX 0.10 on a CPU waits for threads of
+    # the pool that other QRs of the same program hold, and all of them wait for ever.
+    one = jax.custom_batching.sequential_vmap(lambda key: nn.initializers.orthogonal(2**0.5)(key, shape, dtype))
+    return one(key)
+
+
+class MLP(nn.Module):
+    """Hidden layers with ReLU, then a linear layer: (..., inputs) -> (..., outputs)."""
+
+    outputs: int
+    hidden: Sequence[int] = (256, 256)
+    initializer: str = "orthogonal"
+
+    @nn.compact
+    def __call__(self, x):
+        for features in self.hidden:
+            x = nn.relu(Dense(features, self.initializer)(x))
+        return Dense(self.outputs, self.initializer)(x)
+
+
+# --- Policies ------------------------------------------------------------------------------------------
+
+
+class GaussianActor(nn.Module):
+    """A Gaussian round a tanh mean, with one learned standard deviation per dimension, the same in every state.
+
+    The policy of IQL's reference. It is not squashed: data actions on the bounds have a finite density, and its mode is
+    within them.
+    """
+
+    action_dim: int
+    hidden: Sequence[int] = (256, 256)
+    initializer: str = "orthogonal"
+
+    @nn.compact
+    def __call__(self, obs):
+        mean = jnp.tanh(MLP(self.action_dim, self.hidden, self.initializer)(obs))
+        log_std = self.param("log_std", nn.initializers.zeros, (self.action_dim,))
+        return Normal(mean, jnp.broadcast_to(jnp.clip(log_std, -5.0, 2.0), mean.shape))
+
+
+class TanhGaussianActor(nn.Module):
+    """A tanh-squashed Gaussian whose mean and standard deviation depend on the state (SAC)."""
+
+    action_dim: int
+    hidden: Sequence[int] = (256, 256)
+    initializer: str = "torch"
+    log_std_min: float = -20.0
+    log_std_max: float = 2.0
+
+    @nn.compact
+    def __call__(self, obs):
+        mean, log_std = jnp.split(MLP(2 * self.action_dim, self.hidden, self.initializer)(obs), 2, axis=-1)
+        return TanhNormal(mean, jnp.clip(log_std, self.log_std_min, self.log_std_max))
+
+
+class DeterministicActor(nn.Module):
+    """One action per state, in [-1, 1]: (..., obs_dim) -> (..., action_dim)."""
+
+    action_dim: int
+    hidden: Sequence[int] = (256, 256)
+    initializer: str = "torch"
+
+    @nn.compact
+    def __call__(self, obs):
+        return jnp.tanh(MLP(self.action_dim, self.hidden, self.initializer)(obs))
+
+
+class CategoricalActor(nn.Module):
+    """A softmax over discrete actions; `action_dim` is their number."""
+
+    action_dim: int
+    hidden: Sequence[int] = (256, 256)
+    initializer: str = "orthogonal"
+
+    @nn.compact
+    def __call__(self, obs):
+        return Categorical(MLP(self.action_dim, self.hidden, self.initializer)(obs))
+
+
+# --- Values --------------------------------------------------------------------------------------------
+
+
+class Value(nn.Module):
+    """V(s): (..., obs_dim) -> (...)."""
+
+    hidden: Sequence[int] = (256, 256)
+    initializer: str = "orthogonal"
+
+    @nn.compact
+    def __call__(self, obs):
+        return MLP(1, self.hidden, self.initializer)(obs).squeeze(axis=-1)
+
+
+class Critic(nn.Module):
+    """An ensemble of Q(s, a), independent but for their inputs: (num_critics, ...)."""
+
+    num_critics: int = 2
+    hidden: Sequence[int] = (256, 256)
+    initializer: str = "orthogonal"
+
+    @nn.compact
+    def __call__(self, obs, action):
+        x = jnp.concatenate([obs, action], axis=-1)
+        return _ensemble(self.num_critics)(1, self.hidden, self.initializer)(x).squeeze(axis=-1)
+
+
+class DiscreteCritic(nn.Module):
+    """An ensemble of Q(s, .) over discrete actions, at the given ones: (num_critics, ...).
+
+    Called without an action it returns all of them: (num_critics, ..., action_dim).
+    """
+
+    action_dim: int
+    num_critics: int = 2
+    hidden: Sequence[int] = (256, 256)
+    initializer: str = "orthogonal"
+
+    @nn.compact
+    def __call__(self, obs, action=None):
+        q = _ensemble(self.num_critics)(self.action_dim, self.hidden, self.initializer)(obs)
+        return q if action is None else select(q, jnp.broadcast_to(action, q.shape[:-1]))
+
+
+def _ensemble(size):
+    return nn.vmap(
+        MLP, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=None, out_axes=0, axis_size=size
+    )

@@ -1,0 +1,17 @@
+import jax
+import pytest
+
+jax.config.update("jax_numpy_rank_promotion", "raise")  # (n,) against (n, 1) is an error, not a matrix
+
+
+@pytest.fixture(scope="session")
+def umaze(tmp_path_factory):
+    """The U-maze dataset, built once per session in a Minari root of its own."""
+    import minari
+
+    from common import recipes
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path_factory.mktemp("minari")))
+        recipes.build("stitch/pointmaze-umaze-v0")
+        yield minari.load_dataset("stitch/pointmaze-umaze-v0")

@@ -1,0 +1,356 @@
+"""common/networks.py: distributions against closed forms and numerical integrals, ensembles, initialisation."""
+import os
+import subprocess
+import sys
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from common import networks
+from common.networks import (
+    Categorical,
+    CategoricalActor,
+    Critic,
+    Dense,
+    DeterministicActor,
+    DiscreteCritic,
+    GaussianActor,
+    Normal,
+    TanhGaussianActor,
+    TanhNormal,
+    Value,
+)
+
+KEY = jax.random.key(0)
+HIDDEN = (8, 8)
+OBS = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
+ACTION = np.random.default_rng(1).uniform(-1, 1, (5, 2)).astype(np.float32)
+GRID = np.linspace(-30, 30, 60_001)  # of integrals over Gaussians of the tests, whose means are below 2 and std below 3
+
+
+def normal_log_density(x, mean, log_std):
+    return -0.5 * ((x - mean) / np.exp(log_std)) ** 2 - log_std - 0.5 * np.log(2 * np.pi)
+
+
+def init(network, *inputs):
+    return jax.jit(network.init)(KEY, *inputs)
+
+
+def kernels(params):
+    return {path: leaf for path, leaf in flax.traverse_util.flatten_dict(params).items() if path[-1] == "kernel"}
+
+
+# --- Distributions -------------------------------------------------------------------------------------
+
+MEAN = np.array([[0.3, -1.2, 0.0], [1.5, 0.1, -0.4]], np.float32)
+LOG_STD = np.array([[0.0, -1.0, 0.9], [-0.5, 0.2, -2.0]], np.float32)
+NORMAL, TANH_NORMAL = Normal(MEAN, LOG_STD), TanhNormal(MEAN, LOG_STD)
+CATEGORICAL = Categorical(np.log(np.array([[0.2, 0.5, 0.3], [0.7, 0.1, 0.2]], np.float32)) + 4)  # + 4: not normalised
+
+
+def test_normal_log_prob_sums_over_the_actions_dimensions():
+    x = np.array([[0.1, -3.0, 2.5], [1.5, 0.0, -0.5]], np.float32)
+    log_prob = jax.jit(Normal.log_prob)(NORMAL, x)
+    assert log_prob.shape == (2,)
+    np.testing.assert_allclose(log_prob, normal_log_density(x, MEAN, LOG_STD).sum(axis=-1), rtol=1e-5)
+
+
+def test_normal_entropy_is_the_integral_of_minus_p_log_p():
+    log_p = normal_log_density(GRID, MEAN[..., None].astype(float), LOG_STD[..., None].astype(float))
+    expected = -np.trapezoid(np.exp(log_p) * log_p, GRID, axis=-1).sum(axis=-1)
+    np.testing.assert_allclose(NORMAL.entropy(), expected, rtol=1e-5)
+
+
+def test_normal_samples():
+    samples = jax.jit(jax.vmap(NORMAL.sample))(jax.random.split(KEY, 20_000))
+    assert samples.shape == (20_000, 2, 3)
+    z = (samples - MEAN) / np.exp(LOG_STD)
+    np.testing.assert_allclose(z.mean(axis=0), 0, atol=0.03)  # four standard errors: 4 / sqrt(20,000)
+    np.testing.assert_allclose(z.std(axis=0), 1, atol=0.03)
+    correlation = np.corrcoef(z.reshape(20_000, -1), rowvar=False)
+    np.testing.assert_allclose(correlation, np.eye(6), atol=0.03)  # dimensions and rows get noise of their own
+    np.testing.assert_array_equal(NORMAL.mode(), MEAN)
+
+
+def test_tanh_normal_log_prob_integrates_to_one():
+    a = np.tanh(np.linspace(-6, 6, 20_001))[:, None]
+    for mean, log_std in ((0.3, -0.5), (-1.0, -1.0), (0.0, 0.0)):
+        density = np.exp(jax.jit(TanhNormal.log_prob)(TanhNormal(np.full_like(a, mean), np.full_like(a, log_std)), a))
+        np.testing.assert_allclose(np.trapezoid(density, a[:, 0]), 1, atol=1e-3)
+
+
+def test_tanh_normal_log_prob_is_the_change_of_variables():
+    a = np.array([[0.1, -0.99, 0.5], [0.9, 0.0, -0.5]])
+    log_slope = np.log(1 - a**2)
+    expected = (normal_log_density(np.arctanh(a), MEAN, LOG_STD) - log_slope).sum(axis=-1)
+    log_prob = jax.jit(TanhNormal.log_prob)(TANH_NORMAL, a.astype(np.float32))
+    assert log_prob.shape == (2,)
+    np.testing.assert_allclose(log_prob, expected, rtol=1e-4)
+
+
+def test_tanh_normal_is_finite_on_the_bounds():
+    a = np.array([[1, -1, 1], [-1, 1, 0.5]], np.float32)
+    value, gradient = jax.jit(jax.value_and_grad(lambda pi: pi.log_prob(a).sum()))(TANH_NORMAL)
+    assert np.isfinite(value) and all(np.isfinite(g).all() and (g != 0).any() for g in gradient)
+
+
+def test_tanh_normal_samples_with_their_log_prob():
+    action, log_prob = jax.jit(TanhNormal.sample_and_log_prob)(TANH_NORMAL, KEY)
+    np.testing.assert_allclose(action, TANH_NORMAL.sample(KEY), rtol=1e-6)
+    np.testing.assert_allclose(action, np.tanh(NORMAL.sample(KEY)), rtol=1e-6)
+    assert log_prob.shape == (2,)
+    np.testing.assert_allclose(log_prob, TANH_NORMAL.log_prob(action), rtol=1e-3)
+    np.testing.assert_array_equal(TANH_NORMAL.mode(), np.tanh(MEAN))
+
+
+def test_tanh_normal_log_prob_of_samples_far_out():
+    """tanh(u)^2 is 1 in float32 from u = 9 on: log(1 - tanh(u)^2) must be computed otherwise."""
+    pi = TanhNormal(np.array([[15.0], [-15.0]], np.float32), np.full((2, 1), -3.0, np.float32))
+    _, log_prob = pi.sample_and_log_prob(KEY)
+    u = np.asarray(Normal(*pi).sample(KEY), np.float64)
+    log_slope = np.log(4) - 2 * np.abs(u) - 2 * np.log1p(np.exp(-2 * np.abs(u)))
+    expected = (normal_log_density(u, np.asarray(pi.mean), -3.0) - log_slope).sum(axis=-1)
+    np.testing.assert_allclose(log_prob, expected, rtol=1e-3)
+
+
+def test_categorical():
+    p = np.array([[0.2, 0.5, 0.3], [0.7, 0.1, 0.2]])
+    log_prob = jax.jit(Categorical.log_prob)(CATEGORICAL, np.array([2, 0]))
+    assert log_prob.shape == (2,)
+    np.testing.assert_allclose(log_prob, np.log([0.3, 0.7]), rtol=1e-4)
+    np.testing.assert_allclose(CATEGORICAL.entropy(), -(p * np.log(p)).sum(axis=-1), rtol=1e-5)
+    np.testing.assert_array_equal(CATEGORICAL.mode(), [1, 0])
+    samples = jax.jit(jax.vmap(CATEGORICAL.sample))(jax.random.split(KEY, 20_000))
+    frequency = np.stack([(samples == n).mean(axis=0) for n in range(3)], axis=-1)
+    np.testing.assert_allclose(frequency, p, atol=0.015)  # four standard errors: 4 sqrt(0.25 / 20,000)
+
+
+def test_categorical_of_an_impossible_action_has_a_finite_entropy():
+    np.testing.assert_allclose(Categorical(jnp.array([0.0, 0.0, -200.0])).entropy(), np.log(2), rtol=1e-5)
+
+
+@pytest.mark.parametrize("lead", [(), (4,), (2, 4)])
+def test_leading_axes_of_distributions_are_free(lead):
+    zeros, index = jnp.zeros((*lead, 3)), jnp.zeros(lead, int)
+    for pi, action in ((Normal(zeros, zeros), zeros), (TanhNormal(zeros, zeros), zeros), (Categorical(zeros), index)):
+        assert pi.log_prob(action).shape == lead
+        assert pi.sample(KEY).shape == pi.mode().shape == action.shape
+    assert Normal(zeros, zeros).entropy().shape == Categorical(zeros).entropy().shape == lead
+
+
+# --- Networks ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "actor", [GaussianActor(2, HIDDEN), TanhGaussianActor(2, HIDDEN), CategoricalActor(4, HIDDEN)], ids=lambda a: type(a).__name__
+)
+def test_policies_are_interchangeable(actor):
+    params = init(actor, OBS)
+    pi = jax.jit(actor.apply)(params, OBS)
+    assert pi.log_prob(pi.mode()).shape == (5,)
+    np.testing.assert_allclose(pi.mode()[1], actor.apply(params, OBS[1]).mode(), rtol=1e-5, atol=1e-6)  # rows alone
+    assert actor.apply(params, np.stack([OBS, OBS])).mode().shape == (2, *pi.mode().shape)
+    if not isinstance(pi, Categorical):
+        assert pi.mode().shape == (5, 2)
+        assert (np.abs(actor.apply(params, 1e3 * OBS).mode()) <= 1).all()
+
+
+def test_gaussian_actor_has_one_standard_deviation_for_all_states():
+    actor = GaussianActor(2, HIDDEN)
+    params = init(actor, OBS)
+    np.testing.assert_array_equal(params["params"]["log_std"], np.zeros(2))
+    for log_std, expected in (([0.5, -1.0], [0.5, -1.0]), ([9.0, -9.0], [2.0, -5.0])):
+        params["params"]["log_std"] = jnp.array(log_std)
+        pi = actor.apply(params, OBS)
+        np.testing.assert_array_equal(pi.log_std, np.tile(np.float32(expected), (5, 1)))
+
+
+def test_tanh_gaussian_actor_has_a_standard_deviation_per_state():
+    actor = TanhGaussianActor(2, HIDDEN, log_std_min=-4.0, log_std_max=1.0)
+    params = init(actor, OBS)
+    assert len(np.unique(actor.apply(params, OBS).log_std)) == 10
+    huge = actor.apply(jax.tree.map(lambda x: 1e3 * x, params), 1e3 * OBS)
+    assert set(np.unique(huge.log_std)) == {-4.0, 1.0} and np.abs(huge.mean).max() > 4  # the mean is not clipped
+
+
+def test_deterministic_actor_stays_in_its_bounds():
+    actor = DeterministicActor(2, HIDDEN)
+    params = init(actor, OBS)
+    assert actor.apply(params, OBS).shape == (5, 2)
+    assert np.abs(actor.apply(params, 1e6 * OBS)).max() == 1
+
+
+def test_values_have_no_trailing_axis():
+    value = Value(HIDDEN)
+    params = init(value, OBS)
+    assert value.apply(params, OBS).shape == (5,)
+    assert value.apply(params, OBS[0]).shape == ()
+
+
+def test_a_hidden_layer_is_linear_then_relu_and_the_last_is_linear():
+    value = Value((4,))
+    params = init(value, OBS)
+    (w0, w1) = kernels(params).values()
+    np.testing.assert_allclose(value.apply(params, OBS), (np.maximum(OBS @ w0, 0) @ w1)[:, 0], rtol=1e-4, atol=1e-5)
+
+
+CRITICS = [(Critic(3, HIDDEN), (OBS, ACTION)), (DiscreteCritic(4, 3, HIDDEN), (OBS, np.array([0, 3, 1, 1, 2])))]
+CRITICS = pytest.mark.parametrize("critic, inputs", CRITICS, ids=["continuous", "discrete"])
+
+
+@CRITICS
+def test_critic_axis_comes_first(critic, inputs):
+    params = init(critic, *inputs)
+    q = jax.jit(critic.apply)(params, *inputs)
+    assert q.shape == (3, 5)
+    assert {leaf.shape[0] for leaf in jax.tree.leaves(params)} == {3}
+    np.testing.assert_allclose(q[:, 1], critic.apply(params, inputs[0][1], inputs[1][1]), rtol=1e-4, atol=1e-5)
+
+
+@CRITICS
+def test_critics_start_different(critic, inputs):
+    params = init(critic, *inputs)
+    for kernel in kernels(params).values():
+        for i, j in ((0, 1), (0, 2), (1, 2)):
+            assert not np.isclose(kernel[i], kernel[j]).any()
+    assert len(np.unique(critic.apply(params, *inputs))) == 15
+
+
+@CRITICS
+def test_critics_do_not_touch_each_other(critic, inputs):
+    params = init(critic, *inputs)
+    gradient = jax.jit(jax.grad(lambda params: critic.apply(params, *inputs)[1].sum()))(params)
+    for leaf in jax.tree.leaves(gradient):
+        assert not leaf[0].any() and not leaf[2].any()
+    assert all(leaf[1].any() for leaf in kernels(gradient).values())
+
+
+def test_discrete_critic_gathers_the_given_actions():
+    critic = DiscreteCritic(4, 2, HIDDEN)
+    params = init(critic, OBS)
+    every = critic.apply(params, OBS)
+    assert every.shape == (2, 5, 4)
+    action = np.array([0, 3, 1, 1, 2])
+    np.testing.assert_array_equal(critic.apply(params, OBS, action), np.stack([every[:, i, a] for i, a in enumerate(action)], 1))
+
+
+def test_critic_reads_both_inputs():
+    critic = Critic(2, HIDDEN)
+    params = init(critic, OBS, ACTION)
+    gradients = jax.grad(lambda *inputs: critic.apply(params, *inputs).sum(), argnums=(0, 1))(OBS, ACTION)
+    assert all((np.abs(g).sum(axis=0) > 0).all() for g in gradients)
+
+
+# --- Initialisation ------------------------------------------------------------------------------------
+
+NETWORKS = {
+    "gaussian": (GaussianActor(2, HIDDEN), (OBS,)),
+    "tanh_gaussian": (TanhGaussianActor(2, HIDDEN), (OBS,)),
+    "deterministic": (DeterministicActor(2, HIDDEN), (OBS,)),
+    "categorical": (CategoricalActor(4, HIDDEN), (OBS,)),
+    "value": (Value(HIDDEN), (OBS,)),
+    "critic": (Critic(2, HIDDEN), (OBS, ACTION)),
+    "discrete_critic": (DiscreteCritic(4, 2, HIDDEN), (OBS,)),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_orthogonal(name):
+    """Also of the output layer, as in jaxrl and IQL's reference: rows or columns, the fewer, of length sqrt(2)."""
+    network, inputs = NETWORKS[name]
+    params = flax.traverse_util.flatten_dict(init(network.copy(initializer="orthogonal"), *inputs))
+    assert sum(path[-1] == "kernel" for path in params) == 3
+    for path, leaf in params.items():
+        if path[-1] == "bias":
+            assert not leaf.any()
+        if path[-1] == "kernel":
+            for kernel in leaf.reshape(-1, *leaf.shape[-2:]):
+                small = kernel.T @ kernel if kernel.shape[0] >= kernel.shape[1] else kernel @ kernel.T
+                np.testing.assert_allclose(small, 2 * np.eye(len(small)), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_torch(name):
+    """nn.Linear's: kernel and bias uniform in +-1 / sqrt(inputs of the layer)."""
+    network, inputs = NETWORKS[name]
+    params = flax.traverse_util.flatten_dict(init(network.copy(initializer="torch"), *inputs))
+    for path, leaf in params.items():
+        if path[-1] in ("kernel", "bias"):
+            bound = 1 / np.sqrt(params[(*path[:-1], "kernel")].shape[-2])
+            assert leaf.any() and np.abs(leaf).max() <= bound
+
+
+@pytest.mark.parametrize("features", [5, 300])
+def test_torch_fills_its_interval(features):
+    params = flax.traverse_util.flatten_dict(init(Dense(features, "torch"), np.zeros((1, 100), np.float32)))
+    for path, leaf in params.items():
+        scaled = np.asarray(leaf).ravel() * 10  # 1 / sqrt(100) is the bound, whatever the number of outputs
+        if features > 5 or path[-1] == "kernel":
+            assert -1 <= scaled.min() < -0.9 and 0.9 < scaled.max() <= 1
+            np.testing.assert_allclose([scaled.mean(), scaled.std()], [0, 1 / np.sqrt(3)], atol=0.12)
+    kernel, bias = params["params", "linear", "kernel"], params["params", "linear", "bias"]
+    assert not np.isclose(kernel[0], bias).any()  # kernel and bias are drawn from keys of their own
+
+
+def test_lecun_is_flax_own():
+    kernel = np.asarray(init(Dense(300, "lecun"), np.zeros((1, 100)))["params"]["linear"]["kernel"])
+    np.testing.assert_allclose(kernel.std(), 0.1, rtol=0.02)  # sqrt(1 / inputs)
+
+
+def test_unknown_initializer():
+    with pytest.raises(ValueError, match="'orthogonal', 'torch' or 'lecun', not 'xavier'"):
+        Value(HIDDEN, "xavier").init(KEY, OBS)
+
+
+@pytest.mark.parametrize("initializer", ["orthogonal", "torch"])
+def test_layers_and_keys_draw_their_own_numbers(initializer):
+    network = Value((8, 8, 8), initializer)
+    first, again = init(network, OBS), init(network, OBS)
+    other = jax.jit(network.init)(jax.random.key(1), OBS)
+    jax.tree.map(np.testing.assert_array_equal, first, again)
+    square = [kernel for kernel in kernels(first).values() if kernel.shape == (8, 8)]
+    assert len(square) == 2 and not np.isclose(*square).any()
+    for a, b in zip(kernels(first).values(), kernels(other).values(), strict=True):
+        assert not np.isclose(a, b).any()
+
+
+# --- Many seeds in one program --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("initializer", ["orthogonal", "torch"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_seeds_together_start_as_each_alone(name, initializer):
+    network, inputs = NETWORKS[name]
+    network = network.copy(initializer=initializer)
+    keys = jax.random.split(KEY, 3)
+    together = jax.jit(jax.vmap(lambda key: network.init(key, *inputs)))(keys)
+    for i in range(3):
+        alone = jax.jit(network.init)(keys[i], *inputs)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a[i], b, rtol=1e-5, atol=1e-6), together, alone)
+
+
+VMAPPED_INIT = """
+import jax
+jax.config.update("jax_num_cpu_devices", 2)
+import numpy as np
+from common.networks import Critic, GaussianActor, Value
+
+obs, action = np.zeros((1, 17)), np.zeros((1, 6))
+
+def init(seed):
+    keys = jax.random.split(jax.random.key(seed), 3)
+    return GaussianActor(6).init(keys[0], obs), Critic().init(keys[1], obs, action), Value().init(keys[2], obs)
+
+together = jax.block_until_ready(jax.jit(jax.vmap(init))(np.arange(3)))
+alone = jax.jit(init)(2)
+jax.tree.map(lambda a, b: np.testing.assert_allclose(a[2], b, rtol=1e-4, atol=1e-5), together, alone)
+"""
+
+
+def test_vmapped_initialisation_does_not_deadlock():
+    """JAX 0.10's batched QR on a CPU can wait for the threads of other QRs, for ever: see networks._orthogonal."""
+    environ = {"PYTHONPATH": os.pathsep.join(sys.path), "JAX_PLATFORMS": "cpu"}
+    subprocess.run([sys.executable, "-c", VMAPPED_INIT], env=environ, timeout=60, check=True)
