@@ -1,0 +1,225 @@
+"""PointMaze datasets of short walks, in which no single trajectory solves the task.
+
+A force-actuated ball (gymnasium-robotics PointMaze, 100 Hz) has to roll from the cell "r" of a maze to the cell "g".
+Reward is 1 at the goal, where the episode terminates, and 0 elsewhere, so the return of an episode is its success.
+
+A scripted controller collects the data. Each episode starts at rest in a random cell other than the goal's, walks a
+shortest path to a random cell `walk_cells` steps away (less only where the maze ends) and is truncated where the ball
+comes to rest there, unless it meets the goal first. The controller is a PD law on the next cell's centre, with
+Gaussian noise on every action (standard deviation 0.5 of the bound 1); the environment jitters start and goal within
+their cells. A target farther from the goal than the start is three times as likely as another one.
+
+With two cells per walk and six from "r" to "g", every trajectory that reaches the goal began next to it, and what the
+data hold near "r" never gets a reward. A policy must *stitch*: find, through values, that parts of different walks,
+joined end to end, lead to the goal. Imitation ends near "r", where most walks lead. (With all targets equally likely
+it does not: the ball's velocity tells which way a walk goes, and a clone rolls on by momentum, to the goal at times.)
+"""
+from __future__ import annotations
+
+from collections import deque
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from tqdm import tqdm
+
+if TYPE_CHECKING:
+    import gymnasium as gym
+    from minari.data_collector import EpisodeBuffer
+
+Cell = tuple[int, int]  # row and column in a maze map
+MazeMap = list[list]  # 1: wall, 0: free, "r": start of the evaluation, "g": its goal
+
+# gymnasium-robotics' U_MAZE, with the start of the evaluation at one end of the U and its goal at the other.
+UMAZE: MazeMap = [
+    [1, 1, 1, 1, 1],
+    [1, "r", 0, 0, 1],
+    [1, 1, 1, 0, 1],
+    [1, "g", 0, 0, 1],
+    [1, 1, 1, 1, 1],
+]
+
+EVAL_STEPS = 300  # time limit of an evaluation, as in gymnasium-robotics' U-maze
+WALK_STEPS = 150  # time limit of a walk; it rarely binds
+AWAY_WEIGHT = 3.0  # how much likelier a walk away from the goal is than one towards it
+NOISE_STD = 0.5  # of the Gaussian noise on each action
+P_GAIN, D_GAIN = 10.0, 1.0  # of the PD law, per metre and per metre per second (D4RL's)
+WAYPOINT_RADIUS = 0.25  # metres from a cell's centre at which the walk turns to the next cell
+ARRIVAL_RADIUS, ARRIVAL_SPEED = 0.2, 0.5  # metres, metres per second: what counts as at rest in the last cell
+
+
+# --- Recipes --------------------------------------------------------------------------------------
+
+
+def build_umaze_stitch(dataset_id: str, data_path: Path) -> None:
+    """Walks of two cells in the U-maze."""
+    build_walks(dataset_id, data_path, UMAZE, walk_cells=2, num_steps=50_000)
+
+
+# --- Mazes ----------------------------------------------------------------------------------------
+
+
+def free_cells(maze_map: MazeMap) -> list[Cell]:
+    """The cells that are not walls, row by row."""
+    return [(i, j) for i, row in enumerate(maze_map) for j, cell in enumerate(row) if cell != 1]
+
+
+def find_cell(maze_map: MazeMap, letter: str) -> Cell:
+    """The one cell that holds `letter`."""
+    (cell,) = [(i, j) for i, j in free_cells(maze_map) if maze_map[i][j] == letter]
+    return cell
+
+
+def neighbours(maze_map: MazeMap, cell: Cell) -> list[Cell]:
+    """The free cells that share a side with `cell`."""
+    i, j = cell
+    return [c for c in [(i - 1, j), (i + 1, j), (i, j - 1), (i, j + 1)] if maze_map[c[0]][c[1]] != 1]
+
+
+def bfs_distances(maze_map: MazeMap, target: Cell) -> dict[Cell, int]:
+    """Steps of a shortest path to `target`, for every cell from which there is one (breadth-first search)."""
+    distances, queue = {target: 0}, deque([target])
+    while queue:
+        cell = queue.popleft()
+        for neighbour in neighbours(maze_map, cell):
+            if neighbour not in distances:
+                distances[neighbour] = distances[cell] + 1
+                queue.append(neighbour)
+    return distances
+
+
+def next_cell(maze_map: MazeMap, distances: dict[Cell, int], cell: Cell) -> Cell:
+    """The neighbour of `cell` that is nearest to the target of `distances`."""
+    return min(neighbours(maze_map, cell), key=distances.__getitem__)
+
+
+def walk_targets(maze_map: MazeMap, start: Cell, walk_cells: int) -> list[Cell]:
+    """Ends of the walks from `start`: cells `walk_cells` steps away, and nearer ones from which none leads farther."""
+    distances = bfs_distances(maze_map, start)
+
+    def is_end(cell: Cell) -> bool:
+        return distances[cell] > 0 and all(distances[c] < distances[cell] for c in neighbours(maze_map, cell))
+
+    return sorted(cell for cell, d in distances.items() if d == walk_cells or (d < walk_cells and is_end(cell)))
+
+
+def cell_centre(maze_map: MazeMap, cell: Cell) -> np.ndarray:
+    """(x, y) of the centre of `cell`, in metres, shape (2,): cells are 1 m wide, the maze is centred on the origin."""
+    return np.array([cell[1] + 0.5 - len(maze_map[0]) / 2, len(maze_map) / 2 - cell[0] - 0.5])
+
+
+# --- Walks ----------------------------------------------------------------------------------------
+
+
+def pd_action(position: np.ndarray, velocity: np.ndarray, waypoint: np.ndarray) -> np.ndarray:
+    """Force towards `waypoint`, as a fraction of the largest, not yet clipped. All (x, y), metres, shape (2,)."""
+    return P_GAIN * (waypoint - position) - D_GAIN * velocity
+
+
+def make_env(maze_map: MazeMap, max_episode_steps: int) -> gym.Env:
+    """PointMaze on `maze_map`: reward 1 and termination at "g"; starts at "r", or anywhere where there is none."""
+    import gymnasium as gym
+    import gymnasium_robotics
+
+    gym.register_envs(gymnasium_robotics)
+    return gym.make("PointMaze_UMaze-v3", maze_map=maze_map, continuing_task=False, max_episode_steps=max_episode_steps)
+
+
+def behaviour_map(maze_map: MazeMap) -> MazeMap:
+    """`maze_map` without "r": same goal, starts anywhere."""
+    return [[0 if cell == "r" else cell for cell in row] for row in maze_map]
+
+
+def walk(
+    env: gym.Env, maze_map: MazeMap, start: Cell, target: Cell, seed: int, rng: np.random.Generator
+) -> EpisodeBuffer:
+    """One episode of T steps from `start` to `target`: T + 1 observations, T actions in [-1, 1] of shape (T, 2).
+
+    It is truncated when the ball comes to rest in `target` or at the time limit, and terminated at the maze's goal.
+    `seed` is the environment's (the jitter of start and goal), `rng` draws the noise on the actions.
+    """
+    from minari.data_collector import EpisodeBuffer
+
+    distances = bfs_distances(maze_map, target)
+    waypoint = start
+    obs, _ = env.reset(seed=seed, options={"reset_cell": np.array(start)})
+    observations, actions, rewards, terminations, truncations = [obs], [], [], [], []
+    terminated = truncated = False
+    while not (terminated or truncated):
+        position, velocity = np.split(obs["observation"], 2)
+        if waypoint != target and np.linalg.norm(cell_centre(maze_map, waypoint) - position) < WAYPOINT_RADIUS:
+            waypoint = next_cell(maze_map, distances, waypoint)
+        action = pd_action(position, velocity, cell_centre(maze_map, waypoint))
+        action = np.clip(np.clip(action, -1, 1) + rng.normal(0, NOISE_STD, 2), -1, 1).astype(np.float32)
+        obs, reward, terminated, truncated, _ = env.step(action)
+        position, velocity = np.split(obs["observation"], 2)
+        distance = np.linalg.norm(cell_centre(maze_map, target) - position)
+        arrived = distance < ARRIVAL_RADIUS and np.linalg.norm(velocity) < ARRIVAL_SPEED
+        truncated = not terminated and bool(truncated or arrived)
+        observations.append(obs)
+        actions.append(action)
+        rewards.append(float(reward))
+        terminations.append(terminated)
+        truncations.append(truncated)
+    return EpisodeBuffer(
+        seed=seed,
+        observations={name: np.stack([o[name] for o in observations]) for name in obs},
+        actions=np.stack(actions),
+        rewards=np.array(rewards),
+        terminations=np.array(terminations),
+        truncations=np.array(truncations),
+    )
+
+
+def collect_walks(
+    env: gym.Env, maze_map: MazeMap, walk_cells: int, num_steps: int, seed: int = 0, desc: str = "walks"
+) -> list[EpisodeBuffer]:
+    """Episodes of random walks until there are at least `num_steps` transitions; a function of its arguments only."""
+    # An episode that starts at the goal would be over at its first step.
+    goal_distances = bfs_distances(maze_map, find_cell(maze_map, "g"))
+    starts = [cell for cell in free_cells(maze_map) if goal_distances[cell] > 0]
+    episodes: list[EpisodeBuffer] = []
+    total_steps = 0
+    with tqdm(total=num_steps, desc=desc, unit=" steps") as progress:
+        while total_steps < num_steps:
+            # A seed of its own for each episode: episode k is the same whatever was drawn before it.
+            rng = np.random.default_rng(np.random.SeedSequence([seed, len(episodes)]))
+            start = starts[rng.integers(len(starts))]
+            targets = walk_targets(maze_map, start, walk_cells)
+            weights = np.array([AWAY_WEIGHT if goal_distances[c] > goal_distances[start] else 1.0 for c in targets])
+            target = targets[rng.choice(len(targets), p=weights / weights.sum())]
+            episodes.append(walk(env, maze_map, start, target, seed=int(rng.integers(2**31)), rng=rng))
+            total_steps += len(episodes[-1])
+            progress.update(len(episodes[-1]))
+    return episodes
+
+
+def build_walks(dataset_id: str, data_path: Path, maze_map: MazeMap, walk_cells: int, num_steps: int) -> None:
+    """Collects walks and writes them, with the environment of the evaluation, as a Minari dataset in `data_path`."""
+    import minari
+    from minari.dataset.minari_storage import MinariStorage
+
+    env = make_env(behaviour_map(maze_map), WALK_STEPS)
+    eval_env = make_env(maze_map, EVAL_STEPS)
+    episodes = collect_walks(env, maze_map, walk_cells, num_steps, desc=dataset_id)
+    # The storage and not `minari.create_dataset_from_buffers`, which writes only below MINARI_DATASETS_PATH.
+    storage = MinariStorage.new(
+        data_path, env.observation_space, env.action_space, env_spec=env.spec, data_format="hdf5"
+    )
+    storage.update_metadata({
+        "dataset_id": dataset_id,
+        "minari_version": minari.__version__,
+        "eval_env_spec": eval_env.spec.to_json(),
+        "author": {"Stitch"},
+        "algorithm_name": "PD controller on shortest paths, with Gaussian action noise",
+        "code_permalink": "common/recipes/pointmaze.py",
+        "description": f"PointMaze walks of at most {walk_cells} cells in a maze whose goal is "
+        f"{bfs_distances(maze_map, find_cell(maze_map, 'g'))[find_cell(maze_map, 'r')]} cells from the start of the "
+        "evaluation: no trajectory solves the task, a policy has to stitch. Sparse reward, one goal.",
+        "requirements": ["gymnasium-robotics>=1.4"],
+        "ref_min_score": 0.0,  # return of failure
+        "ref_max_score": 1.0,  # and of success, so that the normalised score is the success rate
+    })
+    storage.update_episodes(episodes)
+    env.close()
+    eval_env.close()

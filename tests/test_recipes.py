@@ -1,0 +1,310 @@
+"""The datasets that can be built anywhere: what the U-maze walks hold, and that a build is atomic and repeatable."""
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from common import recipes
+from common.recipes import pointmaze
+
+UMAZE_ID = "stitch/pointmaze-umaze-v0"
+START, GOAL = pointmaze.find_cell(pointmaze.UMAZE, "r"), pointmaze.find_cell(pointmaze.UMAZE, "g")
+
+
+@pytest.fixture(scope="session")
+def umaze(tmp_path_factory):
+    """The U-maze dataset, built once per session in a Minari root of its own."""
+    import minari
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path_factory.mktemp("minari")))
+        recipes.build(UMAZE_ID)
+        yield minari.load_dataset(UMAZE_ID)
+
+
+@pytest.fixture(scope="session")
+def episodes(umaze):
+    return list(umaze)
+
+
+@pytest.fixture
+def behaviour_env():
+    env = pointmaze.make_env(pointmaze.behaviour_map(pointmaze.UMAZE), pointmaze.WALK_STEPS)
+    yield env
+    env.close()
+
+
+@pytest.fixture
+def quick_recipe(tmp_path, monkeypatch):
+    """A recipe of a few walks in an empty Minari root. Returns the root."""
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    monkeypatch.setitem(recipes.RECIPES, UMAZE_ID, build_few_walks)
+    return tmp_path
+
+
+def build_few_walks(dataset_id, data_path):
+    pointmaze.build_walks(dataset_id, data_path, pointmaze.UMAZE, walk_cells=2, num_steps=500)
+
+
+def run_python(code, **environ):
+    """Runs `code` in a fresh interpreter, without the environ of this one, which an import may have changed already."""
+    environ["PYTHONPATH"] = os.pathsep.join(sys.path)
+    return subprocess.run([sys.executable, "-c", code], env=environ)
+
+
+def visited_cells(episode):
+    """The cells of an episode's T + 1 positions, in order, each repeated once per step."""
+    # Computed from the definition of the map (cells 1 m wide, centred on the origin), not with the recipe's functions.
+    x, y = episode.observations["achieved_goal"].T
+    return list(zip(np.floor(2.5 - y).astype(int).tolist(), np.floor(x + 2.5).astype(int).tolist(), strict=True))
+
+
+# --- Maze functions, on numbers worked by hand -------------------------------------------------------
+
+
+def test_bfs_distances_and_next_cell():
+    distances = pointmaze.bfs_distances(pointmaze.UMAZE, GOAL)
+    # The U from its goal (3, 1): right along the bottom, up on the right, left along the top.
+    u = [(3, 1), (3, 2), (3, 3), (2, 3), (1, 3), (1, 2), (1, 1)]
+    assert distances == {cell: k for k, cell in enumerate(u)}
+    assert all(pointmaze.next_cell(pointmaze.UMAZE, distances, u[k]) == u[k - 1] for k in range(1, 7))
+
+
+def test_walk_targets():
+    # From (3, 2), one step from the end of the U: the end itself, and two steps the other way.
+    assert pointmaze.walk_targets(pointmaze.UMAZE, (3, 2), walk_cells=2) == [(2, 3), (3, 1)]
+    assert pointmaze.walk_targets(pointmaze.UMAZE, (3, 3), walk_cells=2) == [(1, 3), (3, 1)]
+    assert pointmaze.walk_targets(pointmaze.UMAZE, (1, 1), walk_cells=2) == [(1, 3)]
+
+
+def test_cell_centre_agrees_with_environment(behaviour_env):
+    for cell in pointmaze.free_cells(pointmaze.UMAZE):
+        expected = behaviour_env.unwrapped.maze.cell_rowcol_to_xy(np.array(cell))
+        np.testing.assert_array_equal(pointmaze.cell_centre(pointmaze.UMAZE, cell), expected)
+
+
+def test_pd_action():
+    # 10 (1 - 0.5) - 1 * 2 = 3 along x; 10 (0 - 0) - 1 * (-1) = 1 along y.
+    action = pointmaze.pd_action(np.array([0.5, 0.0]), np.array([2.0, -1.0]), np.array([1.0, 0.0]))
+    np.testing.assert_allclose(action, [3.0, 1.0])
+
+
+# --- What the data hold -----------------------------------------------------------------------------
+
+
+def test_no_episode_connects_start_and_goal(episodes):
+    """Geometry only. The jitter (0.25 m) and the overshoot stay within a cell (0.5 m from its centre): no tolerance."""
+    distances = {c: pointmaze.bfs_distances(pointmaze.UMAZE, c) for c in pointmaze.free_cells(pointmaze.UMAZE)}
+    for episode in episodes:
+        visited = set(visited_cells(episode))
+        assert max(distances[a][b] for a in visited for b in visited) <= 2
+        reaches_goal = episode.rewards.any() or GOAL in visited
+        assert not (reaches_goal and START in visited)
+
+
+def test_all_episodes_together_connect_start_and_goal(episodes):
+    """Walks that overlap by a cell or more form a path: the union of cell-to-cell moves leads from start to goal."""
+    moves = {move for e in episodes for move in zip(visited_cells(e)[:-1], visited_cells(e)[1:], strict=True)}
+    reached = {START}
+    for _ in pointmaze.free_cells(pointmaze.UMAZE):
+        reached |= {b for a, b in moves if a in reached}
+    assert GOAL in reached
+    assert reached == set(pointmaze.free_cells(pointmaze.UMAZE))
+
+
+def test_walks_start_everywhere_and_go_both_ways(episodes):
+    """At least 20 walks towards the goal and 20 away from it, from every cell where there is such a walk."""
+    to_goal = pointmaze.bfs_distances(pointmaze.UMAZE, GOAL)
+    ways = {(cell, sign): 0 for cell in to_goal for sign in (-1, 0, 1)}
+    for episode in episodes:
+        cells = visited_cells(episode)
+        # A walk of one cell that ends within 0.45 m of the goal may end before it has left its cell: sign 0.
+        ways[cells[0], np.sign(to_goal[cells[-1]] - to_goal[cells[0]])] += 1
+    for cell in to_goal:
+        if cell == GOAL:
+            assert ways[cell, -1] == ways[cell, 0] == ways[cell, 1] == 0
+            continue
+        assert ways[cell, -1] + ways[cell, 0] >= 20, cell
+        if cell != START:
+            assert ways[cell, 1] >= 20, cell
+
+
+def test_most_walks_lead_away_from_the_goal(episodes):
+    """Otherwise imitation, carried on by the ball's momentum, solves the task: see the docstring of the recipe."""
+    to_goal = pointmaze.bfs_distances(pointmaze.UMAZE, GOAL)
+    for cell in [(1, 3), (2, 3), (3, 3)]:  # two cells or more from both ends of the U
+        ends = [to_goal[visited_cells(e)[-1]] for e in episodes if visited_cells(e)[0] == cell]
+        assert 0.6 < np.mean(np.array(ends) > to_goal[cell]) < 0.9  # 3 : 1 of about 110 walks, within 3.5 deviations
+
+
+def test_one_goal(episodes):
+    """The goal of every observation is in the goal's cell, and does not move within an episode."""
+    for episode in episodes:
+        goal = episode.observations["desired_goal"]
+        assert (goal == goal[0]).all()
+        assert np.abs(goal[0] - pointmaze.cell_centre(pointmaze.UMAZE, GOAL)).max() <= 0.25  # the environment's jitter
+
+
+def test_ends_and_rewards(episodes):
+    """Terminated at the goal with reward 1, truncated everywhere else."""
+    goals_reached = 0
+    for episode in episodes:
+        terminated = bool(episode.terminations[-1])
+        goals_reached += terminated
+        obs = episode.observations
+        at_goal = np.linalg.norm(obs["achieved_goal"] - obs["desired_goal"], axis=-1)[1:] <= 0.45
+        np.testing.assert_array_equal(episode.terminations, at_goal)
+        np.testing.assert_array_equal(episode.rewards, at_goal.astype(float))
+        np.testing.assert_array_equal(episode.truncations[:-1], False)
+        assert episode.truncations[-1] == (not terminated)
+    assert 30 <= goals_reached <= len(episodes) / 4
+
+
+def test_shapes_types_and_sizes(umaze, episodes):
+    for episode in episodes:
+        t = len(episode.actions)
+        assert len(episode.rewards) == len(episode.terminations) == len(episode.truncations) == t > 0
+        for name, space in umaze.observation_space.items():
+            assert episode.observations[name].shape == (t + 1, *space.shape)
+            assert episode.observations[name].dtype == space.dtype
+        assert episode.actions.shape == (t, 2)
+        assert episode.actions.dtype == umaze.action_space.dtype
+        assert np.abs(episode.actions).max() <= 1
+    assert sum(len(e.actions) for e in episodes) == umaze.total_steps
+    assert 45_000 <= umaze.total_steps <= 60_000
+
+
+def test_actions_are_noisy(episodes):
+    """Ideal PD actions would be a function of the state; the noise's deviation is what the recipe says it is."""
+    residual = []
+    for episode in episodes:
+        position, velocity = np.split(episode.observations["observation"][0], 2)
+        cell = visited_cells(episode)[0]
+        # At rest and out of the waypoint's radius, the first waypoint is the centre of the start's own cell.
+        centre = pointmaze.cell_centre(pointmaze.UMAZE, cell)
+        if np.linalg.norm(centre - position) > pointmaze.WAYPOINT_RADIUS:
+            residual.append(episode.actions[0] - np.clip(10 * (centre - position) - velocity, -1, 1))
+    residual = np.concatenate(residual)
+    assert 0.2 < np.abs(residual).mean() < 0.5  # E|noise| is 0.4, less what the clipping to [-1, 1] takes away
+
+
+# --- The evaluation ---------------------------------------------------------------------------------
+
+
+def test_normalised_score_is_success_rate(umaze):
+    from minari import get_normalized_score
+
+    np.testing.assert_array_equal(get_normalized_score(umaze, np.array([0.0, 1.0])), [0.0, 1.0])
+
+
+def test_evaluation_is_feasible(umaze):
+    """The recovered environment starts in the far cell, and the controller, walking the whole way, reaches the goal."""
+    env = umaze.recover_environment(eval_env=True)
+    assert env.spec.max_episode_steps == 300
+    successes = 0
+    for seed in range(20):
+        obs, _ = env.reset(seed=seed)
+        assert np.abs(obs["achieved_goal"] - pointmaze.cell_centre(pointmaze.UMAZE, START)).max() <= 0.25
+        assert np.abs(obs["desired_goal"] - pointmaze.cell_centre(pointmaze.UMAZE, GOAL)).max() <= 0.25
+        episode = pointmaze.walk(env, pointmaze.UMAZE, START, GOAL, seed=seed, rng=np.random.default_rng(seed))
+        successes += episode.rewards.sum() == 1 and episode.terminations[-1]
+    env.close()
+    assert successes >= 19
+
+
+# --- Building ---------------------------------------------------------------------------------------
+
+
+def test_same_seed_same_bits(behaviour_env):
+    def collect(seed):
+        episodes = pointmaze.collect_walks(behaviour_env, pointmaze.UMAZE, walk_cells=2, num_steps=500, seed=seed)
+        return [(e.actions.tobytes(), *(v.tobytes() for v in e.observations.values())) for e in episodes]
+
+    first = collect(seed=0)
+    assert first == collect(seed=0)  # in an environment that has been used in between
+    assert set(first).isdisjoint(collect(seed=1))
+    assert len(set(first)) == len(first)
+
+
+def test_import_has_no_side_effects():
+    code = (
+        "import os, sys; before = dict(os.environ), list(sys.argv); import common.recipes; "
+        "assert before == (dict(os.environ), sys.argv); "
+        "assert not {'gymnasium', 'gymnasium_robotics', 'minari', 'mujoco'} & set(sys.modules)"
+    )
+    assert run_python(code).returncode == 0
+
+
+def test_unknown_recipe_is_named(quick_recipe):
+    with pytest.raises(ValueError, match="stitch/none-v0.*" + UMAZE_ID):
+        recipes.build("stitch/none-v0")
+
+
+@pytest.mark.parametrize("moment", ["collect_walks", "write"])
+def test_failed_build_leaves_nothing(quick_recipe, monkeypatch, moment):
+    from minari.dataset.minari_storage import MinariStorage
+
+    def fail(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    if moment == "collect_walks":
+        monkeypatch.setattr(pointmaze, "collect_walks", fail)
+    else:
+        monkeypatch.setattr(MinariStorage, "update_metadata", fail)
+    with pytest.raises(KeyboardInterrupt):
+        recipes.build(UMAZE_ID)
+    assert list(quick_recipe.iterdir()) == []
+
+
+KILLED_BUILD = f"""
+import os
+from common import recipes
+from common.recipes import pointmaze
+from minari.dataset.minari_storage import MinariStorage
+
+MinariStorage.update_metadata = lambda *args: os._exit(9)
+pointmaze.collect_walks = lambda *args, **kwargs: []
+recipes.build("{UMAZE_ID}")
+"""
+
+
+def test_killed_build_is_invisible(quick_recipe):
+    """Killed with no chance to clean up, with the dataset half written: Minari sees nothing, and a new build works."""
+    import minari
+
+    assert run_python(KILLED_BUILD, MINARI_DATASETS_PATH=str(quick_recipe)).returncode == 9
+    assert list(quick_recipe.glob(".building-*/dataset/data/metadata.json"))  # it was indeed half written
+    assert minari.list_local_datasets() == {}
+    recipes.build(UMAZE_ID)
+    assert minari.load_dataset(UMAZE_ID).total_steps >= 500
+
+
+def test_build_over_existing_dataset_is_harmless(quick_recipe, monkeypatch):
+    recipes.build(UMAZE_ID)
+    files = {p: (p.stat().st_mtime_ns, p.stat().st_ino) for p in quick_recipe.rglob("*")}
+
+    def fail(*args):
+        raise AssertionError("built again")
+
+    monkeypatch.setitem(recipes.RECIPES, UMAZE_ID, fail)
+    recipes.build(UMAZE_ID)
+    assert files == {p: (p.stat().st_mtime_ns, p.stat().st_ino) for p in quick_recipe.rglob("*")}
+
+
+def test_build_beaten_by_another_process(quick_recipe, monkeypatch):
+    """Another build finishes between the start of this one and its renaming: both succeed, one dataset stays."""
+    import minari
+
+    def overtaken(dataset_id, data_path):
+        monkeypatch.setitem(recipes.RECIPES, UMAZE_ID, build_few_walks)
+        recipes.build(UMAZE_ID)
+        build_few_walks(dataset_id, data_path)
+
+    monkeypatch.setitem(recipes.RECIPES, UMAZE_ID, overtaken)
+    recipes.build(UMAZE_ID)
+    assert sorted(p.name for p in quick_recipe.iterdir()) == ["stitch"]
+    assert list(minari.list_local_datasets()) == [UMAZE_ID]
+    assert minari.namespace.list_local_namespaces() == ["stitch"]
+    assert minari.load_dataset(UMAZE_ID).total_steps >= 500
