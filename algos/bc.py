@@ -1,0 +1,297 @@
+"""Behaviour cloning (BC): supervised learning of the data's actions; with `top_fraction`, of the best episodes' only.
+
+It cannot be better than what it imitates: the floor of every table. Filtered BC imitates the episodes of best return.
+
+Paper      Pomerleau (1989), ALVINN; filtered BC ("%BC"): Chen et al. (2021), https://arxiv.org/abs/2106.01345, sec. 5
+Reference  Filter: https://github.com/kzl/decision-transformer at 046702e, gym/experiment.py
+
+From equation to code
+    L_pi = E[ -log pi(a|s) ]                                          actor_loss
+    L_pi = E[ (pi(s) - a)^2 ], mean over the action's dimensions      actor_loss, with `deterministic`
+    D_X  = the episodes of highest undiscounted return that fit       keep_best
+           into a share X of the transitions; at least one
+
+Order of one update   pi.
+Hyper-parameters      Config defaults: CORL's algorithms/offline/any_percent_bc.py, with fewer updates.
+Deviations            1. The Gaussian policy and the initialisation are IQL's, so that IQL with beta = 0 is this file.
+                      2. CORL normalises observations; here nothing is normalised.
+                      3. Batches are drawn on the device, with replacement.
+Run                   python algos/bc.py --dataset stitch/pointmaze-umaze-v0 --top-fraction 0.1
+"""
+import contextlib
+import dataclasses
+import importlib.metadata
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import chex
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+from jax.sharding import NamedSharding, PartitionSpec
+from tqdm import tqdm
+
+from common.datasets import Spec, Transition, load_dataset
+from common.networks import CategoricalActor, DeterministicActor, GaussianActor
+
+# --- Configuration -------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    # Experiment
+    dataset: str = "stitch/pointmaze-umaze-v0"  # a Minari dataset: on this machine, built by a recipe, or downloaded
+    seed: int = 0  # of the first run: its networks, batches and evaluation
+    num_seeds: int = 3  # runs trained in one program, with seeds seed, seed + 1, ...
+    num_updates: int = 6_000  # gradient steps (the paper: 1,000,000)
+    eval_interval: int = 2_000  # gradient steps between two evaluations, each with a checkpoint
+    eval_episodes: int = 20  # episodes of one evaluation, for each seed
+    log_interval: int = 250  # gradient steps of one compiled call; the progress line moves after each
+    out: str = ""  # the run folder; by default runs/ALGORITHM/DATASET
+    # Optimisation
+    batch_size: int = 256  # transitions of one gradient step
+    learning_rate: float = 3e-4  # of Adam
+    hidden: tuple[int, ...] = (256, 256)  # units of the hidden layers
+    # BC
+    deterministic: bool = False  # squared error of a deterministic policy, instead of a Gaussian's log-likelihood
+    top_fraction: float = 1.0  # share of the transitions that filtered BC keeps, in whole episodes; 1 keeps all
+
+
+def keep_best(dataset: Transition, fraction: float) -> Transition:
+    """The rows of the episodes with the highest undiscounted returns, as many as fit into `fraction` of all rows.
+
+    The best episode is always kept; of equal ones the later is better. `dataset.episode` marks whole episodes.
+    """
+    length = np.bincount(dataset.episode)
+    returns = np.bincount(dataset.episode, weights=dataset.reward)
+    best_first = np.argsort(returns, kind="stable")[::-1]
+    fits = np.cumsum(length[best_first]) <= fraction * len(dataset.reward)
+    kept = best_first[: max(1, fits.sum())]
+    rows = np.isin(dataset.episode, kept)
+    return jax.tree.map(lambda x: x[rows], dataset)
+
+
+def load_data(cfg: Config):
+    if not 0 < cfg.top_fraction <= 1:
+        raise SystemExit(f"top_fraction must be above 0 and at most 1, not {cfg.top_fraction}.")
+    dataset, env = load_dataset(cfg.dataset, columns=("episode",))
+    return keep_best(dataset, cfg.top_fraction)._replace(episode=None), env
+
+
+# --- State: arrays only, so that a whole run can be vmapped, compared and saved -----------------------------
+
+
+class Trainable(NamedTuple):
+    params: Any
+    opt_state: optax.OptState
+
+
+class State(NamedTuple):
+    key: jax.Array
+    actor: Trainable
+
+
+class Agent(NamedTuple):
+    init: Callable  # (key) -> State
+    update: Callable  # (State, Transition) -> (State, metrics)
+    act: Callable  # (State, obs, key) -> action
+
+
+# --- Algorithm -----------------------------------------------------------------------------------------
+
+
+def make_agent(cfg: Config, spec: Spec) -> Agent:
+    if spec.discrete:
+        actor = CategoricalActor(spec.action_dim, cfg.hidden)
+    elif cfg.deterministic:
+        actor = DeterministicActor(spec.action_dim, cfg.hidden)
+    else:
+        actor = GaussianActor(spec.action_dim, cfg.hidden)
+    adam = optax.adam(cfg.learning_rate)
+
+    def actor_loss(params, batch):
+        pi = actor.apply(params, batch.obs)
+        if cfg.deterministic and not spec.discrete:
+            chex.assert_equal_shape([pi, batch.action])
+            return ((pi - batch.action) ** 2).mean(), {}
+        log_prob = pi.log_prob(batch.action)
+        chex.assert_equal_shape([log_prob, batch.reward])
+        return -log_prob.mean(), {"entropy": pi.entropy().mean()}
+
+    def init(key):
+        key, key_actor = jax.random.split(key)
+        params = actor.init(key_actor, jnp.zeros((1, spec.obs_dim)))
+        return State(key, Trainable(params, adam.init(params)))
+
+    def update(state, batch):
+        new_actor, info = descend(adam, actor_loss, state.actor, batch)
+        return State(state.key, new_actor), info
+
+    def act(state, obs, key):
+        pi = actor.apply(state.actor.params, obs)
+        return pi if cfg.deterministic and not spec.discrete else pi.mode()
+
+    return Agent(init, update, act)
+
+
+# --- Training: the same in every file, and a test keeps it so -----------------------------------------------
+
+
+def descend(tx, loss_fn, trainable, *args):
+    """One optimiser step on `loss_fn(params, *args) -> (loss, info)`."""
+    (loss, info), grads = jax.value_and_grad(loss_fn, has_aux=True)(trainable.params, *args)
+    updates, opt_state = tx.update(grads, trainable.opt_state, trainable.params)
+    params = optax.apply_updates(trainable.params, updates)
+    return Trainable(params, opt_state), {loss_fn.__name__: loss, **info}
+
+
+def make_train(cfg: Config, agent: Agent):
+    """`train(state, dataset)`: `cfg.log_interval` updates and the means of their metrics. Pure: jit it, vmap it."""
+
+    def train(state, dataset):
+        def step(state, _):
+            key, key_batch = jax.random.split(state.key)
+            index = jax.random.randint(key_batch, (cfg.batch_size,), 0, len(dataset.reward))
+            batch = jax.tree.map(lambda x: x[index], dataset)
+            return agent.update(state._replace(key=key), batch)
+
+        state, metrics = jax.lax.scan(step, state, length=cfg.log_interval)
+        return state, jax.tree.map(jnp.nanmean, metrics)  # NaN: not computed in that update
+
+    return train
+
+
+def write(path: Path, content: str | bytes):
+    """Write a file so that a reader, or a kill at any moment, finds the old one or the new one whole."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(content if isinstance(content, bytes) else content.encode())
+    os.replace(temporary, path)
+
+
+def main(cfg: Config):
+    """Train `num_seeds` runs in one program, evaluate and checkpoint them; a killed run goes on where it stopped."""
+    for name, value in dataclasses.asdict(cfg).items():
+        if type(value) in (int, tuple) and name != "seed" and not np.all(np.array(value) > 0):
+            raise SystemExit(f"{name} must be positive, not {value}.")
+    if cfg.num_updates % cfg.eval_interval or cfg.eval_interval % cfg.log_interval:
+        raise SystemExit("num_updates must be a multiple of eval_interval, and eval_interval one of log_interval.")
+    algo = Path(__file__).stem
+    out = Path(cfg.out or f"runs/{algo}/{cfg.dataset}")
+    config = json.loads(json.dumps({"algo": algo, **dataclasses.asdict(cfg), "out": str(out)}))
+    if (out / "config.json").exists() and json.loads((out / "config.json").read_text())["config"] != config:
+        raise SystemExit(f"{out} holds a run of another configuration: choose another --out, or remove that folder.")
+    if (out / "summary.json").exists():
+        print(f"{out} holds this very run, finished: to train again, choose another --out or remove that folder.")
+        return json.loads((out / "summary.json").read_text())
+
+    with contextlib.suppress(RuntimeError):  # JAX runs already, in a notebook or a test: take the devices it has
+        jax.config.update("jax_num_cpu_devices", math.gcd(cfg.num_seeds, os.cpu_count()))
+    jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "stitch"))
+    dataset, env = load_data(cfg)
+    agent = make_agent(cfg, env.spec)
+
+    # Every array of the states has a leading seed axis, sharded over the devices. Within one device that axis is a loop
+    # on a CPU, whose caches hold the networks of one run at a time, and a vmap on an accelerator.
+    devices = jax.local_devices()[: math.gcd(cfg.num_seeds, jax.local_device_count())]
+    mesh = jax.sharding.Mesh(devices, "seed")
+    by_seed, whole = PartitionSpec("seed"), PartitionSpec()
+    seeds = np.arange(cfg.seed, cfg.seed + cfg.num_seeds)
+
+    train_one = make_train(cfg, agent)
+
+    def train_shard(states, dataset):
+        if devices[0].platform == "cpu":
+            return jax.lax.map(lambda state: train_one(state, dataset), states)
+        return jax.vmap(train_one, in_axes=(0, None))(states, dataset)
+
+    @jax.jit
+    def policy(states, obs, t):
+        keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), t))(seeds)
+        return jax.vmap(agent.act)(states, obs, keys)
+
+    started = time.perf_counter()
+    states = jax.jit(jax.vmap(lambda seed: agent.init(jax.random.key(seed))))(seeds)
+    states = jax.device_put(states, NamedSharding(mesh, by_seed))
+    dataset = jax.device_put(dataset, NamedSharding(mesh, whole))
+    train = jax.shard_map(train_shard, mesh=mesh, in_specs=(by_seed, whole), out_specs=by_seed, check_vma=False)
+    train = jax.jit(train, donate_argnums=0).lower(states, dataset).compile()
+    compile_seconds, train_seconds = time.perf_counter() - started, 0.0
+
+    step, lines, score = 0, [], math.nan
+    if (out / "checkpoint.msgpack").exists():
+        saved = step, train_seconds, states._replace(key=jax.random.key_data(states.key))
+        saved = flax.serialization.from_bytes(saved, (out / "checkpoint.msgpack").read_bytes())
+        step, train_seconds, states = saved
+        states = states._replace(key=jax.random.wrap_key_data(states.key))
+        states = jax.device_put(states, NamedSharding(mesh, by_seed))
+        lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        lines = [line for line in lines if line["step"] <= step]
+    packages = ("jax", "flax", "optax", "numpy", "minari", "gymnasium", "gymnasium-robotics", "mujoco")
+    source = {
+        "command": " ".join(sys.argv),
+        "commit": subprocess.getoutput(f"git -C {Path(__file__).parent} describe --always --dirty --abbrev=40"),
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "device": f"{len(devices)} x {devices[0].device_kind}",
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    write(out / "config.json", json.dumps({"config": config, **source}, indent=2))
+
+    with tqdm(total=cfg.num_updates, initial=step, unit="update") as bar:
+        while step < cfg.num_updates:
+            infos = []
+            for _ in range(cfg.eval_interval // cfg.log_interval):
+                started = time.perf_counter()
+                states, info = jax.block_until_ready(train(states, dataset))
+                train_seconds += time.perf_counter() - started
+                infos.append(info)
+                losses = {name: f"{x.mean():.3g}" for name, x in info.items() if name.endswith("loss")}
+                bar.set_postfix(losses, score=f"{score:.1f}")
+                bar.update(cfg.log_interval)
+            step += cfg.eval_interval
+            returns = env.evaluate(partial(policy, jax.device_put(states, devices[0])), seeds, cfg.eval_episodes)
+            score = env.score(returns).mean()
+            for i, seed in enumerate(seeds.tolist()):
+                metrics = {name: float(np.mean([info[name][i] for info in infos])) for name in info}
+                evaluation = {"score": env.score(returns[i]).mean(), "returns": returns[i].tolist()}
+                lines.append({"step": step, "seed": seed, **evaluation, **metrics})
+            write(out / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+            saved = step, train_seconds, states._replace(key=jax.random.key_data(states.key))
+            write(out / "checkpoint.msgpack", flax.serialization.to_bytes(jax.device_get(saved)))
+
+    last = [line for line in lines if line["step"] == step]
+    scores = [line["score"] for line in last]
+    summary = {
+        "algo": algo,
+        "dataset": cfg.dataset,
+        "num_updates": step,
+        "seeds": seeds.tolist(),
+        "returns": [line["returns"] for line in last],
+        "score_per_seed": scores,
+        "score_mean": np.mean(scores),
+        "score_std": np.std(scores),
+        "score_kind": env.score_kind,
+        "updates_per_second": step * cfg.num_seeds / train_seconds,  # of all seeds together
+        "compile_seconds": compile_seconds,
+        "train_seconds": train_seconds,
+        **source,
+    }
+    write(out / "summary.json", json.dumps(summary, indent=2))
+    result = f"score {np.mean(scores):.1f} +- {np.std(scores):.1f} over {cfg.num_seeds} seeds ({env.score_kind})"
+    print(f"{algo} on {cfg.dataset}: {result}, {summary['updates_per_second']:.0f} updates/s")
+    print(f"The run is in {out}; to draw it: python benchmarks/plot.py {out}")
+    return summary
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))

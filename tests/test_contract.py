@@ -1,0 +1,412 @@
+"""What every algorithm must satisfy, whatever it learns: each test runs over every file in algos/.
+
+Everything is jitted, on 8-unit networks, and compiled once per algorithm and action kind. A new file in algos/ is under
+test as soon as it exists; nothing is to be registered.
+"""
+import ast
+import dataclasses
+import importlib
+import inspect
+import json
+import os
+import pathlib
+import subprocess
+import sys
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from common.datasets import Spec, Transition
+
+ROOT = pathlib.Path(__file__).parents[1]
+ALGOS = sorted(p.stem for p in (ROOT / "algos").glob("*.py") if p.stem != "__init__")
+CONTINUOUS, DISCRETE = Spec(3, 2), Spec(3, 4, discrete=True)
+N, B = 64, 16  # rows of the data and of a batch
+
+
+class Case(NamedTuple):
+    algo: Any  # module
+    cfg: Any
+    spec: Spec
+    agent: Any  # jitted init, update, act
+    train: Any  # jitted, 10 updates
+    state: Any
+    data: Transition
+    batch: Transition
+
+
+def load(name):
+    return importlib.import_module(f"algos.{name}")
+
+
+def config(algo, **changes):
+    small = dict(num_updates=40, eval_interval=10, log_interval=10, batch_size=B, hidden=(8, 8))
+    return algo.Config(**(small | changes))
+
+
+def takes_discrete(algo):
+    try:
+        algo.make_agent(config(algo), DISCRETE)
+    except SystemExit:
+        return False
+    return True
+
+
+def random_data(spec, key):
+    k = jax.random.split(key, 6)
+    if spec.discrete:
+        action, next_action = (jax.random.randint(k[i], (N,), 0, spec.action_dim) for i in (1, 5))
+    else:
+        action, next_action = (jax.random.uniform(k[i], (N, spec.action_dim), minval=-1) for i in (1, 5))
+    return Transition(
+        obs=jax.random.normal(k[0], (N, spec.obs_dim)),
+        action=action,
+        reward=jax.random.normal(k[2], (N,)),
+        next_obs=jax.random.normal(k[3], (N, spec.obs_dim)),
+        terminal=jax.random.bernoulli(k[4], 0.2, (N,)).astype(jnp.float32),
+        next_action=next_action,
+    )
+
+
+CASES = [(name, spec) for name in ALGOS for spec in (CONTINUOUS, DISCRETE) if spec is CONTINUOUS or takes_discrete(load(name))]
+
+
+@pytest.fixture(scope="module", params=CASES, ids=[f"{n}-{'discrete' if s.discrete else 'continuous'}" for n, s in CASES])
+def case(request):
+    name, spec = request.param
+    algo = load(name)
+    cfg = config(algo)
+    agent = algo.make_agent(cfg, spec)
+    agent = type(agent)(*map(jax.jit, agent))
+    data = random_data(spec, jax.random.key(7))
+    train = jax.jit(algo.make_train(cfg, agent))
+    state = agent.init(jax.random.key(0))
+    return Case(algo, cfg, spec, agent, train, state, data, jax.tree.map(lambda x: x[:B], data))
+
+
+@pytest.fixture(params=ALGOS)
+def algo(request):
+    return load(request.param)
+
+
+def networks(state):
+    return {name: x for name, x in state._asdict().items() if name not in ("key", "step")}
+
+
+def params(network):
+    return getattr(network, "params", network)
+
+
+def differ(a, b):
+    return any(not np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
+def updated(case, state, batch, times):
+    """The states after 1, 2, ... `times` updates: more than one where a network waits for its turn (a delayed actor)."""
+    states = []
+    for _ in range(times):
+        state, _ = case.agent.update(state, batch)
+        states.append(state)
+    return states
+
+
+def delay(case):
+    return getattr(case.cfg, "policy_delay", 1)
+
+
+# --- State -----------------------------------------------------------------------------------------------
+
+
+def test_update_keeps_structure_shapes_and_dtypes(case):
+    new, metrics = jax.eval_shape(case.agent.update, case.state, case.batch)
+    chex.assert_trees_all_equal_shapes_and_dtypes(jax.eval_shape(lambda s: s, case.state), new)
+    assert metrics and all(m.shape == () for m in metrics.values())
+
+
+def test_state_holds_arrays_only(case):
+    assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(case.state))
+    other = case.algo.make_agent(case.cfg, case.spec)  # a function or optimiser in the treedef would differ
+    assert jax.tree.structure(jax.eval_shape(other.init, jax.random.key(0))) == jax.tree.structure(case.state)
+
+
+def test_training_compiles_once(case):
+    chex.clear_trace_counter()
+    train = jax.jit(chex.assert_max_traces(case.algo.make_train(case.cfg, case.agent), n=1))
+    state = case.state
+    for _ in range(3):
+        state, _ = train(state, case.data)
+
+
+# --- Keys and seeds --------------------------------------------------------------------------------------
+
+
+def test_same_key_same_result_other_key_other_result(case):
+    a, b, c = (networks(case.train(case.agent.init(jax.random.key(k)), case.data)[0]) for k in (0, 0, 1))
+    chex.assert_trees_all_equal(a, b)
+    assert all(differ(a[name], c[name]) for name in a)
+
+
+def test_every_initial_kernel_depends_on_the_key(case):
+    a, c = networks(case.agent.init(jax.random.key(0))), networks(case.agent.init(jax.random.key(1)))
+    for name in a:
+        for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(params(a[name])), jax.tree.leaves(params(c[name]))):
+            assert "kernel" not in jax.tree_util.keystr(path) or not np.array_equal(x, y), (name, path)
+
+
+def test_batches_follow_the_key_of_the_state(case):
+    a, b = (case.state._replace(key=jax.random.key(k)) for k in (5, 6))
+    assert differ(networks(case.train(a, case.data)[0]), networks(case.train(b, case.data)[0]))
+
+
+def test_no_key_is_used_twice(case):
+    """JAX's own checker; it sees typed keys (`jax.random.key`) only, and needs no compilation."""
+    agent = case.algo.make_agent(case.cfg, case.spec)
+    with jax.debug_key_reuse(True):
+        state = jax.eval_shape(agent.init, jax.random.key(0))
+        jax.eval_shape(case.algo.make_train(case.cfg, agent), state, case.data)
+        jax.eval_shape(agent.act, state, case.batch.obs, jax.random.key(0))
+
+
+def test_vmapped_seeds_match_a_loop(case):
+    keys = jax.random.split(jax.random.key(3), 2)
+    states = jax.vmap(case.agent.init)(keys)
+    stacked, _ = jax.jit(jax.vmap(case.train, in_axes=(0, None)))(states, case.data)
+    for i, key in enumerate(keys):
+        alone, _ = case.train(case.agent.init(key), case.data)
+        chex.assert_trees_all_close(
+            networks(jax.tree.map(lambda x: x[i], stacked)), networks(alone), rtol=2e-3, atol=2e-5  # noqa: B023
+        )
+
+
+def traced_floats(case):
+    """The float fields that a sweep may vmap: those that `load_data` does not read while it makes the arrays."""
+    tree = ast.parse(inspect.getsource(case.algo.load_data))
+    read = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and getattr(n.value, "id", "") == "cfg"}
+    fields = {f.name: getattr(case.cfg, f.name) for f in dataclasses.fields(case.cfg)}
+    return {name: x for name, x in fields.items() if isinstance(x, float) and name not in read}
+
+
+def test_every_float_of_the_config_vmaps_and_matters(case):
+    """One compiled program trains with each float changed in turn; row 0 is the unchanged configuration."""
+    base = traced_floats(case)
+    values = {name: np.full(len(base) + 1, x, np.float32) for name, x in base.items()}
+    for row, name in enumerate(base, start=1):
+        values[name][row] *= 0.5
+
+    def one(floats):
+        cfg = dataclasses.replace(case.cfg, **floats)
+        state = case.agent.init(jax.random.key(0))
+        # rewards and values of a size at which clips such as max_weight bind
+        data = case.data._replace(reward=20 * case.data.reward)
+        return networks(case.algo.make_train(cfg, case.algo.make_agent(cfg, case.spec))(state, data)[0])
+
+    results = jax.jit(jax.vmap(one))(values)
+    for row, name in enumerate(base, start=1):
+        assert differ(*(jax.tree.map(lambda x: x[i], results) for i in (0, row))), f"{name} changes nothing"  # noqa: B023
+
+
+# --- Losses, targets, networks ---------------------------------------------------------------------------
+
+
+def test_what_follows_a_terminal_is_never_read(case):
+    batch = case.batch._replace(terminal=jnp.ones(B))
+    garbage = batch._replace(next_obs=1e3 + batch.next_obs, next_action=jnp.zeros_like(batch.next_action))
+    a, b = (updated(case, case.state, x, delay(case))[-1] for x in (batch, garbage))
+    chex.assert_trees_all_equal(networks(a), networks(b))
+
+
+def test_what_follows_a_time_out_is_read(case):
+    if not any(name.startswith(("critic", "value")) for name in case.state._fields):
+        pytest.skip("learns no values")
+    batch = case.batch._replace(terminal=jnp.zeros(B))
+    a, b = (updated(case, case.state, x, delay(case))[-1] for x in (batch, batch._replace(next_obs=1 + batch.next_obs)))
+    assert differ(networks(a), networks(b))
+
+
+def test_loss_of_a_batch_is_the_mean_over_its_halves(case):
+    """Each transition has its own weight and target: an accidental (B, B) broadcast breaks this."""
+
+    def losses(batch):
+        metrics = case.agent.update(case.state, batch)[1]
+        return {name: x for name, x in metrics.items() if name.endswith("_loss")}
+
+    def half(i):
+        return jax.tree.map(lambda x: jnp.concatenate([x[i::2], x[i::2]]), case.batch)  # the same shape: no compilation
+
+    whole, first, second = map(losses, (case.batch, half(0), half(1)))
+    for name in whole:
+        if np.isfinite(whole[name]):
+            np.testing.assert_allclose(whole[name], (first[name] + second[name]) / 2, rtol=1e-4, err_msg=name)
+
+
+def test_targets_start_equal_and_move_by_tau(case):
+    for name in (n for n in case.state._fields if n.startswith("target_")):
+        chex.assert_trees_all_equal(getattr(case.state, name), params(getattr(case.state, name.removeprefix("target_"))))
+    before = updated(case, case.state, case.batch, delay(case))[-1]  # now online and target differ
+    after = updated(case, before, case.batch, delay(case))
+    for name in (n for n in case.state._fields if n.startswith("target_")):
+        online, old = params(getattr(after[-1], name.removeprefix("target_"))), getattr(before, name)
+        expect = jax.tree.map(lambda o, t: case.cfg.tau * o + (1 - case.cfg.tau) * t, online, old)
+        chex.assert_trees_all_close(getattr(after[-1], name), expect, rtol=1e-5, atol=1e-7)
+        assert differ(getattr(after[-1], name), old)
+        assert all(not differ(getattr(s, name), old) for s in after[:-1]), "a delayed target moves once per delay"
+
+
+def test_every_network_learns(case):
+    after = updated(case, case.state, case.data, delay(case))[-1]
+    for name, before in networks(case.state).items():
+        for (path, x), y in zip(
+            jax.tree_util.tree_leaves_with_path(params(before)), jax.tree.leaves(params(getattr(after, name))), strict=True
+        ):
+            assert not np.array_equal(x, y), (name, path)
+
+
+# --- Acting ----------------------------------------------------------------------------------------------
+
+
+def test_act_is_deterministic_and_in_bounds(case):
+    a, b = (case.agent.act(case.state, 1e3 * case.data.obs, jax.random.key(k)) for k in (0, 1))
+    np.testing.assert_array_equal(a, b)
+    chex.assert_equal_shape([a, case.data.action])
+    if case.spec.discrete:
+        assert a.dtype == jnp.int32 and a.min() >= 0 and a.max() < case.spec.action_dim
+    else:
+        assert np.all(np.abs(a) <= 1)
+
+
+def test_act_takes_any_number_of_leading_axes(case):
+    obs = case.data.obs.reshape(4, N // 4, -1)
+    flat = case.agent.act(case.state, case.data.obs, jax.random.key(0))
+    deep = case.agent.act(case.state, obs, jax.random.key(0))
+    np.testing.assert_allclose(deep.reshape(flat.shape), flat, rtol=1e-5, atol=1e-6)
+
+
+# --- The training loop -----------------------------------------------------------------------------------
+
+
+def test_how_often_we_look_does_not_change_training(case):
+    once = case.algo.make_train(dataclasses.replace(case.cfg, log_interval=20, eval_interval=20), case.agent)
+    once, _ = jax.jit(once)(case.state, case.data)
+    twice, _ = case.train(case.train(case.state, case.data)[0], case.data)
+    chex.assert_trees_all_equal(networks(once), networks(twice))
+
+
+def test_batches_are_aligned_and_cover_the_data(algo):
+    """The training loop alone, with an agent that only counts what it is shown."""
+    ids = jnp.arange(N, dtype=jnp.float32)
+    data = Transition(ids[:, None], ids[:, None] + 100, ids + 200, ids[:, None] + 300, ids + 400)
+
+    class Seen(NamedTuple):
+        key: Any
+        count: Any
+
+    def update(state, b):
+        columns = [b.action[:, 0] - 100, b.reward - 200, b.next_obs[:, 0] - 300, b.terminal - 400]
+        aligned = jnp.all(jnp.stack(columns) == b.obs[:, 0][None])
+        return Seen(state.key, state.count.at[b.obs[:, 0].astype(int)].add(1)), {"aligned": aligned.astype(jnp.float32)}
+
+    cfg = config(algo, log_interval=200, eval_interval=200, num_updates=200)
+    train = jax.jit(algo.make_train(cfg, algo.Agent(None, update, None)))
+    state, metrics = train(Seen(jax.random.key(0), jnp.zeros(N)), data)
+    assert metrics["aligned"] == 1 and state.count.sum() == 200 * B
+    assert state.count.min() > 0.5 * 200 * B / N and state.count.max() < 1.5 * 200 * B / N
+
+
+def test_the_dataset_is_an_argument_of_the_compiled_program(case):
+    """Closed over, a million transitions would be constants of the program and seconds of compilation."""
+    big = jax.tree.map(lambda x: jnp.concatenate([x] * 64), case.data)
+    text = [jax.jit(case.algo.make_train(case.cfg, case.agent)).lower(case.state, d).as_text() for d in (case.data, big)]
+    assert len(text[1]) < 1.1 * len(text[0])
+
+
+# --- The files -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ALGOS)
+def test_import_has_no_side_effects(name):
+    code = f"""
+import os, sys
+import chex, flax.linen, jax, optax, tyro  # jax sets a variable of its own
+sys.argv = ["x", "--bogus"]
+before = dict(os.environ)
+import algos.{name}
+assert dict(os.environ) == before
+assert "minari" not in sys.modules and "gymnasium" not in sys.modules
+from jax._src import xla_bridge
+assert not xla_bridge._backends, "importing started a device backend"
+"""
+    env = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME")}  # ours may be spoilt already
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, env=env)
+
+
+def source(name):
+    return (ROOT / "algos" / f"{name}.py").read_text()
+
+
+@pytest.mark.parametrize("name", ALGOS)
+def test_shared_blocks_are_identical(name):
+    """Training, main and the Experiment fields are the same text in every file, comments included."""
+
+    def blocks(text):
+        training = text[text.index("# --- Training: the same in every file"):]
+        experiment = text[text.index("    # Experiment\n"):text.index("    # Optimisation\n")]
+        nodes = {n.name: ast.get_source_segment(text, n) for n in ast.parse(text).body if hasattr(n, "name")}
+        return training, experiment, nodes["Trainable"], nodes["Agent"]
+
+    assert blocks(source(name)) == blocks(source("iql"))
+
+
+@pytest.mark.parametrize("name", ALGOS)
+def test_imports_no_sibling(name):
+    modules = [n.module for n in ast.walk(ast.parse(source(name))) if isinstance(n, ast.ImportFrom)]
+    assert not [m for m in modules if m and m.startswith("algos")]
+    assert {m for m in modules if m and m.startswith("common")} == {"common.datasets", "common.networks"}
+
+
+@pytest.mark.parametrize("name", ALGOS)
+def test_docstring_says_where_it_comes_from(name):
+    doc = ast.get_docstring(ast.parse(source(name)))
+    for heading in ("Paper", "Reference", "From equation to code", "Order of one update", "Hyper-parameters", "Deviations", "Run"):
+        assert f"\n{heading}" in doc, heading
+    assert len(doc.splitlines()) <= 28
+
+
+@pytest.mark.parametrize("name", ALGOS)
+def test_every_config_field_has_a_comment_that_becomes_help(name):
+    lines = source(name).splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("class Config"))
+    for line in lines[start + 1:]:
+        if line and not line.startswith(" "):
+            break
+        if ":" in line.split("#")[0]:
+            assert "  # " in line, line
+
+
+def test_page_names_every_config_field_and_metric(case):
+    page = (ROOT / "algos" / f"{case.algo.__name__.split('.')[1]}.md").read_text()
+    names = [f.name for f in dataclasses.fields(case.cfg)] + list(case.agent.update(case.state, case.batch)[1])
+    assert not [n for n in names if f"`{n}`" not in page]
+
+
+def test_common_holds_data_and_networks_only():
+    files = {p.relative_to(ROOT / "common").as_posix() for p in (ROOT / "common").rglob("*.py")}
+    assert {f for f in files if not f.startswith("recipes/")} == {"__init__.py", "datasets.py", "networks.py"}
+
+
+@pytest.mark.parametrize("name", ALGOS)
+def test_help_shows_every_field_and_a_misspelt_option_is_an_error(name):
+    run = [sys.executable, str(ROOT / "algos" / f"{name}.py")]
+    shown = subprocess.run([*run, "--help"], capture_output=True, text=True, check=True, env=dict(os.environ, COLUMNS="200"))
+    for field in dataclasses.fields(load(name).Config):
+        assert "--" + field.name.replace("_", "-").strip("-") in shown.stdout, field.name
+    bad = subprocess.run([*run, "--lerning-rate", "1"], capture_output=True, text=True)
+    assert bad.returncode != 0 and "lerning" in bad.stdout + bad.stderr
+
+
+def test_config_is_json():
+    for name in ALGOS:
+        json.dumps(dataclasses.asdict(load(name).Config()))
