@@ -18,6 +18,7 @@ Deviations            1. The Gaussian policy and the initialisation are IQL's, s
                       3. Batches are drawn on the device, with replacement.
 Run                   python algos/bc.py --dataset stitch/pointmaze-umaze-v0 --top-fraction 0.1
 """
+
 import contextlib
 import dataclasses
 import importlib.metadata

@@ -17,6 +17,7 @@ Deviations            1. Batches are drawn on the device, with replacement.
                       2. No dropout on the actor (the reference uses 0.1 on Adroit and Kitchen).
 Run                   python algos/iql.py --dataset stitch/pointmaze-umaze-v0 --num-seeds 3
 """
+
 import contextlib
 import dataclasses
 import importlib.metadata

@@ -18,6 +18,7 @@ Deviations            1. None from the code; the paper normalises lambda by Q at
                       3. Batches are drawn on the device, with replacement.
 Run                   python algos/td3_bc.py --dataset stitch/pointmaze-umaze-v0
 """
+
 import contextlib
 import dataclasses
 import importlib.metadata

@@ -106,22 +106,28 @@ class Dense(nn.Module):
     def __call__(self, x):
         bias = nn.initializers.zeros
         if self.initializer == "orthogonal":
-            kernel = _orthogonal
+            kernel = _alone(nn.initializers.orthogonal(2**0.5))
         elif self.initializer == "torch":
-            bound = 1 / jnp.sqrt(x.shape[-1])
-            kernel = bias = lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
+            bound = x.shape[-1] ** -0.5
+            kernel = bias = _alone(lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound))
         elif self.initializer == "lecun":
-            kernel = nn.initializers.lecun_normal()
+            kernel = _alone(nn.initializers.lecun_normal())
         else:
             raise ValueError(f"initializer is 'orthogonal', 'torch' or 'lecun', not {self.initializer!r}")
         return nn.Dense(self.features, kernel_init=kernel, bias_init=bias, name="linear")(x)
 
 
-def _orthogonal(key, shape, dtype):
-    # One matrix at a time also under vmap (ensembles, seeds): the batched QR of JAX 0.10 on a CPU waits for threads of
-    # the pool that other QRs of the same program hold, and all of them wait for ever.
-    one = jax.custom_batching.sequential_vmap(lambda key: nn.initializers.orthogonal(2**0.5)(key, shape, dtype))
-    return one(key)
+def _alone(initializer):
+    """The initializer, one array at a time also under vmap (ensembles, seeds).
+
+    On a CPU, JAX 0.10's batched QR waits for threads of the pool that other QRs of the same program hold, and all of
+    them wait for ever. Batched random numbers take several times as long to compile.
+    """
+
+    def init(key, shape, dtype):
+        return jax.custom_batching.sequential_vmap(lambda key: initializer(key, shape, dtype))(key)
+
+    return init
 
 
 class MLP(nn.Module):

@@ -2,6 +2,7 @@ import jax
 import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")  # (n,) against (n, 1) is an error, not a matrix
+jax.config.update("jax_disable_most_optimizations", True)  # tiny networks: nearly all time is compilation
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,5 @@
 """Behaviour cloning against numbers worked out by hand. (The filter's tests are in test_datasets.py.)"""
+
 import chex
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,5 @@
 """The run contract: what a run leaves, and that a killed one ends as one that was not killed, bit for bit."""
+
 import importlib
 import json
 import os
@@ -13,7 +14,9 @@ import numpy as np
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
-TINY = dict(num_updates=40, eval_interval=20, log_interval=10, eval_episodes=2, batch_size=16, hidden=(8, 8), num_seeds=2)
+TINY = dict(
+    num_updates=40, eval_interval=20, log_interval=10, eval_episodes=2, batch_size=16, hidden=(8, 8), num_seeds=2
+)
 SUMMARY = {
     "algo", "dataset", "num_updates", "seeds", "returns", "score_per_seed", "score_mean", "score_std", "score_kind",
     "updates_per_second", "compile_seconds", "train_seconds", "device", "command", "commit", "versions",

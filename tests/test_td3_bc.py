@@ -1,4 +1,5 @@
 """TD3+BC against numbers worked out by hand. With hidden=() every network is linear, so that they can be."""
+
 import dataclasses
 
 import chex
@@ -61,7 +62,9 @@ def test_scale_of_q_is_not_differentiated():
     agent, state = linear_state(LINEAR, critic=(1.0, 1.0))
     batch = batch_of([3.0, 3.0], 0.0, reward=3.0, terminal=1.0)  # Q is right: the critic does not move
     after, _ = jax.jit(agent.update)(state, batch)
-    (bias,) = [g for p, g in jax.tree_util.tree_leaves_with_path(gradient(after.actor)) if "bias" in jax.tree_util.keystr(p)]
+    (bias,) = [
+        g for p, g in jax.tree_util.tree_leaves_with_path(gradient(after.actor)) if "bias" in jax.tree_util.keystr(p)
+    ]
     np.testing.assert_allclose(bias, [-2.5 / 3], rtol=1e-5)
 
 
@@ -127,7 +130,10 @@ def test_the_actor_waits_for_every_second_update():
         state, info = jax.jit(agent.update)(states[-1], batch)
         states.append(state)
         infos.append(info)
-    moved = [not np.array_equal(*(jax.tree.leaves(s.actor.params)[-1] for s in pair)) for pair in zip(states, states[1:])]
+    moved = [
+        not np.array_equal(*(jax.tree.leaves(s.actor.params)[-1] for s in pair))
+        for pair in zip(states, states[1:], strict=False)
+    ]
     assert moved == [False, True, False, True]
     assert [bool(np.isnan(info["actor_loss"])) for info in infos] == [True, False, True, False]
 

@@ -1,0 +1,358 @@
+"""How fast the algorithms train on this machine, beside what its matrix products would allow.
+
+    python benchmarks/speed.py                                             # every algorithm, 1 and 8 seeds
+    python benchmarks/speed.py --algos iql --seeds 1 --against d3rlpy --python /tmp/d3/bin/python
+
+What is measured, at obs 17, action 6, hidden 256-256, batch 256, float32, on 100,000 random transitions:
+- Updates per second, of all seeds together, of an algorithm file's own `make_train`, with the seeds spread over the
+  devices as its `main` does it. Evaluation, checkpoints and data loading are outside.
+- The share of the matrix-product bound. The bound is the rate (FLOP/s) of a 2048 x 2048 x 2048 float32 product, at
+  JAX's default precision, over the FLOPs of the matrix products in one `agent.update`. The rate is the better of those
+  just before and just after each repetition, so that a machine that slows down or speeds up does so for both.
+- Time to the first update: from the start of a fresh process until one update is done, imports included, with an empty
+  compilation cache (cold) and with the one that this left (warm). Loading a dataset, which `main` does, is not in it.
+- Peak memory of that process until then, with its 20 MB of random data, and of its accelerator.
+
+Every (algorithm, number of seeds) runs in processes of its own, since the number of devices of a CPU is fixed once JAX
+has started. `--against d3rlpy` runs speed_d3rlpy.py in another Python environment, in turn with ours: ours, theirs,
+ours, theirs, ... The processes wait for a line on stdin and do nothing else, so only one of them computes at a time.
+"""
+import dataclasses
+import datetime
+import importlib
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+HERE = Path(__file__).resolve().parent
+ALGOS = tuple(sorted(p.stem for p in (HERE.parent / "algos").glob("*.py") if p.stem != "__init__"))
+SHAPE = {"obs_dim": 17, "action_dim": 6, "hidden": [256, 256], "batch_size": 256, "rows": 100_000}
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    algos: tuple[str, ...] = ALGOS  # files in algos/
+    seeds: tuple[int, ...] = (1, 8)  # numbers of seeds trained together
+    updates: int = 0  # of all seeds together in one repetition; 0: 1,000 on a CPU, 50,000 on an accelerator
+    repeats: int = 5  # repetitions; the tables show their medians
+    against: Literal["none", "d3rlpy"] = "none"  # another library, run in turn with ours
+    python: str = ""  # the Python that has it
+    against_updates: int = 150  # its updates in one repetition
+    out: str = ""  # the result file; by default benchmarks/results/speed-DEVICE.json
+
+
+# --- The parent: starts processes, asks them in turn, writes the result; never imports JAX --------------------
+
+
+def main(options: Options):
+    unknown = [name for name in options.algos if name not in ALGOS]
+    if unknown:
+        raise SystemExit(f"There is no algos/{unknown[0]}.py: choose from {', '.join(ALGOS)}.")
+    if min(options.seeds) < 1 or options.repeats < 1 or options.updates < 0 or options.against_updates < 1:
+        raise SystemExit("--seeds, --repeats and --against-updates must be positive, and --updates not negative.")
+    if options.against == "d3rlpy" and (not options.python or options.repeats < 3):
+        raise SystemExit("--against d3rlpy needs --python, a Python that has d3rlpy, and at least 3 --repeats.")
+    started, load = time.time(), os.getloadavg()[0]
+    if load > 0.5:
+        print(f"Other programs are running (load average {load:.1f}): expect low and uneven numbers.", file=sys.stderr)
+    results = []
+    for algo in options.algos:
+        for seeds in options.seeds:
+            print(f"{algo}, {seeds} seed{'s' * (seeds > 1)} ...", file=sys.stderr, flush=True)
+            about, row = measure(algo, seeds, options)
+            results.append(row)
+    report = {
+        "command": " ".join(sys.argv),
+        "commit": subprocess.getoutput(f"git -C {HERE} describe --always --dirty --abbrev=40"),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "device": about["device"],
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "load_average": {"before": load, "after": os.getloadavg()[0]},  # before: near 0 on a quiet machine
+        "versions": about["versions"],
+        "shape": SHAPE,
+        "seconds": round(time.time() - started),
+        "results": results,
+    }
+    slug = "".join(c if c.isalnum() else "-" for c in about["device"].lower())
+    out = Path(options.out or HERE / "results" / f"speed-{slug}.json")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(report, indent=2) + "\n")
+    print(f"{table(report)}\n\nWritten to {out}")
+
+
+def measure(algo, seeds, options):
+    """(device and versions, one row of the results). Its lists have one number for each repetition."""
+    with tempfile.TemporaryDirectory() as cache:
+        job = json.dumps({"algo": algo, "seeds": seeds, "updates": options.updates, "cache": cache})
+        command = [sys.executable, __file__, "worker", job]
+        cold = Worker(command)
+        first = cold.ask("first")
+        cold.close()
+        ours = Worker(command)
+        warm = ours.ask("first")
+        about = ours.ask("about")
+        theirs = None
+        if options.against == "d3rlpy":
+            job = json.dumps({"algo": algo, "updates": options.against_updates, **SHAPE})
+            theirs = Worker([options.python, str(HERE / "speed_d3rlpy.py"), job])
+            against = {"versions": theirs.ask("about"), "updates_per_second": []}
+        product_rate, updates_per_second = [ours.ask("product")], []
+        for _ in range(options.repeats):
+            updates_per_second.append(ours.ask("train"))
+            product_rate.append(ours.ask("product"))
+            if theirs:
+                against["updates_per_second"].append(theirs.ask("train"))
+        ours.close()
+
+    flops = about["flops_per_update"]
+    bound = [max(pair) / flops for pair in zip(product_rate[:-1], product_rate[1:], strict=True)]
+    row = {
+        "algo": algo,
+        "seeds": seeds,
+        "devices": about["devices"],
+        "updates_per_repetition": about["updates_per_repetition"],  # of all seeds together
+        "flops_per_update": flops,  # of one seed's matrix products
+        "updates_per_second": updates_per_second,  # of all seeds together
+        "product_flops_per_second": product_rate,  # before the first repetition and after each
+        "bound_updates_per_second": bound,
+        "share_of_bound": [rate / limit for rate, limit in zip(updates_per_second, bound, strict=True)],
+        "first_update_seconds": {"cold": first["seconds"], "warm": warm["seconds"]},
+        "peak_memory_mb": {"cold": first["memory_mb"], "warm": warm["memory_mb"]},
+        "peak_device_memory_mb": first["device_memory_mb"],  # None on a CPU
+    }
+    if theirs:
+        theirs.close()
+        pairs = zip(updates_per_second, against["updates_per_second"], strict=True)
+        against["ratio_of_each_pair"] = [a / b for a, b in pairs]
+        against["ratio_of_medians"] = statistics.median(updates_per_second) / statistics.median(
+            against["updates_per_second"]
+        )
+        row["d3rlpy"] = {"updates_per_repetition": options.against_updates, **against}
+    return about, row
+
+
+class Worker:
+    """A process that answers each line on its stdin with one line of JSON; what else it prints is passed over."""
+
+    def __init__(self, command):
+        # The time of the start goes along: a process cannot tell how long it took to come to life
+        environ = os.environ | {"STITCH_STARTED": repr(time.time())}
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environ
+        )
+
+    def ask(self, question):
+        try:
+            self.process.stdin.write(question + "\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            pass  # the loop below finds its output at an end
+        for line in self.process.stdout:
+            if line.startswith("ANSWER "):
+                return json.loads(line.removeprefix("ANSWER "))
+        status = self.process.wait()
+        raise SystemExit(f"{' '.join(self.process.args[:3])} ended with status {status}: its message is above.")
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.stdout.read()
+        self.process.wait()
+
+
+def processor():
+    """The CPU's name."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def table(report):
+    """The results as Markdown: medians of the repetitions and, in brackets, the lowest and the highest."""
+    rows = report["results"]
+    head = ["algorithm", "seeds", "updates/s, all seeds", "of the matrix-product bound", "first update: cold, warm",
+            "peak memory"]  # fmt: skip
+    if "d3rlpy" in rows[0]:
+        head += ["d3rlpy on the CPU, 1 seed, updates/s", "ours / d3rlpy"]
+    lines = [head, ["---"] * len(head)]
+    for row in rows:
+        seconds, memory = row["first_update_seconds"], f"{row['peak_memory_mb']['cold']:,.0f} MB"
+        if row["peak_device_memory_mb"] is not None:
+            memory += f", device {row['peak_device_memory_mb']:,.0f} MB"
+        rate, share = spread(row["updates_per_second"]), spread(row["share_of_bound"], ".0%")
+        first_update = f"{seconds['cold']:.1f} s, {seconds['warm']:.1f} s"
+        cells = [row["algo"], str(row["seeds"]), rate, share, first_update, memory]
+        if "d3rlpy" in row:
+            pairs = row["d3rlpy"]["ratio_of_each_pair"]
+            ratio = f"{row['d3rlpy']['ratio_of_medians']:.1f} ({min(pairs):.1f} to {max(pairs):.1f})"
+            cells += [spread(row["d3rlpy"]["updates_per_second"]), ratio]
+        lines.append(cells)
+    products = [rate / 1e9 for row in rows for rate in row["product_flops_per_second"]]
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    foot = (
+        f"Medians of {len(rows[0]['updates_per_second'])} repetitions (lowest to highest), on {report['date'][:10]}. "
+        f"Device: {report['device']}; {report['processor']}, {report['cores']} cores. {versions}. "
+        f"A 2048-cubed float32 product: {spread(products)} GFLOP/s."
+    )
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n\n" + foot
+
+
+def spread(values, form=",.0f"):
+    return f"{statistics.median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
+
+
+# --- A worker: one algorithm and number of seeds ----------------------------------------------------------
+
+
+def worker(algo: str, seeds: int, updates: int, cache: str):
+    """Trains as the algorithm file's `main` does, on random data, when its stdin says so."""
+    sys.path.insert(0, str(HERE.parent))  # this checkout, installed or not
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    from common.datasets import Spec, Transition
+
+    module = importlib.import_module(f"algos.{algo}")
+    jax.config.update("jax_num_cpu_devices", math.gcd(seeds, os.cpu_count()))
+    jax.config.update("jax_compilation_cache_dir", cache)
+    on_cpu = jax.default_backend() == "cpu"
+    log_interval = max(1, (updates or (1_000 if on_cpu else 50_000)) // seeds)
+    spec = Spec(SHAPE["obs_dim"], SHAPE["action_dim"])
+    cfg = module.Config(num_seeds=seeds, batch_size=SHAPE["batch_size"], hidden=tuple(SHAPE["hidden"]),
+                        num_updates=1_000_000, log_interval=log_interval)  # fmt: skip
+    agent = module.make_agent(cfg, spec)
+    rng, rows = np.random.default_rng(0), SHAPE["rows"]
+    dataset = Transition(
+        obs=rng.standard_normal((rows, spec.obs_dim), np.float32),
+        action=rng.uniform(-1, 1, (rows, spec.action_dim)).astype(np.float32),
+        reward=rng.standard_normal(rows, np.float32),
+        next_obs=rng.standard_normal((rows, spec.obs_dim), np.float32),
+        terminal=(rng.random(rows) < 0.001).astype(np.float32),
+        # The optional columns, whether the algorithm needs them or not: XLA drops what no update reads
+        next_action=rng.uniform(-1, 1, (rows, spec.action_dim)).astype(np.float32),
+        episode=np.arange(rows, dtype=np.int32) // 1_000,
+    )
+
+    # From here to `compile`, the lines of main
+    devices = jax.local_devices()[: math.gcd(seeds, jax.local_device_count())]
+    mesh = jax.sharding.Mesh(devices, "seed")
+    by_seed, whole = PartitionSpec("seed"), PartitionSpec()
+    train_one = module.make_train(cfg, agent)
+
+    def train_shard(states, dataset):
+        if devices[0].platform == "cpu":
+            return jax.lax.map(lambda state: train_one(state, dataset), states)
+        return jax.vmap(train_one, in_axes=(0, None))(states, dataset)
+
+    states = jax.jit(jax.vmap(lambda seed: agent.init(jax.random.key(seed))))(np.arange(seeds))
+    states = jax.device_put(states, NamedSharding(mesh, by_seed))
+    dataset = jax.device_put(dataset, NamedSharding(mesh, whole))
+    train = jax.shard_map(train_shard, mesh=mesh, in_specs=(by_seed, whole), out_specs=by_seed, check_vma=False)
+    train = jax.jit(train, donate_argnums=0).lower(states, dataset).compile()
+
+    ready, begun = time.time(), time.perf_counter()
+    states, _ = jax.block_until_ready(train(states, dataset))
+    # One update of `log_interval` equal ones in this compiled call
+    first = ready + (time.perf_counter() - begun) / log_interval - float(os.environ["STITCH_STARTED"])
+    in_use = [device.memory_stats() for device in devices]
+    peaks = [stats["peak_bytes_in_use"] / 2**20 for stats in in_use if stats]
+    memory = {"memory_mb": peak_memory_mb(), "device_memory_mb": max(peaks, default=None)}
+
+    # A CPU's products run on all its cores, whatever the number of devices that JAX splits it into
+    matrix = jnp.asarray(rng.standard_normal((2048, 2048), np.float32)) / 2048**0.5
+    in_a_row = 1 if on_cpu else 50  # an accelerator is done with one before the next is sent
+
+    @jax.jit
+    def products(x):
+        for _ in range(in_a_row):
+            x = x @ matrix
+        return x
+
+    jax.block_until_ready(products(matrix))
+
+    for question in sys.stdin:
+        if question == "first\n":
+            answer = {"seconds": first, **memory}
+        elif question == "about\n":
+            packages = ("jax", "jaxlib", "flax", "optax", "numpy")
+            versions = {name: importlib.metadata.version(name) for name in packages}
+            batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((cfg.batch_size, *x.shape[1:]), x.dtype), dataset)
+            update = jax.make_jaxpr(agent.update)(jax.eval_shape(agent.init, jax.random.key(0)), batch)
+            answer = {
+                "device": devices[0].device_kind,
+                "devices": len(devices),
+                "versions": {"python": platform.python_version(), **versions},
+                "updates_per_repetition": log_interval * seeds,
+                "flops_per_update": product_flops(update.jaxpr, getattr(cfg, "policy_delay", 1)),
+            }
+        elif question == "train\n":
+            begun = time.perf_counter()
+            states, _ = jax.block_until_ready(train(states, dataset))
+            answer = log_interval * seeds / (time.perf_counter() - begun)
+        elif question == "product\n":
+            seconds = []
+            for _ in range(5):
+                begun = time.perf_counter()
+                jax.block_until_ready(products(matrix))
+                seconds.append(time.perf_counter() - begun)
+            answer = 2 * 2048**3 * in_a_row / min(seconds) * (1 if on_cpu else len(devices))
+        print("ANSWER " + json.dumps(answer), flush=True)
+
+
+def peak_memory_mb():
+    """The most memory that this process has held so far."""
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+
+
+def product_flops(jaxpr, period):
+    """FLOPs of the matrix products in a jaxpr, a multiplication and an addition counting one each.
+
+    Of a `cond`, the branch with the most is counted once in `period` runs and the one with the least in the others:
+    TD3's actor is updated every `policy_delay` updates. A file without that field counts the branch with the most.
+    """
+    total = 0
+    for eqn in jaxpr.eqns:
+        inner = [product_flops(sub, period) for value in eqn.params.values() for sub in jaxprs(value)]
+        if eqn.primitive.name == "dot_general":
+            (contracted, _), _ = eqn.params["dimension_numbers"]
+            shape = eqn.invars[0].aval.shape
+            total += 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(shape[axis] for axis in contracted)
+        elif eqn.primitive.name == "cond":
+            total += min(inner) + (max(inner) - min(inner)) / period
+        elif eqn.primitive.name == "scan":
+            total += sum(inner) * eqn.params["length"]
+        elif eqn.primitive.name == "while" and sum(inner):
+            raise SystemExit("The update has matrix products in a while loop: their number is not known from shapes.")
+        else:
+            total += sum(inner)
+    return total
+
+
+def jaxprs(value):
+    """The jaxprs in one parameter of an equation."""
+    values = value if isinstance(value, tuple | list) else [value]
+    values = [getattr(v, "jaxpr", v) for v in values]  # of a ClosedJaxpr
+    return [v for v in values if hasattr(v, "eqns")]
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["worker"]:
+        worker(**json.loads(sys.argv[2]))
+    else:
+        main(tyro.cli(Options, description=__doc__.splitlines()[0]))
