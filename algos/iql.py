@@ -45,9 +45,8 @@ from tqdm import tqdm
 from common.datasets import Spec, load_dataset
 from common.networks import CategoricalActor, Critic, DiscreteCritic, GaussianActor, Value
 
+
 # --- Configuration -------------------------------------------------------------------------------------
-
-
 @dataclasses.dataclass(frozen=True)
 class Config:
     # Experiment
@@ -78,8 +77,6 @@ def load_data(cfg: Config):
 
 
 # --- State: arrays only, so that a whole run can be vmapped, compared and saved -----------------------------
-
-
 class Trainable(NamedTuple):
     params: Any
     opt_state: optax.OptState
@@ -100,8 +97,6 @@ class Agent(NamedTuple):
 
 
 # --- Algorithm -----------------------------------------------------------------------------------------
-
-
 def expectile_loss(u, expectile):
     """Asymmetric squared error: weight `expectile` where u > 0, 1 - `expectile` where u < 0. Any shape."""
     return jnp.abs(expectile - (u < 0)) * u**2
@@ -168,8 +163,6 @@ def make_agent(cfg: Config, spec: Spec) -> Agent:
 
 
 # --- Training: the same in every file, and a test keeps it so -----------------------------------------------
-
-
 def descend(tx, loss_fn, trainable, *args):
     """One optimiser step on `loss_fn(params, *args) -> (loss, info)`."""
     (loss, info), grads = jax.value_and_grad(loss_fn, has_aux=True)(trainable.params, *args)
@@ -210,7 +203,7 @@ def main(cfg: Config):
         raise SystemExit("num_updates must be a multiple of eval_interval, and eval_interval one of log_interval.")
     algo = Path(__file__).stem
     out = Path(cfg.out or f"runs/{algo}/{cfg.dataset}")
-    config = json.loads(json.dumps({"algo": algo, **dataclasses.asdict(cfg), "out": str(out)}))
+    config = json.loads(json.dumps({"algo": algo, **dataclasses.asdict(cfg), "out": ""}))  # a folder may be moved
     if (out / "config.json").exists() and json.loads((out / "config.json").read_text())["config"] != config:
         raise SystemExit(f"{out} holds a run of another configuration: choose another --out, or remove that folder.")
     if (out / "summary.json").exists():
@@ -229,7 +222,6 @@ def main(cfg: Config):
     mesh = jax.sharding.Mesh(devices, "seed")
     by_seed, whole = PartitionSpec("seed"), PartitionSpec()
     seeds = np.arange(cfg.seed, cfg.seed + cfg.num_seeds)
-
     train_one = make_train(cfg, agent)
 
     def train_shard(states, dataset):
@@ -257,8 +249,8 @@ def main(cfg: Config):
         step, train_seconds, states = saved
         states = states._replace(key=jax.random.wrap_key_data(states.key))
         states = jax.device_put(states, NamedSharding(mesh, by_seed))
-        lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-        lines = [line for line in lines if line["step"] <= step]
+        lines = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+        lines = [line for line in lines if line["step"] <= step]  # a kill may have come before their checkpoint
     packages = ("jax", "flax", "optax", "numpy", "minari", "gymnasium", "gymnasium-robotics", "mujoco")
     source = {
         "command": " ".join(sys.argv),

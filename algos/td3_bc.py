@@ -46,9 +46,8 @@ from tqdm import tqdm
 from common.datasets import Spec, load_dataset
 from common.networks import Critic, DeterministicActor
 
+
 # --- Configuration -------------------------------------------------------------------------------------
-
-
 @dataclasses.dataclass(frozen=True)
 class Config:
     # Experiment
@@ -80,8 +79,6 @@ def load_data(cfg: Config):
 
 
 # --- State: arrays only, so that a whole run can be vmapped, compared and saved -----------------------------
-
-
 class Trainable(NamedTuple):
     params: Any
     opt_state: optax.OptState
@@ -103,8 +100,6 @@ class Agent(NamedTuple):
 
 
 # --- Algorithm -----------------------------------------------------------------------------------------
-
-
 def make_agent(cfg: Config, spec: Spec) -> Agent:
     if spec.discrete:
         raise SystemExit("TD3+BC needs continuous actions and this dataset's are discrete: use IQL or BC.")
@@ -170,8 +165,6 @@ def make_agent(cfg: Config, spec: Spec) -> Agent:
 
 
 # --- Training: the same in every file, and a test keeps it so -----------------------------------------------
-
-
 def descend(tx, loss_fn, trainable, *args):
     """One optimiser step on `loss_fn(params, *args) -> (loss, info)`."""
     (loss, info), grads = jax.value_and_grad(loss_fn, has_aux=True)(trainable.params, *args)
@@ -212,7 +205,7 @@ def main(cfg: Config):
         raise SystemExit("num_updates must be a multiple of eval_interval, and eval_interval one of log_interval.")
     algo = Path(__file__).stem
     out = Path(cfg.out or f"runs/{algo}/{cfg.dataset}")
-    config = json.loads(json.dumps({"algo": algo, **dataclasses.asdict(cfg), "out": str(out)}))
+    config = json.loads(json.dumps({"algo": algo, **dataclasses.asdict(cfg), "out": ""}))  # a folder may be moved
     if (out / "config.json").exists() and json.loads((out / "config.json").read_text())["config"] != config:
         raise SystemExit(f"{out} holds a run of another configuration: choose another --out, or remove that folder.")
     if (out / "summary.json").exists():
@@ -231,7 +224,6 @@ def main(cfg: Config):
     mesh = jax.sharding.Mesh(devices, "seed")
     by_seed, whole = PartitionSpec("seed"), PartitionSpec()
     seeds = np.arange(cfg.seed, cfg.seed + cfg.num_seeds)
-
     train_one = make_train(cfg, agent)
 
     def train_shard(states, dataset):
@@ -259,8 +251,8 @@ def main(cfg: Config):
         step, train_seconds, states = saved
         states = states._replace(key=jax.random.wrap_key_data(states.key))
         states = jax.device_put(states, NamedSharding(mesh, by_seed))
-        lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-        lines = [line for line in lines if line["step"] <= step]
+        lines = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+        lines = [line for line in lines if line["step"] <= step]  # a kill may have come before their checkpoint
     packages = ("jax", "flax", "optax", "numpy", "minari", "gymnasium", "gymnasium-robotics", "mujoco")
     source = {
         "command": " ".join(sys.argv),

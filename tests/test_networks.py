@@ -26,8 +26,9 @@ from common.networks import (
 
 KEY = jax.random.key(0)
 HIDDEN = (8, 8)
-OBS = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
-ACTION = np.random.default_rng(1).uniform(-1, 1, (5, 2)).astype(np.float32)
+OBS = np.random.default_rng(0).normal(size=(7, 5)).astype(np.float32)
+OBS_3 = OBS[:, :3]  # a critic's: its first layer has 3 + 2 inputs, as many as the other networks'
+ACTION = np.random.default_rng(1).uniform(-1, 1, (7, 2)).astype(np.float32)
 GRID = np.linspace(-30, 30, 60_001)  # of integrals over Gaussians of the tests, whose means are below 2 and std below 3
 
 
@@ -36,7 +37,7 @@ def normal_log_density(x, mean, log_std):
 
 
 def inputs_of(network):
-    return (OBS, ACTION) if isinstance(network, Critic) else (OBS,)
+    return (OBS_3, ACTION) if isinstance(network, Critic) else (OBS,)
 
 
 @functools.cache
@@ -169,11 +170,11 @@ def test_policies_are_interchangeable(Actor):
         return pi.mode(), pi.log_prob(pi.mode())
 
     mode, log_prob = mode_and_log_prob(OBS)
-    assert log_prob.shape == (5,)
-    assert mode.shape == ((5,) if Actor is CategoricalActor else (5, 4))
+    assert log_prob.shape == (7,)
+    assert mode.shape == ((7,) if Actor is CategoricalActor else (7, 4))
     assert Actor is CategoricalActor or (np.abs(mode) <= 1).all()
-    for lead in ((), (2, 5)):
-        shapes = jax.eval_shape(mode_and_log_prob, jnp.zeros((*lead, 3)))
+    for lead in ((), (2, 7)):
+        shapes = jax.eval_shape(mode_and_log_prob, jnp.zeros((*lead, 5)))
         assert [x.shape for x in shapes] == [lead + mode.shape[1:], lead]
 
 
@@ -183,7 +184,7 @@ def test_gaussian_actor_has_one_standard_deviation_for_all_states():
     for log_std, expected in (([0.5, -1.0], [0.5, -1.0]), ([9.0, -9.0], [2.0, -5.0])):
         params["params"]["log_std"] = jnp.array(log_std)
         pi = actor.apply(params, OBS)
-        np.testing.assert_array_equal(pi.log_std, np.tile(np.float32(expected), (5, 1)))
+        np.testing.assert_array_equal(pi.log_std, np.tile(np.float32(expected), (7, 1)))
     np.testing.assert_array_equal(init(actor)["params"]["log_std"], np.zeros(2))
 
 
@@ -198,7 +199,7 @@ def test_tanh_gaussian_actor_has_a_standard_deviation_per_state():
 def test_deterministic_actor_is_within_the_bounds():
     actor = DeterministicActor(2, HIDDEN)
     action = jax.jit(actor.apply)(random_params(actor), 1e4 * OBS)
-    assert action.shape == (5, 2) and np.abs(action).max() == 1
+    assert action.shape == (7, 2) and np.abs(action).max() == 1
 
 
 def test_a_hidden_layer_is_linear_then_relu_and_the_last_is_linear():
@@ -207,11 +208,12 @@ def test_a_hidden_layer_is_linear_then_relu_and_the_last_is_linear():
     layers = flax.traverse_util.flatten_dict(params, sep="/")
     b0, w0, b1, w1 = (layers[name] for name in sorted(layers))
     v = jax.jit(value.apply)(params, OBS)
-    assert v.shape == (5,)  # no trailing axis
+    assert v.shape == (7,)  # no trailing axis
     np.testing.assert_allclose(v, (np.maximum(OBS @ w0 + b0, 0) @ w1 + b1)[:, 0], rtol=1e-4, atol=1e-5)
 
 
-CRITICS = [(Critic(3, HIDDEN), (OBS, ACTION)), (DiscreteCritic(4, 3, HIDDEN), (OBS, np.array([0, 3, 1, 1, 2])))]
+INDEX = np.array([0, 3, 1, 1, 2, 0, 3])  # of a discrete action
+CRITICS = [(Critic(3, HIDDEN), (OBS_3, ACTION)), (DiscreteCritic(4, 3, HIDDEN), (OBS, INDEX))]
 CRITICS = pytest.mark.parametrize("critic, inputs", CRITICS, ids=["continuous", "discrete"])
 
 
@@ -219,13 +221,13 @@ CRITICS = pytest.mark.parametrize("critic, inputs", CRITICS, ids=["continuous", 
 def test_critic_axis_comes_first(critic, inputs):
     params = random_params(critic)
     q = jax.jit(critic.apply)(params, *inputs)
-    assert q.shape == (3, 5)
+    assert q.shape == (3, 7)
     assert {leaf.shape[0] for leaf in jax.tree.leaves(params)} == {3}
     # Each is the function of its own parameters and of all inputs
     for i in range(3):
         alone = critic.copy(num_critics=1).apply(jax.tree.map(lambda x, i=i: x[i : i + 1], params), *inputs)
         np.testing.assert_allclose(q[i], alone[0], rtol=1e-4, atol=1e-4)
-    assert len(np.unique(q)) == 15
+    assert len(np.unique(q)) == 21
 
 
 @CRITICS
@@ -240,16 +242,15 @@ def test_discrete_critic_gathers_the_given_actions():
     critic = DiscreteCritic(4, 2, HIDDEN)
     params = random_params(critic)
     every = critic.apply(params, OBS)
-    assert every.shape == (2, 5, 4)
-    action = np.array([0, 3, 1, 1, 2])
-    gathered = np.stack([every[:, i, a] for i, a in enumerate(action)], axis=1)
-    np.testing.assert_array_equal(critic.apply(params, OBS, action), gathered)
+    assert every.shape == (2, 7, 4)
+    gathered = np.stack([every[:, i, a] for i, a in enumerate(INDEX)], axis=1)
+    np.testing.assert_array_equal(critic.apply(params, OBS, INDEX), gathered)
 
 
 def test_critic_reads_both_inputs():
     critic = Critic(2, HIDDEN)
     params = random_params(critic)
-    gradients = jax.jit(jax.grad(lambda x: critic.apply(params, *x).sum()))((OBS, ACTION))
+    gradients = jax.jit(jax.grad(lambda x: critic.apply(params, *x).sum()))((OBS_3, ACTION))
     assert all((np.abs(g).sum(axis=0) > 0).all() for g in gradients)
 
 
@@ -262,7 +263,7 @@ NETWORKS = [
     CategoricalActor(2, HIDDEN),
     Value(HIDDEN),
     Critic(2, HIDDEN),
-    DiscreteCritic(2, 2, HIDDEN),
+    DiscreteCritic(1, 2, HIDDEN),
 ]
 NETWORKS = pytest.mark.parametrize("network", NETWORKS, ids=lambda network: type(network).__name__)
 
@@ -292,7 +293,7 @@ def test_torch(network):
 
 
 @pytest.mark.parametrize("initializer", ["orthogonal", "torch"])
-@pytest.mark.parametrize("critic", [Critic(2, HIDDEN), DiscreteCritic(2, 2, HIDDEN)], ids=["continuous", "discrete"])
+@pytest.mark.parametrize("critic", [Critic(2, HIDDEN), DiscreteCritic(1, 2, HIDDEN)], ids=["continuous", "discrete"])
 def test_critics_start_different(critic, initializer):
     for kernel in kernels(init(critic.copy(initializer=initializer))).values():
         assert not np.isclose(kernel[0], kernel[1]).any()
@@ -336,11 +337,12 @@ def test_layers_and_seeds_draw_their_own_numbers(initializer):
 # --- Many seeds in one program --------------------------------------------------------------------------
 
 
-def test_seeds_together_start_as_each_alone():
-    critic = Critic(2, (8,), "torch")  # the orthogonal networks: below
-    together = jax.jit(jax.vmap(lambda seed: critic.init(jax.random.key(seed), OBS, ACTION)))(np.arange(3))
+@pytest.mark.parametrize("initializer", ["orthogonal", "torch"])
+def test_seeds_together_start_as_each_alone(initializer):
+    critic = Critic(2, (), initializer)  # a single layer, to compile less
+    together = jax.jit(jax.vmap(lambda seed: critic.init(jax.random.key(seed), OBS_3, ACTION)))(np.arange(3))
     alone = jax.tree.map(lambda *leaves: np.stack(leaves), *(init(critic, seed) for seed in range(3)))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), together, alone)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), together, alone)
 
 
 VMAPPED_INIT = """
@@ -355,13 +357,13 @@ def init(seed):
     keys = jax.random.split(jax.random.key(seed), 3)
     return GaussianActor(6).init(keys[0], obs), Critic().init(keys[1], obs, action), Value().init(keys[2], obs)
 
-together = jax.block_until_ready(jax.jit(jax.vmap(init))(np.arange(3)))
-alone = jax.jit(init)(2)
-jax.tree.map(lambda a, b: np.testing.assert_allclose(a[2], b, rtol=1e-4, atol=1e-5), together, alone)
+params = jax.jit(jax.vmap(init))(np.arange(3))
+assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
 """
 
 
 def test_vmapped_initialisation_does_not_deadlock():
     """JAX 0.10's batched QR on a CPU can wait for the threads of other QRs, for ever: see networks._alone."""
     environ = {"PYTHONPATH": os.pathsep.join(sys.path), "JAX_PLATFORMS": "cpu"}
+    environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # of the compiler, to save seconds: the QRs wait all the same
     subprocess.run([sys.executable, "-c", VMAPPED_INIT], env=environ, timeout=60, check=True)

@@ -151,7 +151,7 @@ def test_sigkill_and_start_again(umaze, tmp_path):
         ({"hidden": (8, 0)}, "hidden must be positive"),
         ({"eval_interval": 30}, "multiple of eval_interval"),
         ({"log_interval": 3}, "multiple of eval_interval"),
-        ({"dataset": "stitch/pointmaze-umaz-v0"}, "Did you mean stitch/pointmaze-umaze-v0"),
+        ({"dataset": "stitch/pointmaze-umaz-v0"}, "a similar name .stitch/pointmaze-umaze-v0"),
     ],
 )
 def test_bad_input_is_one_sentence_before_any_compilation(umaze, tmp_path, monkeypatch, changes, sentence):
