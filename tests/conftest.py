@@ -16,3 +16,11 @@ def umaze(tmp_path_factory):
         monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path_factory.mktemp("minari")))
         recipes.build("stitch/pointmaze-umaze-v0")
         yield minari.load_dataset("stitch/pointmaze-umaze-v0")
+
+
+@pytest.fixture
+def optimised():
+    """XLA's optimisations, for tests that train for thousands of updates."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)

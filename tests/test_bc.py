@@ -23,7 +23,7 @@ def one_state(action):
     return Transition(jnp.ones((n, 1)), action, jnp.arange(n) * 1.0, jnp.ones((n, 1)), jnp.ones(n))
 
 
-def test_two_conflicting_actions():
+def test_two_conflicting_actions(optimised):
     # Actions -0.5 and 0.5 in one state: the squared error is least at 0; the likelihood at mean 0 and standard
     # deviation 0.5, log 0.5 = -0.6931, where the entropy is log 0.5 + 0.5 log(2 pi e) = 0.7258
     data = one_state(jnp.where(jnp.arange(64) % 2 == 0, -0.5, 0.5)[:, None])
@@ -47,7 +47,7 @@ def test_squared_error_is_the_mean_over_the_actions_dimensions():
     np.testing.assert_allclose(info["actor_loss"], 0.13, rtol=1e-5)
 
 
-def test_discrete_cloning_finds_the_frequencies():
+def test_discrete_cloning_finds_the_frequencies(optimised):
     # mu = (0.75, 0.25): the cross-entropy is least at mu
     data = one_state(jnp.arange(64) % 4 // 3)
     _, state, _ = fit(bc.Config(**SMALL), Spec(1, 2, True), data)

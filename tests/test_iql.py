@@ -49,7 +49,7 @@ def test_expectile_of_a_fair_coin_is_tau(tau):
     np.testing.assert_allclose(grad(tau), 0.0, atol=1e-6)
 
 
-def test_bandit():
+def test_bandit(optimised):
     # One state, arms of reward 1 and 2 taken with mu = (0.75, 0.25), every step terminal, so Q = (1, 2).
     # V: tau * 0.25 (2 - V) = (1 - tau) * 0.75 (V - 1); tau = 0.5: 1.25, 0.7: 1.4375, 0.9: 1.75.
     # pi(1) = 0.25 e^(3 (2 - V)) / (that + 0.75 e^(3 (1 - V))) = 1 / (1 + 3 e^-3) = 0.870049 for every V.
@@ -61,7 +61,7 @@ def test_bandit():
     np.testing.assert_allclose(pi[:, 0, 1], [0.870049] * 3, atol=0.01)
 
 
-def test_two_state_chain():
+def test_two_state_chain(optimised):
     # s0: stop -> reward 1, end; go -> 0, s1. s1: stop -> 0, end; go -> 2, end. Uniform data, discount 0.9.
     # V(s1) is the expectile of (0, 2) = 2 tau; Q(s0, go) = 1.8 tau; V(s0) the expectile of (1, 1.8 tau):
     # tau = 0.5: 0.95; 0.7: 1.182; 0.9: 1.558. pi(go|s0) = sigmoid(3 (1.8 tau - 1)); pi(go|s1) = sigmoid(6) = 0.9975.
@@ -137,7 +137,8 @@ def test_learning_rate_of_the_actor_alone_decays_along_a_cosine():
             set_count = lambda x: x._replace(count=jnp.array(count)) if is_schedule(x) else x  # noqa: E731
             return trainable._replace(opt_state=jax.tree.map(set_count, trainable.opt_state, is_leaf=is_schedule))
 
-        new, _ = jax.jit(agent.update)(state._replace(actor=late(state.actor)), batch)
+        late_state = state._replace(actor=late(state.actor), critic=late(state.critic), value=late(state.value))
+        new, _ = jax.jit(agent.update)(late_state, batch)
         move = lambda name: optax.tree.norm(  # noqa: E731
             optax.tree.sub(getattr(new, name).params, getattr(state, name).params)
         )

@@ -1,4 +1,5 @@
 """common/networks.py: distributions against closed forms and numerical integrals, ensembles, initialisation."""
+
 import functools
 import os
 import subprocess

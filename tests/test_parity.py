@@ -6,6 +6,7 @@ its hyper-parameters, the factors between its losses and ours, and where it depa
 A gradient is read from Adam: after the first update its first moment is mu = (1 - b1) gradient. At learning rate 0 no
 network moves within an update, so that IQL's networks may take their turns in another order in d3rlpy.
 """
+
 import dataclasses
 import functools
 import json

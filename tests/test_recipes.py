@@ -1,4 +1,5 @@
 """The datasets that can be built anywhere: what the U-maze walks hold, and that a build is atomic and repeatable."""
+
 import os
 import subprocess
 import sys

@@ -13,6 +13,8 @@ import flax
 import numpy as np
 import pytest
 
+from common.datasets import Environment
+
 ROOT = pathlib.Path(__file__).parents[1]
 TINY = dict(
     num_updates=40, eval_interval=20, log_interval=10, eval_episodes=2, batch_size=16, hidden=(8, 8), num_seeds=2
@@ -104,6 +106,30 @@ def test_each_seed_is_that_seed_alone(finished, tmp_path):
     lines = [json.loads(line) for line in (finished[0] / "metrics.jsonl").read_text().splitlines()]
     for line, other in zip([x for x in lines if x["seed"] == 1], map(json.loads, metrics.splitlines()), strict=True):
         assert line["returns"] == other["returns"]
+
+
+def test_scores_are_those_of_the_last_evaluation_and_their_spread(umaze, tmp_path, monkeypatch):
+    # Reference scores 10 and 20: returns (0, 1) and (1, 1) score -95 and -90: mean -92.5, standard deviation 2.5.
+    # (The standard deviation of the returns, put through the same map as a mean, would be -97.5.)
+    evaluations = iter([np.full((2, 2), 15.0), np.array([[0.0, 1.0], [1.0, 1.0]])])  # the better one first
+    monkeypatch.setattr(Environment, "evaluate", lambda self, policy, seeds, episodes: next(evaluations))
+    monkeypatch.setattr(Environment, "score", lambda self, returns: 100 * (np.asarray(returns) - 10) / 10)
+    summary = run(load("bc"), tmp_path)
+    assert summary["score_per_seed"] == [-95, -90] and summary["returns"] == [[0, 1], [1, 1]]
+    assert (summary["score_mean"], summary["score_std"]) == (-92.5, 2.5)
+
+
+def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path, iql = tmp_path / "file", load("iql")
+    iql.write(path, "old")
+
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        iql.write(path, b"new")
+    assert path.read_text() == "old"
 
 
 @pytest.mark.parametrize("writes", [2, 4, 5])

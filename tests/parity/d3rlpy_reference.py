@@ -20,6 +20,7 @@ Every loss below is a call into d3rlpy, and every gradient is torch's: no formul
 Weights and batches are float32. d3rlpy then computes in float64 and the results are rounded to float32, so that the
 bytes do not depend on the order in which a CPU sums.
 """
+
 import json
 import pathlib
 import platform
