@@ -15,17 +15,6 @@ START, GOAL = pointmaze.find_cell(pointmaze.UMAZE, "r"), pointmaze.find_cell(poi
 
 
 @pytest.fixture(scope="session")
-def umaze(tmp_path_factory):
-    """The U-maze dataset, built once per session in a Minari root of its own."""
-    import minari
-
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path_factory.mktemp("minari")))
-        recipes.build(UMAZE_ID)
-        yield minari.load_dataset(UMAZE_ID)
-
-
-@pytest.fixture(scope="session")
 def episodes(umaze):
     return list(umaze)
 
