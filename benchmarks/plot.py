@@ -8,6 +8,7 @@ maze.png            For datasets of gymnasium-robotics' mazes: walks of the data
 
 The pictures are written into the run folder, or into --out where several folders are given.
 """
+
 import dataclasses
 import importlib
 import json
@@ -27,8 +28,14 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 MARKERS = "os^Dvph"
 REACHED, MISSED, WALL = "#0072B2", "#D55E00", "#9A9A9A"
 GOAL_RADIUS = 0.45  # metres: closer than that, gymnasium-robotics' PointMaze and AntMaze reward
-START = {"marker": "o", "color": "white", "markeredgecolor": "black", "markersize": 13, "markeredgewidth": 2.5,
-         "linestyle": "none"}
+START = {
+    "marker": "o",
+    "color": "white",
+    "markeredgecolor": "black",
+    "markersize": 13,
+    "markeredgewidth": 2.5,
+    "linestyle": "none",
+}
 GOAL = START | {"marker": "*", "color": "#F0E442", "markersize": 22, "markeredgewidth": 1.5}
 END = {"marker": "X", "markersize": 8, "markeredgecolor": "white"}
 STYLE = {
@@ -229,13 +236,23 @@ def draw_data(axes, maze, data, data_episodes):
             axes.plot(*path.T, color="white", linewidth=5.5, zorder=3)
             axes.plot(*path.T, color=colour, linewidth=3, zorder=3)
             axes.plot(*path[0], color=colour, marker="o", markersize=7, markeredgecolor="white", zorder=3)
-            axes.annotate("", path[-1], path[-len(path) // 6], zorder=3,
-                          arrowprops={"arrowstyle": "-|>", "color": colour, "mutation_scale": 20})
+            axes.annotate(
+                "",
+                path[-1],
+                path[-len(path) // 6],
+                zorder=3,
+                arrowprops={"arrowstyle": "-|>", "color": colour, "mutation_scale": 20},
+            )
     draw_maze(axes, maze)
-    both = sum(visits(maze, path, maze.unique_reset_locations) and visits(maze, path, maze.unique_goal_locations)
-               for path in episodes)
-    axes.set_title(f"Data: {len(episodes):,} episodes, " + ("none visits" if both == 0 else f"{both:,} visit")
-                   + " both start and goal")
+    both = sum(
+        visits(maze, path, maze.unique_reset_locations) and visits(maze, path, maze.unique_goal_locations)
+        for path in episodes
+    )
+    axes.set_title(
+        f"Data: {len(episodes):,} episodes, "
+        + ("none visits" if both == 0 else f"{both:,} visit")
+        + " both start and goal"
+    )
     axes.set_xlabel(f"{len(sample)} of them, a colour each, dots where they begin")
 
 

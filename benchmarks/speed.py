@@ -7,8 +7,9 @@ What is measured, at obs 17, action 6, hidden 256-256, batch 256, float32, on 10
 - Updates per second, of all seeds together, of an algorithm file's own `make_train`, with the seeds spread over the
   devices as its `main` does it. Evaluation, checkpoints and data loading are outside.
 - The share of the matrix-product bound. The bound is the rate (FLOP/s) of a 2048 x 2048 x 2048 float32 product, at
-  JAX's default precision, over the FLOPs of the matrix products in one `agent.update`. The rate is the better of those
-  just before and just after each repetition, so that a machine that slows down or speeds up does so for both.
+  JAX's default precision, over the FLOPs of the matrix products in one `agent.update`. The rate is the mean of those
+  of two seconds just before and just after each repetition, so that a machine that slows down or speeds up, or whose
+  cores others use as well, does so for both.
 - Time to the first update: from the start of a fresh process until one update is done, imports included, with an empty
   compilation cache (cold) and with the one that this left (warm). Loading a dataset, which `main` does, is not in it.
 - Peak memory of that process until then, with its 20 MB of random data, and of its accelerator.
@@ -17,6 +18,7 @@ Every (algorithm, number of seeds) runs in processes of its own, since the numbe
 has started. `--against d3rlpy` runs speed_d3rlpy.py in another Python environment, in turn with ours: ours, theirs,
 ours, theirs, ... The processes wait for a line on stdin and do nothing else, so only one of them computes at a time.
 """
+
 import dataclasses
 import datetime
 import importlib
@@ -118,7 +120,7 @@ def measure(algo, seeds, options):
         ours.close()
 
     flops = about["flops_per_update"]
-    bound = [max(pair) / flops for pair in zip(product_rate[:-1], product_rate[1:], strict=True)]
+    bound = [statistics.mean(pair) / flops for pair in zip(product_rate[:-1], product_rate[1:], strict=True)]
     row = {
         "algo": algo,
         "seeds": seeds,
@@ -150,9 +152,7 @@ class Worker:
     def __init__(self, command):
         # The time of the start goes along: a process cannot tell how long it took to come to life
         environ = os.environ | {"STITCH_STARTED": repr(time.time())}
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environ
-        )
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environ)
 
     def ask(self, question):
         try:
@@ -305,12 +305,12 @@ def worker(algo: str, seeds: int, updates: int, cache: str):
             states, _ = jax.block_until_ready(train(states, dataset))
             answer = log_interval * seeds / (time.perf_counter() - begun)
         elif question == "product\n":
-            seconds = []
-            for _ in range(5):
-                begun = time.perf_counter()
+            # For seconds on end, as the training: the best of a few would be the machine's best moment
+            count, begun = 0, time.perf_counter()
+            while time.perf_counter() - begun < 2:
                 jax.block_until_ready(products(matrix))
-                seconds.append(time.perf_counter() - begun)
-            answer = 2 * 2048**3 * in_a_row / min(seconds) * (1 if on_cpu else len(devices))
+                count += in_a_row
+            answer = 2 * 2048**3 * count / (time.perf_counter() - begun) * (1 if on_cpu else len(devices))
         print("ANSWER " + json.dumps(answer), flush=True)
 
 

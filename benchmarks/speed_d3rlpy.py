@@ -6,6 +6,7 @@ d3rlpy as its user gets it: its own `fit` on its own replay buffer, on the CPU w
 Log files, log lines and the progress bar are off. Its hyper-parameters are its defaults but for the shapes of speed.py;
 the networks are then the same in number and size as ours. Its BC regresses a deterministic policy, ours a Gaussian.
 """
+
 import importlib.metadata
 import json
 import logging
