@@ -76,7 +76,7 @@ def keep_best(dataset: Transition, fraction: float) -> Transition:
     length = np.bincount(dataset.episode)
     returns = np.bincount(dataset.episode, weights=dataset.reward)
     best_first = np.argsort(returns, kind="stable")[::-1]
-    fits = np.cumsum(length[best_first]) <= fraction * len(dataset.reward)
+    fits = np.cumsum(length[best_first]) <= round(fraction * len(dataset.reward), 6)  # 0.29 * 100 is 28.999...
     kept = best_first[: max(1, fits.sum())]
     rows = np.isin(dataset.episode, kept)
     return jax.tree.map(lambda x: x[rows], dataset)

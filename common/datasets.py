@@ -17,6 +17,7 @@ The contract, for every dataset and every algorithm:
 
 This module imports minari and gymnasium only when a dataset is loaded.
 """
+
 import contextlib
 import difflib
 import json

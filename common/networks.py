@@ -6,6 +6,7 @@ axes are free. An ensemble's axis comes first: a Critic returns (num_critics, ..
 A policy is a network that returns a distribution with `sample(key)`, `log_prob(action)` (summed over the action's
 dimensions), `mode()` and `entropy()`. An algorithm that needs no more works with discrete and continuous actions.
 """
+
 from collections.abc import Sequence
 from typing import NamedTuple
 

@@ -3,6 +3,7 @@
 A recipe is a function `(dataset_id, data_path) -> None` that writes a Minari dataset into the folder `data_path`.
 Importing this package imports no simulator: the recipes do, when they are called.
 """
+
 import json
 import os
 import tempfile

@@ -14,6 +14,7 @@ data hold near "r" never gets a reward. A policy must *stitch*: find, through va
 joined end to end, lead to the goal. Imitation ends near "r", where most walks lead. (With all targets equally likely
 it does not: the ball's velocity tells which way a walk goes, and a clone rolls on by momentum, to the goal at times.)
 """
+
 from __future__ import annotations
 
 from collections import deque
@@ -199,6 +200,7 @@ def build_walks(dataset_id: str, data_path: Path, maze_map: MazeMap, walk_cells:
     import minari
     from minari.dataset.minari_storage import MinariStorage
 
+    distance = bfs_distances(maze_map, find_cell(maze_map, "g"))[find_cell(maze_map, "r")]
     env = make_env(behaviour_map(maze_map), WALK_STEPS)
     eval_env = make_env(maze_map, EVAL_STEPS)
     episodes = collect_walks(env, maze_map, walk_cells, num_steps, desc=dataset_id)
@@ -206,20 +208,21 @@ def build_walks(dataset_id: str, data_path: Path, maze_map: MazeMap, walk_cells:
     storage = MinariStorage.new(
         data_path, env.observation_space, env.action_space, env_spec=env.spec, data_format="hdf5"
     )
-    storage.update_metadata({
-        "dataset_id": dataset_id,
-        "minari_version": minari.__version__,
-        "eval_env_spec": eval_env.spec.to_json(),
-        "author": {"Stitch"},
-        "algorithm_name": "PD controller on shortest paths, with Gaussian action noise",
-        "code_permalink": "common/recipes/pointmaze.py",
-        "description": f"PointMaze walks of at most {walk_cells} cells in a maze whose goal is "
-        f"{bfs_distances(maze_map, find_cell(maze_map, 'g'))[find_cell(maze_map, 'r')]} cells from the start of the "
-        "evaluation: no trajectory solves the task, a policy has to stitch. Sparse reward, one goal.",
-        "requirements": ["gymnasium-robotics>=1.4"],
-        "ref_min_score": 0.0,  # return of failure
-        "ref_max_score": 1.0,  # and of success, so that the normalised score is the success rate
-    })
+    storage.update_metadata(
+        {
+            "dataset_id": dataset_id,
+            "minari_version": minari.__version__,
+            "eval_env_spec": eval_env.spec.to_json(),
+            "author": {"Stitch"},
+            "algorithm_name": "PD controller on shortest paths, with Gaussian action noise",
+            "code_permalink": "common/recipes/pointmaze.py",
+            "description": f"PointMaze walks of at most {walk_cells} cells in a maze whose goal is {distance} cells "
+            "from the start of the evaluation: no trajectory solves the task, a policy has to stitch. Sparse reward.",
+            "requirements": ["gymnasium-robotics>=1.4"],
+            "ref_min_score": 0.0,  # return of failure
+            "ref_max_score": 1.0,  # and of success, so that the normalised score is the success rate
+        }
+    )
     storage.update_episodes(episodes)
     env.close()
     eval_env.close()
