@@ -8,7 +8,7 @@ import numpy as np
 from algos import bc
 from common.datasets import Spec, Transition
 
-SMALL = dict(batch_size=64, hidden=(16,), learning_rate=1e-2, num_updates=1500, log_interval=1500)
+SMALL = dict(batch_size=512, hidden=(16,), learning_rate=3e-3, num_updates=1500, log_interval=1500)
 
 
 def fit(cfg, spec, data):
