@@ -13,7 +13,7 @@ From equation to code
 
 Order of one update   Q; in every second update then pi, target Q, target pi.
 Hyper-parameters      Config defaults: the reference's main.py, with fewer updates.
-Deviations            1. From the paper, as in the reference's code: lambda is scaled by Q at pi(s), not at the data's a.
+Deviations            1. From the paper, as the reference's code: lambda is scaled by Q at pi(s), not at the data's a.
                       2. `reward_shift` is not in the paper: -1 for 0/1 rewards, as CORL does on AntMaze.
                       3. Batches are drawn on the device, with replacement.
 Run                   python algos/td3_bc.py --dataset stitch/pointmaze-umaze-v0
