@@ -29,7 +29,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from common.recipes import RECIPES, build
+from common.recipes import RECIPES, build, find
 
 
 class DatasetError(SystemExit):
@@ -46,6 +46,7 @@ class Transition(NamedTuple):
     terminal: np.ndarray  # (n,) float32: 1 where the MDP ended, 0 at a time-out
     next_action: np.ndarray | None = None  # like action; at the end of an episode, where there is none, the row's own
     episode: np.ndarray | None = None  # (n,) int32: 0, 1, 2, ... in the order of the rows
+    return_to_go: np.ndarray | None = None  # (n,) float32: discounted sum of rewards to the episode's end
 
 
 class Spec(NamedTuple):
@@ -158,12 +159,16 @@ class Environment:
 # --- Loading -------------------------------------------------------------------------------------------
 
 
-def load_dataset(dataset_id: str, *, columns=(), normalize_obs=False, normalize_reward=False, reward_shift=0.0):
+def load_dataset(
+    dataset_id: str, *, columns=(), discount=1.0, normalize_obs=False, normalize_reward=False, reward_shift=0.0
+):
     """Load a Minari dataset, building or downloading it first where needed.
 
     Args:
       dataset_id: Minari's name, e.g. "stitch/pointmaze-umaze-v0", "mujoco/hopper/medium-v0" or one of your own.
-      columns: optional columns of Transition to fill: "next_action", "episode".
+      columns: optional columns of Transition to fill: "next_action", "episode", "return_to_go".
+      discount: of return_to_go, which sums `reward` as it is returned. At a time-out it stops: nothing stands for what
+        would have followed.
       normalize_obs: (obs - mean) / (std + 1e-3) over the rows' observations, in the environment too (TD3+BC, sec. 5).
       normalize_reward: reward * 1000 / (best - worst episode return) (IQL's reference, for MuJoCo).
       reward_shift: added to every reward, after that scaling (-1 for a reward of 1 at a goal, as IQL on AntMaze).
@@ -206,10 +211,18 @@ def load_dataset(dataset_id: str, *, columns=(), normalize_obs=False, normalize_
     if "next_action" in columns:
         optional["next_action"] = np.concatenate([action[1:], action[-1:]])
         optional["next_action"][last] = action[last]
+    reward = (reward + reward_shift).astype(np.float32)
+    if "return_to_go" in columns:
+        to_go = reward.tolist()
+        goes_on = ~raw["terminations"].astype(bool)
+        goes_on[last] = False
+        for i in np.flatnonzero(goes_on)[::-1].tolist():
+            to_go[i] += discount * to_go[i + 1]
+        optional["return_to_go"] = np.array(to_go, np.float32)
     data = Transition(
         obs=obs[first],
         action=action,
-        reward=(reward + reward_shift).astype(np.float32),
+        reward=reward,
         next_obs=obs[first + 1],
         terminal=raw["terminations"].astype(np.float32),
         **{name: optional[name] for name in columns},
@@ -226,8 +239,8 @@ def _open(dataset_id):
         raise _unknown(dataset_id, "is not a dataset name (they look like namespace/name-v0)")
     path = get_dataset_path(dataset_id)
     if not (path / "data").exists():
-        if dataset_id in RECIPES:
-            build(dataset_id)
+        if find(dataset_id):
+            _build(dataset_id)
         elif dataset_id.split("/")[0] in REMOTE_NAMESPACES:
             _download(dataset_id)
         else:
@@ -238,6 +251,15 @@ def _open(dataset_id):
         raise DatasetError(f"{dataset_id} needs a package that is missing ({_one_line(error)}): install it.") from error
     except Exception as error:  # bad JSON, a missing file, an unreadable space: Minari raises what its parts raise
         raise _corrupt(dataset_id, path, error) from error
+
+
+def _build(dataset_id):
+    try:
+        build(dataset_id)
+    except ImportError as error:
+        raise DatasetError(
+            f"Building {dataset_id} needs a package that is missing ({_one_line(error)}): pip install -e '.[suite]'."
+        ) from error
 
 
 def _download(dataset_id):
@@ -425,7 +447,7 @@ def _unknown(dataset_id, why):
 
     root = get_dataset_path()  # minari.list_local_datasets raises where a folder in it is no dataset
     found = [p.parent.parent.relative_to(root).as_posix() for p in root.rglob("data/metadata.json")]
-    local = sorted(name for name in found if _is_name(name) and name not in RECIPES)
+    local = sorted(name for name in found if _is_name(name) and not find(name))
     near = difflib.get_close_matches(dataset_id, [*RECIPES, *local], n=3, cutoff=0.7)
     return DatasetError(
         f"{dataset_id} {why}: choose "

@@ -211,6 +211,19 @@ def test_discrete_next_action():
     assert data.next_action.dtype == np.int32
 
 
+def test_return_to_go_stops_at_the_end_of_its_episode():
+    first = episode(0, 3, rewards=np.array([1.0, 2.0, 4.0]))
+    timeout = episode(1, 2, "timeout", rewards=np.array([8.0, 16.0]))
+    inside = episode(2, 3, None, rewards=np.array([1.0, 2.0, 4.0]), terminations=np.array([False, True, False]))
+    write([first, timeout, inside])
+    data, _ = load_dataset(NAME, columns=("return_to_go",), discount=0.5)
+    # 1 + 2/2 + 4/4; 8 + 16/2, with nothing for what would have followed the time-out; a terminal row ends the sum too
+    np.testing.assert_array_equal(data.return_to_go, [3, 4, 4, 16, 16, 2, 2, 4])
+    assert data.return_to_go.dtype == np.float32
+    data, _ = load_dataset(NAME, columns=("return_to_go",), discount=1.0, reward_shift=-1)  # of the shifted rewards
+    np.testing.assert_array_equal(data.return_to_go, [4, 4, 3, 22, 15, 1, 1, 3])
+
+
 def test_episode_without_a_step_is_no_episode(root):
     """A collector that is closed after a reset leaves one: it has no row, and no return to be the best of."""
     write([episode(k, 2) for k in range(3)])

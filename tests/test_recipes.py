@@ -30,12 +30,12 @@ def behaviour_env():
 def quick_recipe(tmp_path, monkeypatch):
     """A recipe of a few walks in an empty Minari root. Returns the root."""
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
-    monkeypatch.setitem(recipes.RECIPES, UMAZE_ID, build_few_walks)
+    monkeypatch.setitem(recipes.RECIPES, UMAZE_ID, recipes.Recipe(build_few_walks, 500))
     return tmp_path
 
 
-def build_few_walks(dataset_id, data_path):
-    pointmaze.build_walks(dataset_id, data_path, pointmaze.UMAZE, walk_cells=2, num_steps=500)
+def build_few_walks(dataset_id, data_path, num_transitions=500):
+    pointmaze.build_walks(dataset_id, data_path, pointmaze.UMAZE, walk_cells=2, num_steps=num_transitions)
 
 
 def run_python(code, **environ):
@@ -232,6 +232,20 @@ def test_unknown_recipe_is_named(quick_recipe):
         recipes.build("stitch/none-v0")
 
 
+def test_size_in_the_name(quick_recipe):
+    """The size counts transitions; a name without one has the recipe's own; no other name has a recipe."""
+    import minari
+
+    assert recipes.find("stitch/pointmaze-umaze-20k-v0").num_transitions == 20_000
+    assert recipes.find("stitch/pointmaze-umaze-1m-v0").num_transitions == 1_000_000
+    assert recipes.find(UMAZE_ID).num_transitions == 500
+    for name in ("pointmaze-umaze-0k-v0", "pointmaze-umaze-5-v0", "pointmaze-umaze-1k-v1", "none-1k-v0"):
+        assert recipes.find(f"stitch/{name}") is None
+    recipes.build("stitch/pointmaze-umaze-1k-v0")
+    assert 1000 <= minari.load_dataset("stitch/pointmaze-umaze-1k-v0").total_steps < 1150
+    assert list(minari.list_local_datasets()) == ["stitch/pointmaze-umaze-1k-v0"]
+
+
 @pytest.mark.parametrize("moment", ["collect_walks", "write"])
 def test_failed_build_leaves_nothing(quick_recipe, monkeypatch, moment):
     from minari.dataset.minari_storage import MinariStorage
@@ -278,7 +292,7 @@ def test_build_over_existing_dataset_is_harmless(quick_recipe, monkeypatch):
     def fail(*args):
         raise AssertionError("built again")
 
-    monkeypatch.setitem(recipes.RECIPES, UMAZE_ID, fail)
+    monkeypatch.setitem(recipes.RECIPES, UMAZE_ID, recipes.Recipe(fail, 500))
     recipes.build(UMAZE_ID)
     assert files == {p: (p.stat().st_mtime_ns, p.stat().st_ino) for p in quick_recipe.rglob("*")}
 
@@ -287,12 +301,12 @@ def test_build_beaten_by_another_process(quick_recipe, monkeypatch):
     """Another build finishes between the start of this one and its renaming: both succeed, one dataset stays."""
     import minari
 
-    def overtaken(dataset_id, data_path):
-        monkeypatch.setitem(recipes.RECIPES, UMAZE_ID, build_few_walks)
+    def overtaken(dataset_id, data_path, num_transitions):
+        monkeypatch.setitem(recipes.RECIPES, UMAZE_ID, recipes.Recipe(build_few_walks, 500))
         recipes.build(UMAZE_ID)
         build_few_walks(dataset_id, data_path)
 
-    monkeypatch.setitem(recipes.RECIPES, UMAZE_ID, overtaken)
+    monkeypatch.setitem(recipes.RECIPES, UMAZE_ID, recipes.Recipe(overtaken, 500))
     recipes.build(UMAZE_ID)
     assert sorted(p.name for p in quick_recipe.iterdir()) == ["stitch"]
     assert list(minari.list_local_datasets()) == [UMAZE_ID]

@@ -1,20 +1,38 @@
 """Datasets that can be built on any machine, without a download: `build("stitch/pointmaze-umaze-v0")`.
 
-A recipe is a function `(dataset_id, data_path) -> None` that writes a Minari dataset into the folder `data_path`.
+A recipe writes a Minari dataset of a number of transitions into a folder. Its name stands for its usual size; another
+size is written before the version: "stitch/pointmaze-umaze-20k-v0", "stitch/hopper-medium-1m-v0".
 Importing this package imports no simulator: the recipes do, when they are called.
 """
 
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from common.recipes import pointmaze
 
-RECIPES: dict[str, Callable[[str, Path], None]] = {
-    "stitch/pointmaze-umaze-v0": pointmaze.build_umaze_stitch,
+
+class Recipe(NamedTuple):
+    write: Callable[[str, Path, int], None]  # (dataset_id, data_path, num_transitions)
+    num_transitions: int  # of the dataset whose name has no size
+
+
+RECIPES: dict[str, Recipe] = {
+    "stitch/pointmaze-umaze-v0": Recipe(pointmaze.umaze_stitch, 50_000),
 }
+
+
+def find(dataset_id: str) -> Recipe | None:
+    """The recipe of a name, with the number of transitions that the name asks for; None where there is no recipe."""
+    size = re.search(r"-([1-9]\d*)(k|m)(?=-v\d+$)", dataset_id)
+    if not size:
+        return RECIPES.get(dataset_id)
+    recipe = RECIPES.get(dataset_id.replace(size[0], ""))
+    return recipe and recipe._replace(num_transitions=int(size[1]) * {"k": 1_000, "m": 1_000_000}[size[2]])
 
 
 def build(dataset_id: str) -> None:
@@ -23,7 +41,8 @@ def build(dataset_id: str) -> None:
     The dataset is written in a hidden folder, which Minari does not list, and renamed into place: a build that is
     killed leaves no half-written dataset, and two builds at once both succeed.
     """
-    if dataset_id not in RECIPES:
+    recipe = find(dataset_id)
+    if recipe is None:
         raise ValueError(f"No recipe builds '{dataset_id}'. These can be built: {', '.join(sorted(RECIPES))}.")
     from minari.storage import get_dataset_path
 
@@ -34,7 +53,7 @@ def build(dataset_id: str) -> None:
     with tempfile.TemporaryDirectory(prefix=".building-", dir=get_dataset_path()) as tmp:
         dataset = Path(tmp) / "dataset"  # a folder of its own: that of tempfile is closed to other users
         dataset.mkdir()
-        RECIPES[dataset_id](dataset_id, dataset / "data")
+        recipe.write(dataset_id, dataset / "data", recipe.num_transitions)
         target.parent.mkdir(parents=True, exist_ok=True)
         namespace = Path(tmp) / "namespace_metadata.json"  # Minari lists a namespace only where this file exists
         namespace.write_text(json.dumps({"description": "Built by common/recipes of Stitch."}))

@@ -24,6 +24,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tqdm import tqdm
 
+from common.recipes import storage
+
 if TYPE_CHECKING:
     import gymnasium as gym
     from minari.data_collector import EpisodeBuffer
@@ -52,9 +54,9 @@ ARRIVAL_RADIUS, ARRIVAL_SPEED = 0.2, 0.5  # metres, metres per second: what coun
 # --- Recipes --------------------------------------------------------------------------------------
 
 
-def build_umaze_stitch(dataset_id: str, data_path: Path) -> None:
+def umaze_stitch(dataset_id: str, data_path: Path, num_transitions: int) -> None:
     """Walks of two cells in the U-maze."""
-    build_walks(dataset_id, data_path, UMAZE, walk_cells=2, num_steps=50_000)
+    build_walks(dataset_id, data_path, UMAZE, walk_cells=2, num_steps=num_transitions)
 
 
 # --- Mazes ----------------------------------------------------------------------------------------
@@ -197,32 +199,21 @@ def collect_walks(
 
 def build_walks(dataset_id: str, data_path: Path, maze_map: MazeMap, walk_cells: int, num_steps: int) -> None:
     """Collects walks and writes them, with the environment of the evaluation, as a Minari dataset in `data_path`."""
-    import minari
-    from minari.dataset.minari_storage import MinariStorage
-
     distance = bfs_distances(maze_map, find_cell(maze_map, "g"))[find_cell(maze_map, "r")]
     env = make_env(behaviour_map(maze_map), WALK_STEPS)
     eval_env = make_env(maze_map, EVAL_STEPS)
-    episodes = collect_walks(env, maze_map, walk_cells, num_steps, desc=dataset_id)
-    # The storage and not `minari.create_dataset_from_buffers`, which writes only below MINARI_DATASETS_PATH.
-    storage = MinariStorage.new(
-        data_path, env.observation_space, env.action_space, env_spec=env.spec, data_format="hdf5"
+    storage.write(
+        dataset_id,
+        data_path,
+        collect_walks(env, maze_map, walk_cells, num_steps, desc=dataset_id),
+        env,
+        eval_env,
+        reference_scores=(0.0, 1.0),  # returns of failure and success, so that the normalised score is the success rate
+        algorithm_name="PD controller on shortest paths, with Gaussian action noise",
+        code_permalink="common/recipes/pointmaze.py",
+        description=f"PointMaze walks of at most {walk_cells} cells in a maze whose goal is {distance} cells "
+        "from the start of the evaluation: no trajectory solves the task, a policy has to stitch. Sparse reward.",
+        requirements=["gymnasium-robotics>=1.4"],
     )
-    storage.update_metadata(
-        {
-            "dataset_id": dataset_id,
-            "minari_version": minari.__version__,
-            "eval_env_spec": eval_env.spec.to_json(),
-            "author": {"Stitch"},
-            "algorithm_name": "PD controller on shortest paths, with Gaussian action noise",
-            "code_permalink": "common/recipes/pointmaze.py",
-            "description": f"PointMaze walks of at most {walk_cells} cells in a maze whose goal is {distance} cells "
-            "from the start of the evaluation: no trajectory solves the task, a policy has to stitch. Sparse reward.",
-            "requirements": ["gymnasium-robotics>=1.4"],
-            "ref_min_score": 0.0,  # return of failure
-            "ref_max_score": 1.0,  # and of success, so that the normalised score is the success rate
-        }
-    )
-    storage.update_episodes(episodes)
     env.close()
     eval_env.close()
