@@ -22,6 +22,7 @@ Run                   python algos/bc.py --dataset stitch/pointmaze-umaze-v0 --t
 import contextlib
 import dataclasses
 import importlib.metadata
+import itertools
 import json
 import math
 import os
@@ -154,6 +155,9 @@ def make_train(cfg: Config, agent: Agent):
     """`train(state, dataset)`: `cfg.log_interval` updates and the means of their metrics. Pure: jit it, vmap it."""
 
     def train(state, dataset):
+        if hasattr(agent, "relabel"):  # columns that are functions of the networks and of whole episodes
+            dataset = agent.relabel(state, dataset)
+
         def step(state, _):
             key, key_batch = jax.random.split(state.key)
             index = jax.random.randint(key_batch, (cfg.batch_size,), 0, len(dataset.reward))
@@ -173,8 +177,11 @@ def write(path: Path, content: str | bytes):
     os.replace(temporary, path)
 
 
-def main(cfg: Config):
-    """Train `num_seeds` runs in one program, evaluate and checkpoint them; a killed run goes on where it stopped."""
+def main(cfg: Config, grid: dict[str, list[float]] | None = None):
+    """Train `num_seeds` runs in one program, evaluate and checkpoint them; a killed run goes on where it stopped.
+
+    `grid` maps float fields of Config that `load_data` does not read to values: each combination trains each seed.
+    """
     for name, value in dataclasses.asdict(cfg).items():
         if type(value) in (int, tuple) and name != "seed" and not np.all(np.array(value) > 0):
             raise SystemExit(f"{name} must be positive, not {value}.")
@@ -182,43 +189,55 @@ def main(cfg: Config):
         raise SystemExit("num_updates must be a multiple of eval_interval, and eval_interval one of log_interval.")
     algo = Path(__file__).stem
     out = Path(cfg.out or f"runs/{algo}/{cfg.dataset}")
-    config = json.loads(json.dumps({"algo": algo, **dataclasses.asdict(cfg), "out": ""}))  # a folder may be moved
+    config = {"algo": algo, **dataclasses.asdict(cfg), "grid": grid or {}, "out": ""}  # a folder may be moved
+    config = json.loads(json.dumps(config))
     if (out / "config.json").exists() and json.loads((out / "config.json").read_text())["config"] != config:
         raise SystemExit(f"{out} holds a run of another configuration: choose another --out, or remove that folder.")
     if (out / "summary.json").exists():
         print(f"{out} holds this very run, finished: to train again, choose another --out or remove that folder.")
         return json.loads((out / "summary.json").read_text())
 
+    points = [dict(zip(config["grid"], values, strict=True)) for values in itertools.product(*config["grid"].values())]
+    runs = [(cfg.seed + i, point) for point in points for i in range(cfg.num_seeds)]
     with contextlib.suppress(RuntimeError):  # JAX runs already, in a notebook or a test: take the devices it has
-        jax.config.update("jax_num_cpu_devices", math.gcd(cfg.num_seeds, os.cpu_count()))
+        jax.config.update("jax_num_cpu_devices", math.gcd(len(runs), os.cpu_count()))
     jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "stitch"))
     dataset, env = load_data(cfg)
-    agent = make_agent(cfg, env.spec)
 
-    # Every array of the states has a leading seed axis, sharded over the devices. Within one device that axis is a loop
-    # on a CPU, whose caches hold the networks of one run at a time, and a vmap on an accelerator.
-    devices = jax.local_devices()[: math.gcd(cfg.num_seeds, jax.local_device_count())]
-    mesh = jax.sharding.Mesh(devices, "seed")
-    by_seed, whole = PartitionSpec("seed"), PartitionSpec()
-    seeds = np.arange(cfg.seed, cfg.seed + cfg.num_seeds)
-    train_one = make_train(cfg, agent)
+    # Every array of the states has a leading axis of runs, sharded over the devices. Within one device that axis is a
+    # loop on a CPU, whose caches hold the networks of one run at a time, and a vmap on an accelerator.
+    devices = jax.local_devices()[: math.gcd(len(runs), jax.local_device_count())]
+    mesh = jax.sharding.Mesh(devices, "run")
+    by_run, whole = NamedSharding(mesh, PartitionSpec("run")), NamedSharding(mesh, PartitionSpec())
+    seeds = np.array([seed for seed, _ in runs])
+    floats = {name: np.array([point[name] for _, point in runs], np.float32) for name in config["grid"]}
 
-    def train_shard(states, dataset):
+    def init_one(seed, floats):
+        return make_agent(dataclasses.replace(cfg, **floats), env.spec).init(jax.random.key(seed))
+
+    def train_one(state, floats, dataset):
+        config = dataclasses.replace(cfg, **floats)
+        return make_train(config, make_agent(config, env.spec))(state, dataset)
+
+    def train_shard(states, floats, dataset):
         if devices[0].platform == "cpu":
-            return jax.lax.map(lambda state: train_one(state, dataset), states)
-        return jax.vmap(train_one, in_axes=(0, None))(states, dataset)
+            return jax.lax.map(lambda run: train_one(*run, dataset), (states, floats))
+        return jax.vmap(train_one, in_axes=(0, 0, None))(states, floats, dataset)
 
     @jax.jit
     def policy(states, obs, t):
-        keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), t))(seeds)
-        return jax.vmap(agent.act)(states, obs, keys)
+        def act(state, floats, seed, obs):
+            agent = make_agent(dataclasses.replace(cfg, **floats), env.spec)
+            return agent.act(state, obs, jax.random.fold_in(jax.random.key(seed), t))
+
+        return jax.vmap(act)(states, floats, seeds, obs)
 
     started = time.perf_counter()
-    states = jax.jit(jax.vmap(lambda seed: agent.init(jax.random.key(seed))))(seeds)
-    states = jax.device_put(states, NamedSharding(mesh, by_seed))
-    dataset = jax.device_put(dataset, NamedSharding(mesh, whole))
-    train = jax.shard_map(train_shard, mesh=mesh, in_specs=(by_seed, whole), out_specs=by_seed, check_vma=False)
-    train = jax.jit(train, donate_argnums=0).lower(states, dataset).compile()
+    states = jax.device_put(jax.jit(jax.vmap(init_one))(seeds, floats), by_run)
+    arguments = jax.device_put(floats, by_run), jax.device_put(dataset, whole)
+    in_specs = (by_run.spec, by_run.spec, whole.spec)
+    train = jax.shard_map(train_shard, mesh=mesh, in_specs=in_specs, out_specs=by_run.spec, check_vma=False)
+    train = jax.jit(train, donate_argnums=0).lower(states, *arguments).compile()
     compile_seconds, train_seconds = time.perf_counter() - started, 0.0
 
     step, lines, score = 0, [], math.nan
@@ -227,7 +246,7 @@ def main(cfg: Config):
         saved = flax.serialization.from_bytes(saved, (out / "checkpoint.msgpack").read_bytes())
         step, train_seconds, states = saved
         states = states._replace(key=jax.random.wrap_key_data(states.key))
-        states = jax.device_put(states, NamedSharding(mesh, by_seed))
+        states = jax.device_put(states, by_run)
         lines = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
         lines = [line for line in lines if line["step"] <= step]  # a kill may have come before their checkpoint
     packages = ("jax", "flax", "optax", "numpy", "minari", "gymnasium", "gymnasium-robotics", "mujoco")
@@ -245,7 +264,7 @@ def main(cfg: Config):
             infos = []
             for _ in range(cfg.eval_interval // cfg.log_interval):
                 started = time.perf_counter()
-                states, info = jax.block_until_ready(train(states, dataset))
+                states, info = jax.block_until_ready(train(states, *arguments))
                 train_seconds += time.perf_counter() - started
                 infos.append(info)
                 losses = {name: f"{x.mean():.3g}" for name, x in info.items() if name.endswith("loss")}
@@ -254,10 +273,10 @@ def main(cfg: Config):
             step += cfg.eval_interval
             returns = env.evaluate(partial(policy, jax.device_put(states, devices[0])), seeds, cfg.eval_episodes)
             score = env.score(returns).mean()
-            for i, seed in enumerate(seeds.tolist()):
+            for i, (seed, point) in enumerate(runs):
                 metrics = {name: float(np.mean([info[name][i] for info in infos])) for name in info}
                 evaluation = {"score": env.score(returns[i]).mean(), "returns": returns[i].tolist()}
-                lines.append({"step": step, "seed": seed, **evaluation, **metrics})
+                lines.append({"step": step, "seed": seed, "grid": point, **evaluation, **metrics})
             write(out / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
             saved = step, train_seconds, states._replace(key=jax.random.key_data(states.key))
             write(out / "checkpoint.msgpack", flax.serialization.to_bytes(jax.device_get(saved)))
@@ -268,19 +287,20 @@ def main(cfg: Config):
         "algo": algo,
         "dataset": cfg.dataset,
         "num_updates": step,
-        "seeds": seeds.tolist(),
+        "seeds": [seed for seed, _ in runs],
+        "grid": [point for _, point in runs],
         "returns": [line["returns"] for line in last],
         "score_per_seed": scores,
         "score_mean": np.mean(scores),
         "score_std": np.std(scores),
         "score_kind": env.score_kind,
-        "updates_per_second": step * cfg.num_seeds / train_seconds,  # of all seeds together
+        "updates_per_second": step * len(runs) / train_seconds,  # of all seeds together
         "compile_seconds": compile_seconds,
         "train_seconds": train_seconds,
         **source,
     }
     write(out / "summary.json", json.dumps(summary, indent=2))
-    result = f"score {np.mean(scores):.1f} +- {np.std(scores):.1f} over {cfg.num_seeds} seeds ({env.score_kind})"
+    result = f"score {np.mean(scores):.1f} +- {np.std(scores):.1f} over {len(runs)} runs ({env.score_kind})"
     print(f"{algo} on {cfg.dataset}: {result}, {summary['updates_per_second']:.0f} updates/s")
     print(f"The run is in {out}; to draw it: python benchmarks/plot.py {out}")
     return summary

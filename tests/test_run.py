@@ -20,7 +20,8 @@ TINY = dict(
     num_updates=40, eval_interval=20, log_interval=10, eval_episodes=2, batch_size=16, hidden=(8, 8), num_seeds=2
 )
 SUMMARY = {
-    "algo", "dataset", "num_updates", "seeds", "returns", "score_per_seed", "score_mean", "score_std", "score_kind",
+    "algo", "dataset", "num_updates", "seeds", "grid", "returns",
+    "score_per_seed", "score_mean", "score_std", "score_kind",
     "updates_per_second", "compile_seconds", "train_seconds", "device", "command", "commit", "versions",
 }  # fmt: skip
 ALGOS = sorted(p.stem for p in (ROOT / "algos").glob("*.py") if p.stem != "__init__")
@@ -71,7 +72,7 @@ def test_a_run_leaves_what_it_says(name, umaze, tmp_path, capsys):
     summary = run(load(name), out)
     assert {p.name for p in out.iterdir()} == {"config.json", "metrics.jsonl", "checkpoint.msgpack", "summary.json"}
     assert summary.keys() == SUMMARY and json.loads((out / "summary.json").read_text()) == summary
-    assert summary["seeds"] == [0, 1] and np.shape(summary["returns"]) == (2, 2)
+    assert summary["seeds"] == [0, 1] and summary["grid"] == [{}, {}] and np.shape(summary["returns"]) == (2, 2)
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [(line["step"], line["seed"]) for line in lines] == [(20, 0), (20, 1), (40, 0), (40, 1)]
     assert summary["score_per_seed"] == [line["score"] for line in lines[-2:]]  # the last evaluation, not the best
@@ -106,6 +107,28 @@ def test_each_seed_is_that_seed_alone(finished, tmp_path):
     lines = [json.loads(line) for line in (finished[0] / "metrics.jsonl").read_text().splitlines()]
     for line, other in zip([x for x in lines if x["seed"] == 1], map(json.loads, metrics.splitlines()), strict=True):
         assert line["returns"] == other["returns"]
+
+
+def test_a_grid_of_floats_is_each_of_its_runs_alone(umaze, tmp_path):
+    """Every combination trains every seed; initialisation, training and evaluation have that combination's values."""
+    summary = load("iql").main(
+        load("iql").Config(**TINY, out=str(tmp_path / "grid")), {"beta": [0.0, 30.0], "tau": [0.5]}
+    )
+    points = [{"beta": 0.0, "tau": 0.5}, {"beta": 30.0, "tau": 0.5}]
+    assert summary["seeds"] == [0, 1, 0, 1] and summary["grid"] == [points[0]] * 2 + [points[1]] * 2
+    together, metrics = result(tmp_path / "grid")
+    lines = [json.loads(line) for line in metrics.splitlines()]
+    for i, point in enumerate(points):
+        run(load("iql"), tmp_path / str(i), **point)
+        alone, metrics = result(tmp_path / str(i))
+        for name, x in alone.items():
+            np.testing.assert_allclose(together[name][2 * i : 2 * i + 2], x, rtol=1e-4, atol=1e-6, err_msg=name)
+        for line, other in zip(
+            [x for x in lines if x["grid"] == point], map(json.loads, metrics.splitlines()), strict=True
+        ):
+            assert (line["seed"], line["returns"]) == (other["seed"], other["returns"])
+    with pytest.raises(SystemExit, match="another configuration"):
+        load("iql").main(load("iql").Config(**TINY, out=str(tmp_path / "grid")), {"beta": [0.0]})
 
 
 def test_scores_are_those_of_the_last_evaluation_and_their_spread(umaze, tmp_path, monkeypatch):
