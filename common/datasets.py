@@ -29,7 +29,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from common.recipes import RECIPES, build, find
+from common.recipes import RECIPES, build, find, tabular
 
 
 class DatasetError(SystemExit):
@@ -96,6 +96,8 @@ class Environment:
             if env.action_space.shape != dataset.action_space.shape:
                 raise ValueError(f"its actions are {env.action_space}, the dataset's {dataset.action_space}")
             self._max_steps = env.spec.max_episode_steps or longest_episode
+            self._model = tabular.model_of(env)
+            self.score_kind += ", exact" if self._model else ""
             self._envs.append(env)
         except DatasetError:
             raise
@@ -115,9 +117,16 @@ class Environment:
         Returns:
           (num_seeds, num_episodes) float64 undiscounted returns; NaN where there is no environment. In one without a
           time limit an episode stops after as many steps as the longest of the dataset.
+
+        In a finite MDP whose model the environment exposes (recipes.tabular), no episode is played: the expected return
+        of each seed's policy is computed exactly and stands for each of its episodes. The policy must then be a
+        function of the state. It is called on all states (in the place of the episodes) at steps 0 .. num_episodes - 1:
+        if it is stochastic, its probabilities are the frequencies of these draws.
         """
         if not self._envs:
             return np.full((len(seeds), num_episodes), np.nan)
+        if self._model:
+            return self._expected_returns(policy, len(seeds), num_episodes)
         count = len(seeds) * num_episodes
         self._envs += [_recover(self._dataset) for _ in range(count - len(self._envs))]
         episodes = [np.random.SeedSequence((seed % 2**32, j)) for seed in seeds for j in range(num_episodes)]
@@ -142,6 +151,15 @@ class Environment:
             return np.asarray(returns)
         low, high = self._reference
         return 100 * (np.asarray(returns) - low) / (high - low)
+
+    def _expected_returns(self, policy, num_seeds, num_episodes):
+        space = self._dataset.observation_space
+        obs = (_flatten(space, np.arange(space.n) + space.start) - self._obs_mean) / self._obs_scale
+        obs = np.broadcast_to(obs, (num_seeds, *obs.shape))
+        draws = np.stack([policy(obs, step) for step in range(num_episodes)])  # (num_episodes, num_seeds, states)
+        probs = np.eye(self.spec.action_dim)[draws].mean(axis=0)
+        returns = [tabular.expected_return(self._model, pi, self._max_steps) for pi in probs]
+        return np.repeat(np.array(returns)[:, None], num_episodes, axis=1)
 
     def _observe(self, observation):
         obs = _flatten(self._dataset.observation_space, _expand(observation))[0]

@@ -132,16 +132,18 @@ def _alone(initializer):
 
 
 class MLP(nn.Module):
-    """Hidden layers with ReLU, then a linear layer: (..., inputs) -> (..., outputs)."""
+    """Hidden layers with ReLU (and LayerNorm before it), then a linear layer: (..., inputs) -> (..., outputs)."""
 
     outputs: int
     hidden: Sequence[int] = (256, 256)
     initializer: str = "orthogonal"
+    layer_norm: bool = False
 
     @nn.compact
     def __call__(self, x):
         for features in self.hidden:
-            x = nn.relu(Dense(features, self.initializer)(x))
+            x = Dense(features, self.initializer)(x)
+            x = nn.relu(nn.LayerNorm()(x) if self.layer_norm else x)
         return Dense(self.outputs, self.initializer)(x)
 
 
@@ -213,10 +215,11 @@ class Value(nn.Module):
 
     hidden: Sequence[int] = (256, 256)
     initializer: str = "orthogonal"
+    layer_norm: bool = False
 
     @nn.compact
     def __call__(self, obs):
-        return MLP(1, self.hidden, self.initializer)(obs).squeeze(axis=-1)
+        return MLP(1, self.hidden, self.initializer, self.layer_norm)(obs).squeeze(axis=-1)
 
 
 class Critic(nn.Module):

@@ -1,4 +1,4 @@
-"""The datasets that can be built anywhere: what the U-maze walks hold, and that a build is atomic and repeatable."""
+"""The datasets that can be built anywhere: what the mazes' walks hold, and that a build is atomic and repeatable."""
 
 import os
 import subprocess
@@ -11,7 +11,8 @@ from common import recipes
 from common.recipes import pointmaze
 
 UMAZE_ID = "stitch/pointmaze-umaze-v0"
-START, GOAL = pointmaze.find_cell(pointmaze.UMAZE, "r"), pointmaze.find_cell(pointmaze.UMAZE, "g")
+UMAZE = pointmaze.UMAZE.map
+START, GOAL = pointmaze.find_cell(UMAZE, "r"), pointmaze.find_cell(UMAZE, "g")
 
 
 @pytest.fixture(scope="session")
@@ -21,7 +22,7 @@ def episodes(umaze):
 
 @pytest.fixture
 def behaviour_env():
-    env = pointmaze.make_env(pointmaze.behaviour_map(pointmaze.UMAZE), pointmaze.WALK_STEPS)
+    env = pointmaze.make_behaviour_env(pointmaze.UMAZE, walk_cells=2)
     yield env
     env.close()
 
@@ -35,7 +36,7 @@ def quick_recipe(tmp_path, monkeypatch):
 
 
 def build_few_walks(dataset_id, data_path, num_transitions=500):
-    pointmaze.build_walks(dataset_id, data_path, pointmaze.UMAZE, walk_cells=2, num_steps=num_transitions)
+    pointmaze.umaze_stitch(dataset_id, data_path, num_transitions)
 
 
 def run_python(code, **environ):
@@ -44,35 +45,36 @@ def run_python(code, **environ):
     return subprocess.run([sys.executable, "-c", code], env=environ)
 
 
-def visited_cells(episode):
+def visited_cells(episode, maze_map=UMAZE):
     """The cells of an episode's T + 1 positions, in order, each repeated once per step."""
     # Computed from the definition of the map (cells 1 m wide, centred on the origin), not with the recipe's functions.
     x, y = episode.observations["achieved_goal"].T
-    return list(zip(np.floor(2.5 - y).astype(int).tolist(), np.floor(x + 2.5).astype(int).tolist(), strict=True))
+    i, j = len(maze_map) / 2 - y, x + len(maze_map[0]) / 2
+    return list(zip(np.floor(i).astype(int).tolist(), np.floor(j).astype(int).tolist(), strict=True))
 
 
 # --- Maze functions, on numbers worked by hand -------------------------------------------------------
 
 
 def test_bfs_distances_and_next_cell():
-    distances = pointmaze.bfs_distances(pointmaze.UMAZE, GOAL)
+    distances = pointmaze.bfs_distances(UMAZE, GOAL)
     # The U from its goal (3, 1): right along the bottom, up on the right, left along the top.
     u = [(3, 1), (3, 2), (3, 3), (2, 3), (1, 3), (1, 2), (1, 1)]
     assert distances == {cell: k for k, cell in enumerate(u)}
-    assert all(pointmaze.next_cell(pointmaze.UMAZE, distances, u[k]) == u[k - 1] for k in range(1, 7))
+    assert all(pointmaze.next_cell(UMAZE, distances, u[k]) == u[k - 1] for k in range(1, 7))
 
 
 def test_walk_targets():
     # From (3, 2), one step from the end of the U: the end itself, and two steps the other way.
-    assert pointmaze.walk_targets(pointmaze.UMAZE, (3, 2), walk_cells=2) == [(2, 3), (3, 1)]
-    assert pointmaze.walk_targets(pointmaze.UMAZE, (3, 3), walk_cells=2) == [(1, 3), (3, 1)]
-    assert pointmaze.walk_targets(pointmaze.UMAZE, (1, 1), walk_cells=2) == [(1, 3)]
+    assert pointmaze.walk_targets(UMAZE, (3, 2), walk_cells=2) == [(2, 3), (3, 1)]
+    assert pointmaze.walk_targets(UMAZE, (3, 3), walk_cells=2) == [(1, 3), (3, 1)]
+    assert pointmaze.walk_targets(UMAZE, (1, 1), walk_cells=2) == [(1, 3)]
 
 
 def test_cell_centre_agrees_with_environment(behaviour_env):
-    for cell in pointmaze.free_cells(pointmaze.UMAZE):
+    for cell in pointmaze.free_cells(UMAZE):
         expected = behaviour_env.unwrapped.maze.cell_rowcol_to_xy(np.array(cell))
-        np.testing.assert_array_equal(pointmaze.cell_centre(pointmaze.UMAZE, cell), expected)
+        np.testing.assert_array_equal(pointmaze.cell_centre(UMAZE, cell), expected)
 
 
 def test_pd_action():
@@ -86,7 +88,7 @@ def test_pd_action():
 
 def test_no_episode_connects_start_and_goal(episodes):
     """Geometry only. The jitter (0.25 m) and the overshoot stay within a cell (0.5 m from its centre): no tolerance."""
-    distances = {c: pointmaze.bfs_distances(pointmaze.UMAZE, c) for c in pointmaze.free_cells(pointmaze.UMAZE)}
+    distances = {c: pointmaze.bfs_distances(UMAZE, c) for c in pointmaze.free_cells(UMAZE)}
     for episode in episodes:
         visited = set(visited_cells(episode))
         assert max(distances[a][b] for a in visited for b in visited) <= 2
@@ -98,15 +100,15 @@ def test_all_episodes_together_connect_start_and_goal(episodes):
     """Walks that overlap by a cell or more form a path: the union of cell-to-cell moves leads from start to goal."""
     moves = {move for e in episodes for move in zip(visited_cells(e)[:-1], visited_cells(e)[1:], strict=True)}
     reached = {START}
-    for _ in pointmaze.free_cells(pointmaze.UMAZE):
+    for _ in pointmaze.free_cells(UMAZE):
         reached |= {b for a, b in moves if a in reached}
     assert GOAL in reached
-    assert reached == set(pointmaze.free_cells(pointmaze.UMAZE))
+    assert reached == set(pointmaze.free_cells(UMAZE))
 
 
 def test_walks_start_everywhere_and_go_both_ways(episodes):
     """At least 20 walks towards the goal and 20 away from it, from every cell where there is such a walk."""
-    to_goal = pointmaze.bfs_distances(pointmaze.UMAZE, GOAL)
+    to_goal = pointmaze.bfs_distances(UMAZE, GOAL)
     ways = {(cell, sign): 0 for cell in to_goal for sign in (-1, 0, 1)}
     for episode in episodes:
         cells = visited_cells(episode)
@@ -123,7 +125,7 @@ def test_walks_start_everywhere_and_go_both_ways(episodes):
 
 def test_most_walks_lead_away_from_the_goal(episodes):
     """Otherwise imitation, carried on by the ball's momentum, solves the task: see the docstring of the recipe."""
-    to_goal = pointmaze.bfs_distances(pointmaze.UMAZE, GOAL)
+    to_goal = pointmaze.bfs_distances(UMAZE, GOAL)
     for cell in [(1, 3), (2, 3), (3, 3)]:  # two cells or more from both ends of the U
         ends = [to_goal[visited_cells(e)[-1]] for e in episodes if visited_cells(e)[0] == cell]
         assert 0.6 < np.mean(np.array(ends) > to_goal[cell]) < 0.9  # 3 : 1 of about 110 walks, within 3.5 deviations
@@ -134,7 +136,7 @@ def test_one_goal(episodes):
     for episode in episodes:
         goal = episode.observations["desired_goal"]
         assert (goal == goal[0]).all()
-        assert np.abs(goal[0] - pointmaze.cell_centre(pointmaze.UMAZE, GOAL)).max() <= 0.25  # the environment's jitter
+        assert np.abs(goal[0] - pointmaze.cell_centre(UMAZE, GOAL)).max() <= 0.25  # the environment's jitter
 
 
 def test_ends_and_rewards(episodes):
@@ -173,11 +175,61 @@ def test_actions_are_noisy(episodes):
         position, velocity = np.split(episode.observations["observation"][0], 2)
         cell = visited_cells(episode)[0]
         # At rest and out of the waypoint's radius, the first waypoint is the centre of the start's own cell.
-        centre = pointmaze.cell_centre(pointmaze.UMAZE, cell)
+        centre = pointmaze.cell_centre(UMAZE, cell)
         if np.linalg.norm(centre - position) > pointmaze.WAYPOINT_RADIUS:
             residual.append(episode.actions[0] - np.clip(10 * (centre - position) - velocity, -1, 1))
     residual = np.concatenate(residual)
     assert 0.2 < np.abs(residual).mean() < 0.5  # E|noise| is 0.4, less what the clipping to [-1, 1] takes away
+
+
+# --- The other mazes --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name, maze, distance, time_limit",
+    [
+        ("umaze-navigate", pointmaze.UMAZE, 6, 300),
+        ("medium-stitch", pointmaze.MEDIUM, 10, 600),
+        ("medium-navigate", pointmaze.MEDIUM, 10, 600),
+        ("large-stitch", pointmaze.LARGE, 15, 800),
+        ("large-navigate", pointmaze.LARGE, 15, 800),
+    ],
+)
+def test_walks_of_a_maze(quick_recipe, name, maze, distance, time_limit):
+    """Short walks never lead from the start of the evaluation to its goal, long ones cross the maze."""
+    import minari
+    from gymnasium_robotics.envs.maze import maps
+
+    map_of_package = getattr(maps, {6: "U_MAZE", 10: "MEDIUM_MAZE", 15: "LARGE_MAZE"}[distance])
+    assert [[0 if cell in ("r", "g") else cell for cell in row] for row in maze.map] == map_of_package
+    distances = {c: pointmaze.bfs_distances(maze.map, c) for c in pointmaze.free_cells(maze.map)}
+    start, goal = pointmaze.find_cell(maze.map, "r"), pointmaze.find_cell(maze.map, "g")
+    assert distances[start][goal] == distance
+
+    recipes.build(f"stitch/pointmaze-{name}-6k-v0")
+    dataset = minari.load_dataset(f"stitch/pointmaze-{name}-6k-v0")
+    lengths = []
+    for episode in dataset:
+        cells = visited_cells(episode, maze.map)
+        lengths.append(max(distances[a][b] for a in cells[:1] for b in set(cells)))
+        if name.endswith("stitch"):
+            visited = set(cells)
+            assert max(distances[a][b] for a in visited for b in visited) <= 4  # of which no two make 10
+            assert not (start in visited and (goal in visited or episode.rewards.any()))
+        # At rest in the end, or at the goal: nothing was cut short
+        position, velocity = np.split(episode.observations["observation"][-1], 2)
+        assert episode.terminations[-1] or np.linalg.norm(velocity) < pointmaze.ARRIVAL_SPEED
+    counts = np.bincount(lengths, minlength=distance)
+    if name.endswith("stitch"):
+        assert counts.argmax() == 4
+    else:
+        assert len(counts) - 1 >= 2 * distance / 3 and counts.max() < 0.5 * counts.sum()
+
+    env = dataset.recover_environment(eval_env=True)
+    assert env.spec.max_episode_steps == time_limit and env.spec.id == maze.env_id
+    walk = pointmaze.walk(env, maze.map, start, goal, seed=0, rng=np.random.default_rng(0))
+    assert walk.terminations[-1] and walk.rewards.sum() == 1
+    env.close()
 
 
 # --- The evaluation ---------------------------------------------------------------------------------
@@ -196,9 +248,9 @@ def test_evaluation_is_feasible(umaze):
     successes = 0
     for seed in range(20):
         obs, _ = env.reset(seed=seed)
-        assert np.abs(obs["achieved_goal"] - pointmaze.cell_centre(pointmaze.UMAZE, START)).max() <= 0.25
-        assert np.abs(obs["desired_goal"] - pointmaze.cell_centre(pointmaze.UMAZE, GOAL)).max() <= 0.25
-        episode = pointmaze.walk(env, pointmaze.UMAZE, START, GOAL, seed=seed, rng=np.random.default_rng(seed))
+        assert np.abs(obs["achieved_goal"] - pointmaze.cell_centre(UMAZE, START)).max() <= 0.25
+        assert np.abs(obs["desired_goal"] - pointmaze.cell_centre(UMAZE, GOAL)).max() <= 0.25
+        episode = pointmaze.walk(env, UMAZE, START, GOAL, seed=seed, rng=np.random.default_rng(seed))
         successes += episode.rewards.sum() == 1 and episode.terminations[-1]
     env.close()
     assert successes >= 19
@@ -207,15 +259,27 @@ def test_evaluation_is_feasible(umaze):
 # --- Building ---------------------------------------------------------------------------------------
 
 
-def test_same_seed_same_bits(behaviour_env):
-    def collect(seed):
-        episodes = pointmaze.collect_walks(behaviour_env, pointmaze.UMAZE, walk_cells=2, num_steps=500, seed=seed)
-        return [(e.actions.tobytes(), *(v.tobytes() for v in e.observations.values())) for e in episodes]
+def bits(episodes):
+    return [(e.actions.tobytes(), *(v.tobytes() for v in e.observations.values())) for e in episodes]
+
+
+def test_same_seed_same_bits(monkeypatch):
+    monkeypatch.setattr(pointmaze, "CHUNK", 3)
+
+    def collect(seed, **kwargs):
+        return bits(pointmaze.collect_walks(pointmaze.UMAZE, walk_cells=2, num_steps=500, seed=seed, **kwargs))
 
     first = collect(seed=0)
-    assert first == collect(seed=0)  # in an environment that has been used in between
+    assert first == collect(seed=0) == collect(seed=0, num_processes=2)
     assert set(first).isdisjoint(collect(seed=1))
     assert len(set(first)) == len(first)
+
+
+def test_an_episode_does_not_depend_on_the_one_before(behaviour_env):
+    def collect(*seeds):
+        return bits(pointmaze.random_walk(behaviour_env, UMAZE, 2, np.random.default_rng(seed)) for seed in seeds)
+
+    assert collect(0, 1) == collect(1, 0)[::-1]
 
 
 def test_import_has_no_side_effects():

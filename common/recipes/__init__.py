@@ -5,6 +5,7 @@ size is written before the version: "stitch/pointmaze-umaze-20k-v0", "stitch/hop
 Importing this package imports no simulator: the recipes do, when they are called.
 """
 
+import functools
 import json
 import os
 import re
@@ -13,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from common.recipes import pointmaze
+from common.recipes import cartpole, locomotion, manipulation, pointmaze, sepsis
 
 
 class Recipe(NamedTuple):
@@ -23,6 +24,24 @@ class Recipe(NamedTuple):
 
 RECIPES: dict[str, Recipe] = {
     "stitch/pointmaze-umaze-v0": Recipe(pointmaze.umaze_stitch, 50_000),
+    "stitch/pointmaze-umaze-navigate-v0": Recipe(pointmaze.umaze_navigate, 50_000),
+    "stitch/pointmaze-medium-stitch-v0": Recipe(pointmaze.medium_stitch, 500_000),
+    "stitch/pointmaze-medium-navigate-v0": Recipe(pointmaze.medium_navigate, 500_000),
+    "stitch/pointmaze-large-stitch-v0": Recipe(pointmaze.large_stitch, 1_000_000),
+    "stitch/pointmaze-large-navigate-v0": Recipe(pointmaze.large_navigate, 1_000_000),
+    "stitch/icu-sepsis-v0": Recipe(sepsis.icu_sepsis, 30_000),
+    "stitch/cartpole-random-v0": Recipe(cartpole.random, 50_000),
+    "stitch/cartpole-medium-v0": Recipe(cartpole.medium, 50_000),
+    "stitch/cartpole-mixed-v0": Recipe(cartpole.mixed, 50_000),
+    **{
+        f"stitch/{task}-{quality}-v0": Recipe(functools.partial(locomotion.write, task, quality), 1_000_000)
+        for task in locomotion.TASKS
+        for quality in locomotion.QUALITIES
+    },
+    **{
+        f"stitch/{task}-play-v0": Recipe(functools.partial(manipulation.write, task), 1_000_000)
+        for task in manipulation.TASKS
+    },
 }
 
 

@@ -1,25 +1,35 @@
-"""PointMaze datasets of short walks, in which no single trajectory solves the task.
+"""PointMaze datasets in three mazes: short walks, of which no single one solves the task, and long ones.
 
 A force-actuated ball (gymnasium-robotics PointMaze, 100 Hz) has to roll from the cell "r" of a maze to the cell "g".
 Reward is 1 at the goal, where the episode terminates, and 0 elsewhere, so the return of an episode is its success.
 
 A scripted controller collects the data. Each episode starts at rest in a random cell other than the goal's, walks a
-shortest path to a random cell `walk_cells` steps away (less only where the maze ends) and is truncated where the ball
-comes to rest there, unless it meets the goal first. The controller is a PD law on the next cell's centre, with
-Gaussian noise on every action (standard deviation 0.5 of the bound 1); the environment jitters start and goal within
-their cells. A target farther from the goal than the start is three times as likely as another one.
+shortest path to another random cell and is truncated where the ball comes to rest there, unless it meets the goal
+first. The controller is a PD law on the next cell's centre, with Gaussian noise on every action (standard deviation 0.5
+of the bound 1); the environment jitters start and goal within their cells.
 
-With two cells per walk and six from "r" to "g", every trajectory that reaches the goal began next to it, and what the
-data hold near "r" never gets a reward. A policy must *stitch*: find, through values, that parts of different walks,
-joined end to end, lead to the goal. Imitation ends near "r", where most walks lead. (With all targets equally likely
-it does not: the ball's velocity tells which way a walk goes, and a clone rolls on by momentum, to the goal at times.)
+*navigate*: the target is any cell, each as likely, as in D4RL's maze2d; some walks lead all the way to the goal.
+
+*stitch*: the target is `walk_cells` steps away (less only where the maze ends), and one farther from the goal than the
+start is three times as likely as another one. In the U-maze, with two cells per walk and six from "r" to "g", every
+trajectory that reaches the goal began next to it, and what the data hold near "r" never gets a reward; so in the other
+mazes, with four cells per walk and ten or fifteen from "r" to "g". A policy must *stitch*: find, through values, that
+parts of different walks, joined end to end, lead to the goal. Imitation ends near "r", where most walks lead. (With all
+targets equally likely it does not: the ball's velocity tells which way a walk goes, and a clone rolls on by momentum,
+to the goal at times.)
 """
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import multiprocessing
+import os
 from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -33,22 +43,59 @@ if TYPE_CHECKING:
 Cell = tuple[int, int]  # row and column in a maze map
 MazeMap = list[list]  # 1: wall, 0: free, "r": start of the evaluation, "g": its goal
 
-# gymnasium-robotics' U_MAZE, with the start of the evaluation at one end of the U and its goal at the other.
-UMAZE: MazeMap = [
-    [1, 1, 1, 1, 1],
-    [1, "r", 0, 0, 1],
-    [1, 1, 1, 0, 1],
-    [1, "g", 0, 0, 1],
-    [1, 1, 1, 1, 1],
-]
 
-EVAL_STEPS = 300  # time limit of an evaluation, as in gymnasium-robotics' U-maze
-WALK_STEPS = 150  # time limit of a walk; it rarely binds
+class Maze(NamedTuple):
+    env_id: str  # gymnasium-robotics' name; its time limit is that of the evaluation
+    map: MazeMap
+
+
+# gymnasium-robotics' maps, with the start of the evaluation at one end and its goal at the other.
+UMAZE = Maze(
+    "PointMaze_UMaze-v3",
+    [
+        [1, 1, 1, 1, 1],
+        [1, "r", 0, 0, 1],
+        [1, 1, 1, 0, 1],
+        [1, "g", 0, 0, 1],
+        [1, 1, 1, 1, 1],
+    ],
+)
+MEDIUM = Maze(
+    "PointMaze_Medium-v3",
+    [
+        [1, 1, 1, 1, 1, 1, 1, 1],
+        [1, "r", 0, 1, 1, 0, 0, 1],
+        [1, 0, 0, 1, 0, 0, 0, 1],
+        [1, 1, 0, 0, 0, 1, 1, 1],
+        [1, 0, 0, 1, 0, 0, 0, 1],
+        [1, 0, 1, 0, 0, 1, 0, 1],
+        [1, 0, 0, 0, 1, 0, "g", 1],
+        [1, 1, 1, 1, 1, 1, 1, 1],
+    ],
+)
+LARGE = Maze(
+    "PointMaze_Large-v3",
+    [
+        [1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1],
+        [1, "r", 0, 0, 0, 1, 0, 0, 0, 0, 0, 1],
+        [1, 0, 1, 1, 0, 1, 0, 1, 0, 1, 0, 1],
+        [1, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 1],
+        [1, 0, 1, 1, 1, 1, 0, 1, 1, 1, 0, 1],
+        [1, 0, 0, 1, 0, 1, 0, 0, 0, 0, 0, 1],
+        [1, 1, 0, 1, 0, 1, 0, 1, 0, 1, 1, 1],
+        [1, 0, 0, 1, 0, 0, 0, 1, 0, 0, "g", 1],
+        [1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1],
+    ],
+)
+
+STEPS_PER_CELL = 75  # time limit of a short walk; it rarely binds. A long one has the evaluation's.
 AWAY_WEIGHT = 3.0  # how much likelier a walk away from the goal is than one towards it
 NOISE_STD = 0.5  # of the Gaussian noise on each action
 P_GAIN, D_GAIN = 10.0, 1.0  # of the PD law, per metre and per metre per second (D4RL's)
 WAYPOINT_RADIUS = 0.25  # metres from a cell's centre at which the walk turns to the next cell
 ARRIVAL_RADIUS, ARRIVAL_SPEED = 0.2, 0.5  # metres, metres per second: what counts as at rest in the last cell
+CHUNK = 100  # episodes that one of several processes collects at a time
+STEPS_PER_PROCESS = 50_000  # fewer are not worth another process
 
 
 # --- Recipes --------------------------------------------------------------------------------------
@@ -57,6 +104,31 @@ ARRIVAL_RADIUS, ARRIVAL_SPEED = 0.2, 0.5  # metres, metres per second: what coun
 def umaze_stitch(dataset_id: str, data_path: Path, num_transitions: int) -> None:
     """Walks of two cells in the U-maze."""
     build_walks(dataset_id, data_path, UMAZE, walk_cells=2, num_steps=num_transitions)
+
+
+def umaze_navigate(dataset_id: str, data_path: Path, num_transitions: int) -> None:
+    """Walks between any two cells of the U-maze."""
+    build_walks(dataset_id, data_path, UMAZE, walk_cells=None, num_steps=num_transitions)
+
+
+def medium_stitch(dataset_id: str, data_path: Path, num_transitions: int) -> None:
+    """Walks of four cells in the medium maze."""
+    build_walks(dataset_id, data_path, MEDIUM, walk_cells=4, num_steps=num_transitions)
+
+
+def medium_navigate(dataset_id: str, data_path: Path, num_transitions: int) -> None:
+    """Walks between any two cells of the medium maze."""
+    build_walks(dataset_id, data_path, MEDIUM, walk_cells=None, num_steps=num_transitions)
+
+
+def large_stitch(dataset_id: str, data_path: Path, num_transitions: int) -> None:
+    """Walks of four cells in the large maze."""
+    build_walks(dataset_id, data_path, LARGE, walk_cells=4, num_steps=num_transitions)
+
+
+def large_navigate(dataset_id: str, data_path: Path, num_transitions: int) -> None:
+    """Walks between any two cells of the large maze."""
+    build_walks(dataset_id, data_path, LARGE, walk_cells=None, num_steps=num_transitions)
 
 
 # --- Mazes ----------------------------------------------------------------------------------------
@@ -96,9 +168,14 @@ def next_cell(maze_map: MazeMap, distances: dict[Cell, int], cell: Cell) -> Cell
     return min(neighbours(maze_map, cell), key=distances.__getitem__)
 
 
-def walk_targets(maze_map: MazeMap, start: Cell, walk_cells: int) -> list[Cell]:
-    """Ends of the walks from `start`: cells `walk_cells` steps away, and nearer ones from which none leads farther."""
+def walk_targets(maze_map: MazeMap, start: Cell, walk_cells: int | None) -> list[Cell]:
+    """Ends of the walks from `start`: cells `walk_cells` steps away, and nearer ones from which none leads farther.
+
+    All other cells if `walk_cells` is None.
+    """
     distances = bfs_distances(maze_map, start)
+    if walk_cells is None:
+        return sorted(cell for cell in distances if cell != start)
 
     def is_end(cell: Cell) -> bool:
         return distances[cell] > 0 and all(distances[c] < distances[cell] for c in neighbours(maze_map, cell))
@@ -119,18 +196,19 @@ def pd_action(position: np.ndarray, velocity: np.ndarray, waypoint: np.ndarray) 
     return P_GAIN * (waypoint - position) - D_GAIN * velocity
 
 
-def make_env(maze_map: MazeMap, max_episode_steps: int) -> gym.Env:
-    """PointMaze on `maze_map`: reward 1 and termination at "g"; starts at "r", or anywhere where there is none."""
+def make_env(maze: Maze, max_episode_steps: int | None = None) -> gym.Env:
+    """PointMaze on a map: reward 1 and termination at "g"; starts at "r", or anywhere where there is none."""
     import gymnasium as gym
     import gymnasium_robotics
 
     gym.register_envs(gymnasium_robotics)
-    return gym.make("PointMaze_UMaze-v3", maze_map=maze_map, continuing_task=False, max_episode_steps=max_episode_steps)
+    return gym.make(maze.env_id, maze_map=maze.map, continuing_task=False, max_episode_steps=max_episode_steps)
 
 
-def behaviour_map(maze_map: MazeMap) -> MazeMap:
-    """`maze_map` without "r": same goal, starts anywhere."""
-    return [[0 if cell == "r" else cell for cell in row] for row in maze_map]
+def make_behaviour_env(maze: Maze, walk_cells: int | None) -> gym.Env:
+    """The same one without "r": same goal, starts anywhere."""
+    anywhere = [[0 if cell == "r" else cell for cell in row] for row in maze.map]
+    return make_env(maze._replace(map=anywhere), walk_cells and STEPS_PER_CELL * walk_cells)
 
 
 def walk(
@@ -174,45 +252,92 @@ def walk(
     )
 
 
-def collect_walks(
-    env: gym.Env, maze_map: MazeMap, walk_cells: int, num_steps: int, seed: int = 0, desc: str = "walks"
-) -> list[EpisodeBuffer]:
-    """Episodes of random walks until there are at least `num_steps` transitions; a function of its arguments only."""
+def random_walk(env: gym.Env, maze_map: MazeMap, walk_cells: int | None, rng: np.random.Generator) -> EpisodeBuffer:
+    """One episode from a random start to a random target."""
     # An episode that starts at the goal would be over at its first step.
     goal_distances = bfs_distances(maze_map, find_cell(maze_map, "g"))
     starts = [cell for cell in free_cells(maze_map) if goal_distances[cell] > 0]
-    episodes: list[EpisodeBuffer] = []
+    start = starts[rng.integers(len(starts))]
+    targets = walk_targets(maze_map, start, walk_cells)
+    away_weight = AWAY_WEIGHT if walk_cells else 1.0
+    weights = np.array([away_weight if goal_distances[c] > goal_distances[start] else 1.0 for c in targets])
+    target = targets[rng.choice(len(targets), p=weights / weights.sum())]
+    return walk(env, maze_map, start, target, seed=int(rng.integers(2**31)), rng=rng)
+
+
+def walks(maze: Maze, walk_cells: int | None, seed: int, numbers: Iterable[int]) -> Iterator[EpisodeBuffer]:
+    """The episodes of these numbers."""
+    with contextlib.closing(make_behaviour_env(maze, walk_cells)) as env:
+        for k in numbers:
+            # A seed of its own for each episode: episode k is the same whatever was drawn before it, and where.
+            rng = np.random.default_rng(np.random.SeedSequence([seed, k]))
+            yield random_walk(env, maze.map, walk_cells, rng)
+
+
+def walk_list(*args) -> list[EpisodeBuffer]:
+    return list(walks(*args))
+
+
+def walks_in_parallel(maze: Maze, walk_cells: int | None, seed: int, num_processes: int) -> Iterator[EpisodeBuffer]:
+    """All episodes in the order of their numbers, computed ahead in other processes."""
+    chunks = (range(k, k + CHUNK) for k in itertools.count(0, CHUNK))
+    # Spawned and not forked: JAX, which may run in this process, has threads.
+    pool = ProcessPoolExecutor(num_processes, multiprocessing.get_context("spawn"))
+    try:
+        futures = deque(
+            pool.submit(walk_list, maze, walk_cells, seed, chunk)
+            for chunk in itertools.islice(chunks, 2 * num_processes)
+        )
+        for chunk in chunks:
+            yield from futures.popleft().result()
+            futures.append(pool.submit(walk_list, maze, walk_cells, seed, chunk))
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def collect_walks(
+    maze: Maze, walk_cells: int | None, num_steps: int, seed: int = 0, desc: str = "walks", num_processes: int = 1
+) -> list[EpisodeBuffer]:
+    """Episodes until there are at least `num_steps` transitions, the same ones whatever the number of processes."""
+    if num_processes == 1:
+        episodes = walks(maze, walk_cells, seed, itertools.count())
+    else:
+        episodes = walks_in_parallel(maze, walk_cells, seed, num_processes)
+    collected: list[EpisodeBuffer] = []
     total_steps = 0
-    with tqdm(total=num_steps, desc=desc, unit=" steps") as progress:
+    with tqdm(total=num_steps, desc=desc, unit=" steps") as progress, contextlib.closing(episodes):
         while total_steps < num_steps:
-            # A seed of its own for each episode: episode k is the same whatever was drawn before it.
-            rng = np.random.default_rng(np.random.SeedSequence([seed, len(episodes)]))
-            start = starts[rng.integers(len(starts))]
-            targets = walk_targets(maze_map, start, walk_cells)
-            weights = np.array([AWAY_WEIGHT if goal_distances[c] > goal_distances[start] else 1.0 for c in targets])
-            target = targets[rng.choice(len(targets), p=weights / weights.sum())]
-            episodes.append(walk(env, maze_map, start, target, seed=int(rng.integers(2**31)), rng=rng))
-            total_steps += len(episodes[-1])
-            progress.update(len(episodes[-1]))
-    return episodes
+            collected.append(next(episodes))
+            total_steps += len(collected[-1])
+            progress.update(len(collected[-1]))
+    return collected
 
 
-def build_walks(dataset_id: str, data_path: Path, maze_map: MazeMap, walk_cells: int, num_steps: int) -> None:
+def build_walks(dataset_id: str, data_path: Path, maze: Maze, walk_cells: int | None, num_steps: int) -> None:
     """Collects walks and writes them, with the environment of the evaluation, as a Minari dataset in `data_path`."""
-    distance = bfs_distances(maze_map, find_cell(maze_map, "g"))[find_cell(maze_map, "r")]
-    env = make_env(behaviour_map(maze_map), WALK_STEPS)
-    eval_env = make_env(maze_map, EVAL_STEPS)
+    distance = bfs_distances(maze.map, find_cell(maze.map, "g"))[find_cell(maze.map, "r")]
+    num_processes = max(1, min(os.cpu_count() or 1, num_steps // STEPS_PER_PROCESS))
+    env, eval_env = make_behaviour_env(maze, walk_cells), make_env(maze)
+    if walk_cells:
+        description = (
+            f"PointMaze walks of at most {walk_cells} cells in a maze whose goal is {distance} cells "
+            "from the start of the evaluation: no trajectory solves the task, a policy has to stitch. Sparse reward."
+        )
+    else:
+        description = (
+            f"PointMaze walks between random cells of a maze whose goal is {distance} cells from the start of the "
+            "evaluation. Sparse reward."
+        )
     storage.write(
         dataset_id,
         data_path,
-        collect_walks(env, maze_map, walk_cells, num_steps, desc=dataset_id),
+        collect_walks(maze, walk_cells, num_steps, desc=dataset_id, num_processes=num_processes),
         env,
         eval_env,
         reference_scores=(0.0, 1.0),  # returns of failure and success, so that the normalised score is the success rate
         algorithm_name="PD controller on shortest paths, with Gaussian action noise",
         code_permalink="common/recipes/pointmaze.py",
-        description=f"PointMaze walks of at most {walk_cells} cells in a maze whose goal is {distance} cells "
-        "from the start of the evaluation: no trajectory solves the task, a policy has to stitch. Sparse reward.",
+        description=description,
         requirements=["gymnasium-robotics>=1.4"],
     )
     env.close()

@@ -1,0 +1,45 @@
+"""Exact returns in a finite MDP whose dynamics are known, by dynamic programming."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import gymnasium as gym
+
+
+class Model(NamedTuple):
+    """A finite MDP of S states and A actions. Terminal states lead to themselves or one another, and pay nothing."""
+
+    transition: np.ndarray  # (S, A, S): p(s' | s, a)
+    reward: np.ndarray  # (S, A): expected
+    initial: np.ndarray  # (S,): p(s_0)
+
+
+def model_of(env: gym.Env) -> Model | None:
+    """The model of an environment that has one, as icu-sepsis' has: `dynamics`, a dict with the keys below."""
+    dynamics = getattr(env.unwrapped, "dynamics", None)
+    if not (isinstance(dynamics, dict) and {"tx_mat", "r_mat", "d_0"} <= dynamics.keys()):
+        return None
+    transition = dynamics["tx_mat"]
+    return Model(transition, np.einsum("sat,sat->sa", transition, dynamics["r_mat"]), dynamics["d_0"])
+
+
+def expected_return(model: Model, policy: np.ndarray, num_steps: int) -> float:
+    """Expected sum of the first `num_steps` rewards of `policy`, the probabilities pi(a | s), shape (S, A)."""
+    transition = (policy[:, None] @ model.transition)[:, 0]  # sum_a pi(a | s) p(s' | s, a), shape (S, S)
+    reward = (policy * model.reward).sum(axis=-1)
+    value = np.zeros(len(reward))
+    for _ in range(num_steps):
+        value = reward + transition @ value
+    return float(model.initial @ value)
+
+
+def optimal_return(model: Model, num_steps: int) -> float:
+    """The largest expected sum of `num_steps` rewards, by value iteration."""
+    value = np.zeros(len(model.initial))
+    for _ in range(num_steps):
+        value = (model.reward + model.transition @ value).max(axis=-1)
+    return float(model.initial @ value)
