@@ -156,7 +156,7 @@ def make_train(cfg: Config, agent: Agent):
 
     def train(state, dataset):
         if hasattr(agent, "relabel"):  # columns that are functions of the networks and of whole episodes
-            dataset = agent.relabel(state, dataset)
+            state, dataset = agent.relabel(state, dataset)
 
         def step(state, _):
             key, key_batch = jax.random.split(state.key)

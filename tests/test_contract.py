@@ -58,7 +58,7 @@ def takes_discrete(algo):
 
 
 def random_data(spec, key):
-    k = jax.random.split(key, 6)
+    k = jax.random.split(key, 7)
     if spec.discrete:
         action, next_action = (jax.random.randint(k[i], (N,), 0, spec.action_dim) for i in (1, 5))
     else:
@@ -70,6 +70,8 @@ def random_data(spec, key):
         next_obs=jax.random.normal(k[3], (N, spec.obs_dim)),
         terminal=jax.random.bernoulli(k[4], 0.2, (N,)).astype(jnp.float32),
         next_action=next_action,
+        episode=jnp.arange(N) // 8,
+        return_to_go=jax.random.normal(k[6], (N,)),
     )
 
 
@@ -102,7 +104,7 @@ def algo(request):
 
 
 def networks(state):
-    return {name: x for name, x in state._asdict().items() if name not in ("key", "step")}
+    return {name: x for name, x in state._asdict().items() if hasattr(x, "params") or name.startswith("target_")}
 
 
 def params(network):
