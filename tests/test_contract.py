@@ -209,7 +209,7 @@ def test_every_float_of_the_config_vmaps_and_matters(case):
     base = traced_floats(case)
     values = {name: np.full(len(base) + 1, x, np.float32) for name, x in base.items()}
     for row, name in enumerate(base, start=1):
-        values[name][row] *= 0.5
+        values[name][row] *= 0.1
 
     def one(floats):
         cfg = dataclasses.replace(case.cfg, **floats)
