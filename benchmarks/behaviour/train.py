@@ -1,6 +1,6 @@
 """Trains the behaviour policies of the locomotion datasets. The files that are committed come from
 
-    python benchmarks/behaviour/train.py --task hopper --discount 0.999 --gae-lambda 0.99
+    python benchmarks/behaviour/train.py --task hopper
     python benchmarks/behaviour/train.py --task walker2d
     python benchmarks/behaviour/train.py --task halfcheetah --discount 0.98 --gae-lambda 0.92 --log-std-init -2
 
@@ -11,7 +11,7 @@ PPO of Stable-Baselines3 (pip install -e .[behaviour]), on one core. Writes
 The recipes (common/recipes/locomotion.py) roll the snapshots out in NumPy, so nobody needs to train again.
 
 The hyper-parameters are those of the PPO paper's MuJoCo runs (https://arxiv.org/abs/1707.06347), except for
-- discount and lambda of hopper and halfcheetah: RL Baselines3 Zoo's tuned ones (hyperparams/ppo.yml at 00128b5);
+- discount and lambda of halfcheetah: RL Baselines3 Zoo's tuned ones (hyperparams/ppo.yml at 00128b5);
 - a smaller initial noise (standard deviation 0.37, halfcheetah 0.14, and not 1), so that fewer actions of the data lie
   on their bounds, where the environment clips them: that suits no algorithm that fits a density;
 - batches of 128 and not 64, for speed.
