@@ -18,8 +18,9 @@ import numpy as np
 import optax
 import pytest
 
-from algos import bc, iql, td3_bc
+from algos import awac, bc, crr, iql, td3_bc
 from common.datasets import Spec, Transition
+from common.networks import Normal
 
 FOLDER = pathlib.Path(__file__).parent / "parity"
 PROVENANCE = json.loads((FOLDER / "provenance.json").read_text())
@@ -57,11 +58,50 @@ CASES = {
         ),
         Spec(obs_dim=3, action_dim=2),
     ),
+    "awac": (
+        awac.make_agent,
+        awac.Config(
+            hidden=HIDDEN,
+            discount=D3RLPY["awac"]["gamma"],
+            tau=D3RLPY["awac"]["tau"],
+            beta=1 / D3RLPY["awac"]["lam"],
+            num_samples=D3RLPY["awac"]["n_action_samples"],
+        ),
+        Spec(obs_dim=3, action_dim=2),
+    ),
+    "crr": (
+        crr.make_agent,
+        crr.Config(
+            hidden=HIDDEN,
+            discount=D3RLPY["crr"]["gamma"],
+            tau=D3RLPY["crr"]["tau"],
+            binary=D3RLPY["crr"]["weight_type"] == "binary",
+            max_baseline=D3RLPY["crr"]["advantage_type"] == "max",
+            beta=1 / D3RLPY["crr"]["beta"],
+            max_weight=D3RLPY["crr"]["max_weight"],
+            num_samples=D3RLPY["crr"]["n_action_samples"],
+        ),
+        Spec(obs_dim=3, action_dim=2),
+    ),
+    "crr_binary": (
+        crr.make_agent,
+        crr.Config(
+            hidden=HIDDEN,
+            discount=D3RLPY["crr_binary"]["gamma"],
+            tau=D3RLPY["crr_binary"]["tau"],
+            binary=D3RLPY["crr_binary"]["weight_type"] == "binary",
+            max_baseline=D3RLPY["crr_binary"]["advantage_type"] == "max",
+            num_samples=D3RLPY["crr_binary"]["n_action_samples"],
+        ),
+        Spec(obs_dim=3, action_dim=2),
+    ),
 }
 NETWORKS = [(name, network) for name in CASES for network in PROVENANCE["factors"][name]]
 TARGETS = [("iql", "critic"), ("td3_bc", "critic"), ("td3_bc", "actor")]
+TARGETS += [("awac", "critic"), ("crr", "critic"), ("crr", "actor")]
 AFTER = [("iql", "value"), ("iql", "actor")]
-AFTER += [("td3_bc", network) for network in ("actor", "critic", "target_actor", "target_critic")]
+AFTER += [("awac", network) for network in ("actor", "critic", "target_critic")]
+AFTER += [(name, n) for name in ("td3_bc", "crr") for n in ("actor", "critic", "target_actor", "target_critic")]
 
 
 # --- d3rlpy's arrays in our trees --------------------------------------------------------------------------
@@ -108,7 +148,12 @@ def program(name):
     def update(learning_rate, tau, state, batch):
         changes = {"learning_rate": learning_rate, "tau": tau}
         changes = {key: value for key, value in changes.items() if hasattr(cfg, key)}
-        return make_agent(dataclasses.replace(cfg, **changes), spec).update(state, batch)
+        with (
+            pytest.MonkeyPatch.context() as monkeypatch
+        ):  # while it is traced: the policy's samples have d3rlpy's noise
+            sample = lambda self, key: self.mean + jnp.exp(self.log_std) * arrays["batch/noise"]  # noqa: E731
+            monkeypatch.setattr(Normal, "sample", sample)
+            return make_agent(dataclasses.replace(cfg, **changes), spec).update(state, batch)
 
     return arrays, zeros._replace(key=jax.random.key(0)), update
 
@@ -176,5 +221,5 @@ def test_whole_updates(name, network):
     arrays, state, _ = run(name, after["num_updates"], after["learning_rate"], after["tau"])
     ours = getattr(state, network)
     ours = ours.params if isinstance(ours, tuple) else ours
-    theirs = in_tree(ours, arrays | {"after/actor/log_std": arrays.get("start/actor/log_std")}, f"after/{network}")
+    theirs = in_tree(ours, {"after/actor/log_std": arrays.get("start/actor/log_std")} | arrays, f"after/{network}")
     assert_close(ours, theirs, rtol=1e-4, atol=1e-5)

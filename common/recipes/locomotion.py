@@ -15,7 +15,9 @@ An episode that falls terminates; one that meets the time limit of 1000 steps, o
 data, is truncated.
 
 What differs from D4RL (https://arxiv.org/abs/2004.07219), whose names these are:
-- The policies are PPO's and weaker, and a Gaussian action is clipped to its bounds, where SAC squashes it by tanh.
+- The policies are PPO's, and a Gaussian action is clipped to its bounds, where SAC's is squashed by tanh: up to a sixth
+  of the experts' action components lie on a bound. Mean returns of medium and expert: hopper 676 and 1567 (D4RL's
+  expert: 3234), walker2d 1381 and 4193 (4592), halfcheetah 1994 and 5035 (12135).
 - Scores 0 and 100 are the mean returns of the random and of this expert policy, so they compare with no score of D4RL.
 - medium-replay is not a replay buffer, in which every step has a policy of its own, but roll-outs of a few snapshots.
 - Every dataset has a million transitions, unless its name asks for another number. D4RL's medium-expert has two

@@ -1,7 +1,7 @@
 """Numbers of d3rlpy 2.8.1 that tests/test_parity.py compares our files with: its own losses and its own gradients.
 
-Writes bc.npz, bc_discrete.npz, bc_gaussian.npz, iql.npz, td3_bc.npz and provenance.json beside this file. It needs an
-environment of its own, because d3rlpy brings torch and an old gym:
+Writes bc.npz, bc_discrete.npz, bc_gaussian.npz, iql.npz, td3_bc.npz, awac.npz, crr.npz, crr_binary.npz and
+provenance.json beside this file. It needs an environment of its own, because d3rlpy brings torch and an old gym:
 
     python -m venv /tmp/d3 && . /tmp/d3/bin/activate
     pip install torch==2.13.0 d3rlpy==2.8.1
@@ -11,6 +11,7 @@ Every loss below is a call into d3rlpy, and every gradient is torch's: no formul
     actor/0/kernel            weights, layer 0 first; kernels are (in, out), as in flax
     critic/1/0/bias           layer 0 of critic number 1; likewise target_critic/...; value/... and target_actor/...
     batch/obs                 16 transitions
+    batch/noise               standard normal, of the policy's samples (AWAC, CRR): every sample of an update has it
     loss/critic               one number
     grad/critic/1/0/bias      gradient of the loss of the network it names
     polyak/critic/1/0/bias    the target network after one Polyak step
@@ -21,9 +22,11 @@ Weights and batches are float32. d3rlpy then computes in float64 and the results
 bytes do not depend on the order in which a CPU sums.
 """
 
+import contextlib
 import json
 import pathlib
 import platform
+import unittest.mock
 
 import d3rlpy
 import numpy as np
@@ -46,6 +49,15 @@ CONFIG = {
         "gamma": 0.9, "tau": 0.1, "n_critics": 2, "alpha": 2.5, "update_actor_interval": 2,
         "target_smoothing_sigma": 0.0, "target_smoothing_clip": 0.5,
     },
+    "awac": {"gamma": 0.9, "tau": 0.1, "n_critics": 2, "lam": 0.5, "n_action_samples": 3},
+    "crr": {
+        "gamma": 0.9, "tau": 0.1, "n_critics": 2, "beta": 0.5, "n_action_samples": 3, "advantage_type": "mean",
+        "weight_type": "exp", "max_weight": 10.0, "target_update_type": "soft",
+    },
+    "crr_binary": {
+        "gamma": 0.9, "tau": 0.1, "n_critics": 2, "n_action_samples": 3, "advantage_type": "max",
+        "weight_type": "binary", "target_update_type": "soft",
+    },
 }  # fmt: skip
 
 # The `after/` arrays: whole updates with a large step, where the order of the networks inside an update shows.
@@ -54,6 +66,8 @@ CONFIG = {
 AFTER = {
     "iql": {"num_updates": 4, "learning_rate": 0.01, "tau": 0.0},
     "td3_bc": {"num_updates": 4, "learning_rate": 0.01, "tau": 0.1, "first_grad_step": 1},
+    "awac": {"num_updates": 4, "learning_rate": 0.01, "tau": 0.1},
+    "crr": {"num_updates": 4, "learning_rate": 0.01, "tau": 0.1},
 }
 
 # ours = factor * d3rlpy's, for losses and gradients alike.
@@ -63,6 +77,9 @@ FACTORS = {
     "bc_gaussian": {"actor": 1.0},
     "iql": {"value": 1.0, "actor": 1.0, "critic": 1.0},
     "td3_bc": {"actor": 1.0, "critic": 1.0},
+    "awac": {"actor": 1.0, "critic": 1.0},
+    "crr": {"actor": 1.0, "critic": 1.0},
+    "crr_binary": {"actor": 1.0, "critic": 1.0},
 }
 
 DEPARTURES = [
@@ -114,6 +131,69 @@ DEPARTURES = [
         "d3rlpy": "clip(sigma eps, +-c), then the action clipped to +-1, as the paper",
         "reference": "the same",
         "handled": "sigma = 0: two libraries cannot draw the same eps; the clip at +-c is not compared",
+    },
+    {
+        "what": "AWAC and CRR, samples of the policy",
+        "where": "models/torch/distributions.py:61 and 72",
+        "d3rlpy": "fresh noise for every sample, Gaussian samples clipped to +-1",
+        "reference": "the same, without the clip",
+        "handled": "both libraries add `batch/noise` to the mean, the same at s, at s' and for every sample",
+    },
+    {
+        "what": "AWAC, entropy in the target",
+        "where": "algos/qlearning/awac.py:144, algos/qlearning/torch/sac_impl.py:116-128",
+        "d3rlpy": "SAC's target at temperature exp(0) = 1: y = r + gamma (Q'(s', a') - log pi(a'|s'))",
+        "reference": "rlkit examples/awac/mujoco/awac1.py: alpha = 0, no entropy",
+        "handled": "this script sets the log-temperature to -infinity",
+    },
+    {
+        "what": "AWAC, distribution in the target",
+        "where": "algos/qlearning/torch/sac_impl.py:118, algos/qlearning/torch/awac_impl.py:57 and 83",
+        "d3rlpy": "a' = tanh(mu + sigma noise) in the target; a = tanh(mu) + sigma noise in V and in the likelihood",
+        "reference": "one Gaussian for all of them",
+        "handled": "noise = 0 for AWAC, where the two agree",
+    },
+    {
+        "what": "AWAC, weights",
+        "where": "algos/qlearning/torch/awac_impl.py:61 and 104-106",
+        "d3rlpy": "softmax of A / lambda over the batch, times its size; the loss is a sum over the batch",
+        "reference": "rlkit awac_trainer.py: the same weights, and a mean; the paper: exp(A / lambda)",
+        "handled": "this script replaces its softmax by exp, and the sum over the batch by a mean",
+    },
+    {
+        "what": "AWAC, log-std",
+        "where": "algos/qlearning/awac.py:108-110, models/torch/policies.py:135-139",
+        "d3rlpy": "log_std = -6 + 6 sigmoid(p), p starts at 0, as rlkit: the first std is exp(-3) = 0.05",
+        "reference": "the same; ours is IQL's",
+        "handled": "the bounds are set to IQL's -5 and 2, then as for IQL",
+    },
+    {
+        "what": "CRR, critic",
+        "where": "algos/qlearning/torch/crr_impl.py:115-130 and 138-142, algos/qlearning/crr.py:119",
+        "d3rlpy": "one critic by default; of several, the mean in the advantage and the smallest in the target",
+        "reference": "acme: one distributional critic; ours: the smaller of two in both",
+        "handled": "two critics with the same weights, where mean and minimum agree, and two different targets",
+    },
+    {
+        "what": "CRR, log-std",
+        "where": "algos/qlearning/crr.py:139-145, models/torch/policies.py:140-143",
+        "d3rlpy": "a linear layer of the hidden units, clipped to -20 and 2",
+        "reference": "the paper: a mixture of Gaussians; ours is IQL's, a parameter",
+        "handled": "kernel 0 and not trained; its bias is our log_std",
+    },
+    {
+        "what": "CRR, acting",
+        "where": "algos/qlearning/torch/crr_impl.py:144-171",
+        "d3rlpy": "an action resampled among samples of the policy by softmax(Q)",
+        "reference": "the same (the paper's critic-weighted policy); ours acts by the mode",
+        "handled": "not compared",
+    },
+    {
+        "what": "CRR, targets",
+        "where": "algos/qlearning/crr.py:120-122",
+        "d3rlpy": "copied every 100 updates by default",
+        "reference": "acme: the same; ours: a Polyak step in every update",
+        "handled": "target_update_type soft",
     },
     {
         "what": "BC, mean over action dimensions",
@@ -375,10 +455,159 @@ def td3_bc():
     return out
 
 
+@contextlib.contextmanager
+def fixed_noise(noise):
+    """Every sample of a Gaussian is its mean plus this times its standard deviation, whatever the number of samples."""
+
+    def rsample(self, sample_shape=()):
+        return (self.loc + self.scale * noise).expand(*sample_shape, *self.loc.shape)
+
+    with unittest.mock.patch.object(torch.distributions.Normal, "rsample", rsample):
+        yield
+
+
+def build_awac(rng, config, learning_rate=0.0):
+    impl = build(
+        d3rlpy.algos.AWACConfig(
+            actor_encoder_factory=encoder(),
+            critic_encoder_factory=encoder(),
+            actor_learning_rate=learning_rate,
+            critic_learning_rate=learning_rate,
+            **config,
+        )
+    )
+    m = impl.modules
+    fill(rng, m.policy)
+    fill(rng, m.q_funcs, 1.3)
+    fill(rng, m.targ_q_funcs, 1.3)
+    m.log_temp._parameter.data.fill_(-np.inf)  # no entropy in the target
+    m.policy._min_logstd, m.policy._max_logstd = -5.0, 2.0
+    log_std = double(rng.uniform(-1, 0.3, size=(1, ACTION_DIM)))
+    m.policy._logstd.data = torch.logit((log_std + 5) / 7)
+    return impl, log_std
+
+
+def exp_as_softmax(x, dim):
+    """For the softmax over the batch in AWAC's weights; d3rlpy multiplies by the size of the batch and sums over it."""
+    return torch.exp(x) / x.shape[dim] ** 2
+
+
+def awac():
+    out, rng = {}, np.random.RandomState(SEED + 6)
+    impl, log_std = build_awac(rng, CONFIG["awac"])
+    m = impl.modules
+    save_arrays(out, "critic", m.q_funcs)
+    save_arrays(out, "target_critic", m.targ_q_funcs)
+    batch = make_batch(rng, out)
+    out["batch/noise"] = np.zeros((BATCH, ACTION_DIM))
+
+    softmax = unittest.mock.patch.object(torch.nn.functional, "softmax", exp_as_softmax)
+    with fixed_noise(double(out["batch/noise"])), softmax:
+        out["loss/critic"] = impl.compute_critic_grad(batch).critic_loss.item()
+        save_arrays(out, "grad/critic", m.q_funcs, grad=True)
+        save_iql_actor(out, impl, batch, log_std)
+        weight = impl._compute_weights(batch.observations, batch.actions)
+        assert 4 <= (BATCH * weight < 1).sum() <= BATCH - 4, "advantages of both signs"
+        assert (BATCH * weight).max() < 100, "ours is clipped"
+        impl.update_critic_target()
+        save_arrays(out, "polyak/critic", m.targ_q_funcs)
+
+        after = AFTER["awac"]
+        config = {**CONFIG["awac"], "tau": after["tau"]}
+        impl, _ = build_awac(np.random.RandomState(SEED + 6), config, after["learning_rate"])
+        impl.modules.policy._logstd.data.fill_(50.0)  # as for IQL
+        out["start/actor/log_std"] = np.full(ACTION_DIM, 3.0)
+        for step in range(after["num_updates"]):
+            impl.update(batch, step)
+    save_arrays(out, "after/actor", impl.modules.policy)
+    save_arrays(out, "after/critic", impl.modules.q_funcs)
+    save_arrays(out, "after/target_critic", impl.modules.targ_q_funcs)
+    return out
+
+
+def build_crr(rng, config, learning_rate=0.0):
+    impl = build(
+        d3rlpy.algos.CRRConfig(
+            actor_encoder_factory=encoder(),
+            critic_encoder_factory=encoder(),
+            actor_learning_rate=learning_rate,
+            critic_learning_rate=learning_rate,
+            **config,
+        )
+    )
+    m = impl.modules
+    for policy in (m.policy, m.targ_policy):
+        fill(rng, policy)
+        policy._logstd.weight.data.fill_(0.0)
+        policy._logstd.weight.requires_grad_(False)
+        policy._logstd.bias.data = double(rng.uniform(-1.5, -0.5, size=ACTION_DIM))
+    fill(rng, m.q_funcs[0], 1.3)
+    m.q_funcs[1].load_state_dict(m.q_funcs[0].state_dict())
+    fill(rng, m.targ_q_funcs, 1.3)
+    return impl
+
+
+def save_crr_policy(out, prefix, policy, grad=False):
+    """Its layers without the last, the log-std, whose bias is ours."""
+    layers = torch.nn.Sequential(*linears(policy)[:-1])
+    save_arrays(out, prefix, layers, grad)
+    bias = policy._logstd.bias
+    out[f"{prefix}/log_std"] = (bias.grad if grad else bias.detach()).numpy().copy()
+
+
+def crr(name="crr"):
+    out, rng = {}, np.random.RandomState(SEED + 7)
+    impl = build_crr(rng, CONFIG[name])
+    m = impl.modules
+    save_crr_policy(out, "actor", m.policy)
+    save_crr_policy(out, "target_actor", m.targ_policy)
+    save_arrays(out, "critic", m.q_funcs)
+    save_arrays(out, "target_critic", m.targ_q_funcs)
+    batch = make_batch(rng, out)
+    out["batch/noise"] = rng.normal(size=(BATCH, ACTION_DIM))
+
+    with fixed_noise(double(out["batch/noise"])):
+        out["loss/critic"] = impl.compute_critic_grad(batch).critic_loss.item()
+        save_arrays(out, "grad/critic", m.q_funcs, grad=True)
+        out["loss/actor"] = impl.compute_actor_grad(batch).actor_loss.item()
+        save_crr_policy(out, "grad/actor", m.policy, grad=True)
+
+        weight = impl._compute_weight(batch.observations, batch.actions)
+        next_action = d3rlpy.models.torch.build_gaussian_distribution(m.targ_policy(batch.next_observations)).sample()
+        next_q = torch.stack([q(batch.next_observations, next_action).q_value for q in m.targ_q_funcs])
+        assert 4 <= (weight < 1).sum() <= BATCH - 4, "advantages of both signs"
+        assert name == "crr_binary" or 1 <= (weight == CONFIG[name]["max_weight"]).sum() <= 8, "clipped weights"
+        assert 2 <= (next_action.abs() == 1).any(dim=1).sum() <= BATCH - 2, "clipped actions"
+        assert 4 <= (next_q[0] < next_q[1]).sum() <= BATCH - 4, "either critic is the smaller one"
+
+        impl.update_critic_target()
+        impl.update_actor_target()
+        save_arrays(out, "polyak/critic", m.targ_q_funcs)
+        save_crr_policy(out, "polyak/actor", m.targ_policy)
+        if name not in AFTER:
+            return out
+
+        after = AFTER[name]
+        config = {**CONFIG[name], "tau": after["tau"]}
+        impl = build_crr(np.random.RandomState(SEED + 7), config, after["learning_rate"])
+        for step in range(after["num_updates"]):
+            impl.update(batch, step)
+    save_crr_policy(out, "after/actor", impl.modules.policy)
+    save_crr_policy(out, "after/target_actor", impl.modules.targ_policy)
+    save_arrays(out, "after/critic", impl.modules.q_funcs)
+    save_arrays(out, "after/target_critic", impl.modules.targ_q_funcs)
+    return out
+
+
+def crr_binary():
+    """The other filter and the other baseline, from the same weights and batch."""
+    return crr("crr_binary")
+
+
 def main():
     assert d3rlpy.__version__ == "2.8.1", d3rlpy.__version__  # the departures below were read in this version
     torch.set_default_dtype(torch.float64)
-    for algorithm in (bc, bc_discrete, bc_gaussian, iql, td3_bc):
+    for algorithm in (bc, bc_discrete, bc_gaussian, iql, td3_bc, awac, crr, crr_binary):
         arrays = algorithm()
         # savez stores every member with the date 1980-01-01: the same arrays are the same bytes
         np.savez(OUT / f"{algorithm.__name__}.npz", **{k: np.asarray(v, np.float32) for k, v in arrays.items()})

@@ -1,0 +1,326 @@
+"""Advantage-Weighted Actor-Critic (AWAC): clone the data's actions, those that beat the policy's own more strongly.
+
+Paper      Nair, Gupta, Dalal & Levine (2020), https://arxiv.org/abs/2006.09359
+Reference  https://github.com/rail-berkeley/rlkit at ac45a9d
+
+From equation to code
+    V(s) = E[ min_j Q_j(s, a) ],  a ~ pi(.|s)                         policy_value
+    L_Q  = E[ (r + discount Vbar(s') - Q(s, a))^2 ]                   critic_loss
+    L_pi = E[ -exp((min_j Q_j(s, a) - V(s)) / lambda) log pi(a|s) ]   actor_loss
+
+Order of one update   Q, pi (with the new Q), target, as CORL's awac.py at eeeeef2; the reference steps all at once.
+Hyper-parameters      beta = 1 / lambda and max_weight: CORL's configuration for AntMaze; num_samples: the reference;
+                      learning_rate and tau are larger than their 3e-4 and 0.005, for the short default run.
+                      MuJoCo: beta 3, reward_shift 0 (CORL).
+Deviations            1. As CORL: exp(A / lambda) with a clip; the reference: a softmax of A / lambda over the batch.
+                      2. The policy is IQL's Gaussian, without the reference's weight decay and small first deviation.
+                      3. Q is asked of actions within their bounds: the policy's samples are clipped to [-1, 1].
+                      4. Batches are drawn on the device, with replacement.
+Run                   python algos/awac.py --dataset stitch/pointmaze-umaze-v0 --num-seeds 3
+"""
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import itertools
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import chex
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+from jax.sharding import NamedSharding, PartitionSpec
+from tqdm import tqdm
+
+from common.datasets import Spec, load_dataset
+from common.networks import CategoricalActor, Critic, DiscreteCritic, GaussianActor
+
+
+# --- Configuration -------------------------------------------------------------------------------------
+@dataclasses.dataclass(frozen=True)
+class Config:
+    # Experiment
+    dataset: str = "stitch/pointmaze-umaze-v0"  # a Minari dataset: on this machine, built by a recipe, or downloaded
+    seed: int = 0  # of the first run: its networks, batches and evaluation
+    num_seeds: int = 3  # runs trained in one program, with seeds seed, seed + 1, ...
+    num_updates: int = 6_000  # gradient steps (the paper: 1,000,000)
+    eval_interval: int = 2_000  # gradient steps between two evaluations, each with a checkpoint
+    eval_episodes: int = 20  # episodes of one evaluation, for each seed
+    log_interval: int = 250  # gradient steps of one compiled call; the progress line moves after each
+    out: str = ""  # the run folder; by default runs/ALGORITHM/DATASET
+    # Optimisation
+    batch_size: int = 256  # transitions of one gradient step
+    learning_rate: float = 1e-3  # of every Adam (the reference: 3e-4)
+    hidden: tuple[int, ...] = (256, 256)  # units of the hidden layers
+    discount: float = 0.99  # gamma
+    tau: float = 0.02  # Polyak step of the target critic (the reference: 0.005)
+    # AWAC
+    beta: float = 10.0  # inverse temperature, 1 / lambda: 0 is behaviour cloning
+    max_weight: float = 100.0  # clip of exp(beta A), for stability
+    num_samples: int = 1  # actions of the policy whose mean Q is V(s); discrete actions are summed over instead
+    reward_shift: float = -1.0  # added to every reward: -1 for tasks with reward 1 at a goal and 0 elsewhere
+
+
+def load_data(cfg: Config):
+    return load_dataset(cfg.dataset, reward_shift=cfg.reward_shift)
+
+
+# --- State: arrays only, so that a whole run can be vmapped, compared and saved -----------------------------
+class Trainable(NamedTuple):
+    params: Any
+    opt_state: optax.OptState
+
+
+class State(NamedTuple):
+    key: jax.Array
+    actor: Trainable
+    critic: Trainable
+    target_critic: Any
+
+
+class Agent(NamedTuple):
+    init: Callable  # (key) -> State
+    update: Callable  # (State, Transition) -> (State, metrics)
+    act: Callable  # (State, obs, key) -> action
+
+
+# --- Algorithm -----------------------------------------------------------------------------------------
+def make_agent(cfg: Config, spec: Spec) -> Agent:
+    actor = (CategoricalActor if spec.discrete else GaussianActor)(spec.action_dim, cfg.hidden)
+    critic = DiscreteCritic(spec.action_dim, 2, cfg.hidden) if spec.discrete else Critic(2, cfg.hidden)
+    adam = optax.adam(cfg.learning_rate)
+
+    def policy_value(critic_params, actor_params, obs, key):
+        """V(s) = E[ min_j Q_j(s, a) ], a ~ pi(.|s): the sum over discrete actions, a mean over samples of others."""
+        pi = actor.apply(actor_params, obs)
+        if spec.discrete:
+            q = critic.apply(critic_params, obs).min(axis=0)  # (batch, actions)
+            return (jax.nn.softmax(pi.logits) * q).sum(axis=-1)
+
+        def sampled_q(key):
+            return critic.apply(critic_params, obs, jnp.clip(pi.sample(key), -1, 1)).min(axis=0)
+
+        return jax.vmap(sampled_q)(jax.random.split(key, cfg.num_samples)).mean(axis=0)
+
+    def actor_loss(params, batch, advantage):
+        weight = jnp.minimum(jnp.exp(cfg.beta * advantage), cfg.max_weight)
+        log_prob = actor.apply(params, batch.obs).log_prob(batch.action)
+        chex.assert_equal_shape([weight, log_prob, batch.reward])
+        return -(weight * log_prob).mean(), {"weight": weight.mean(), "log_prob": log_prob.mean()}
+
+    def critic_loss(params, batch, target):
+        q = critic.apply(params, batch.obs, batch.action)
+        chex.assert_shape(q, (2, *target.shape))
+        return ((q - target[None]) ** 2).sum(axis=0).mean(), {"q": q.mean()}
+
+    def init(key):
+        key, key_actor, key_critic = jax.random.split(key, 3)
+        obs = jnp.zeros((1, spec.obs_dim))
+        action = jnp.zeros(1, int) if spec.discrete else jnp.zeros((1, spec.action_dim))
+        actor_params = actor.init(key_actor, obs)
+        critic_params = critic.init(key_critic, obs, action)
+        return State(
+            key=key,
+            actor=Trainable(actor_params, adam.init(actor_params)),
+            critic=Trainable(critic_params, adam.init(critic_params)),
+            target_critic=critic_params,
+        )
+
+    def update(state, batch):
+        key, key_next, key_value = jax.random.split(state.key, 3)
+        next_v = policy_value(state.target_critic, state.actor.params, batch.next_obs, key_next)
+        target = batch.reward + cfg.discount * (1 - batch.terminal) * next_v
+        new_critic, critic_info = descend(adam, critic_loss, state.critic, batch, target)
+
+        q = critic.apply(new_critic.params, batch.obs, batch.action).min(axis=0)
+        v = policy_value(new_critic.params, state.actor.params, batch.obs, key_value)
+        new_actor, actor_info = descend(adam, actor_loss, state.actor, batch, q - v)
+
+        target_critic = optax.incremental_update(new_critic.params, state.target_critic, cfg.tau)
+        state = State(key, new_actor, new_critic, target_critic)
+        return state, {"v": v.mean()} | actor_info | critic_info
+
+    def act(state, obs, key):
+        return actor.apply(state.actor.params, obs).mode()
+
+    return Agent(init, update, act)
+
+
+# --- Training: the same in every file, and a test keeps it so -----------------------------------------------
+def descend(tx, loss_fn, trainable, *args):
+    """One optimiser step on `loss_fn(params, *args) -> (loss, info)`."""
+    (loss, info), grads = jax.value_and_grad(loss_fn, has_aux=True)(trainable.params, *args)
+    updates, opt_state = tx.update(grads, trainable.opt_state, trainable.params)
+    params = optax.apply_updates(trainable.params, updates)
+    return Trainable(params, opt_state), {loss_fn.__name__: loss, **info}
+
+
+def make_train(cfg: Config, agent: Agent):
+    """`train(state, dataset)`: `cfg.log_interval` updates and the means of their metrics. Pure: jit it, vmap it."""
+
+    def train(state, dataset):
+        if hasattr(agent, "relabel"):  # columns that are functions of the networks and of whole episodes
+            state, dataset = agent.relabel(state, dataset)
+
+        def step(state, _):
+            key, key_batch = jax.random.split(state.key)
+            index = jax.random.randint(key_batch, (cfg.batch_size,), 0, len(dataset.reward))
+            batch = jax.tree.map(lambda x: x[index], dataset)
+            return agent.update(state._replace(key=key), batch)
+
+        state, metrics = jax.lax.scan(step, state, length=cfg.log_interval)
+        return state, jax.tree.map(jnp.nanmean, metrics)  # NaN: not computed in that update
+
+    return train
+
+
+def write(path: Path, content: str | bytes):
+    """Write a file so that a reader, or a kill at any moment, finds the old one or the new one whole."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(content if isinstance(content, bytes) else content.encode())
+    os.replace(temporary, path)
+
+
+def main(cfg: Config, grid: dict[str, list[float]] | None = None):
+    """Train `num_seeds` runs in one program, evaluate and checkpoint them; a killed run goes on where it stopped.
+
+    `grid` maps float fields of Config that `load_data` does not read to values: each combination trains each seed.
+    """
+    for name, value in dataclasses.asdict(cfg).items():
+        if type(value) in (int, tuple) and name != "seed" and not np.all(np.array(value) > 0):
+            raise SystemExit(f"{name} must be positive, not {value}.")
+    if cfg.num_updates % cfg.eval_interval or cfg.eval_interval % cfg.log_interval:
+        raise SystemExit("num_updates must be a multiple of eval_interval, and eval_interval one of log_interval.")
+    algo = Path(__file__).stem
+    out = Path(cfg.out or f"runs/{algo}/{cfg.dataset}")
+    config = {"algo": algo, **dataclasses.asdict(cfg), "grid": grid or {}, "out": ""}  # a folder may be moved
+    config = json.loads(json.dumps(config))
+    if (out / "config.json").exists() and json.loads((out / "config.json").read_text())["config"] != config:
+        raise SystemExit(f"{out} holds a run of another configuration: choose another --out, or remove that folder.")
+    if (out / "summary.json").exists():
+        print(f"{out} holds this very run, finished: to train again, choose another --out or remove that folder.")
+        return json.loads((out / "summary.json").read_text())
+
+    points = [dict(zip(config["grid"], values, strict=True)) for values in itertools.product(*config["grid"].values())]
+    runs = [(cfg.seed + i, point) for point in points for i in range(cfg.num_seeds)]
+    with contextlib.suppress(RuntimeError):  # JAX runs already, in a notebook or a test: take the devices it has
+        jax.config.update("jax_num_cpu_devices", math.gcd(len(runs), os.cpu_count()))
+    jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "stitch"))
+    dataset, env = load_data(cfg)
+
+    # Every array of the states has a leading axis of runs, sharded over the devices. Within one device that axis is a
+    # loop on a CPU, whose caches hold the networks of one run at a time, and a vmap on an accelerator.
+    devices = jax.local_devices()[: math.gcd(len(runs), jax.local_device_count())]
+    mesh = jax.sharding.Mesh(devices, "run")
+    by_run, whole = NamedSharding(mesh, PartitionSpec("run")), NamedSharding(mesh, PartitionSpec())
+    seeds = np.array([seed for seed, _ in runs])
+    floats = {name: np.array([point[name] for _, point in runs], np.float32) for name in config["grid"]}
+
+    def init_one(seed, floats):
+        return make_agent(dataclasses.replace(cfg, **floats), env.spec).init(jax.random.key(seed))
+
+    def train_one(state, floats, dataset):
+        config = dataclasses.replace(cfg, **floats)
+        return make_train(config, make_agent(config, env.spec))(state, dataset)
+
+    def train_shard(states, floats, dataset):
+        if devices[0].platform == "cpu":
+            return jax.lax.map(lambda run: train_one(*run, dataset), (states, floats))
+        return jax.vmap(train_one, in_axes=(0, 0, None))(states, floats, dataset)
+
+    @jax.jit
+    def policy(states, obs, t):
+        def act(state, floats, seed, obs):
+            agent = make_agent(dataclasses.replace(cfg, **floats), env.spec)
+            return agent.act(state, obs, jax.random.fold_in(jax.random.key(seed), t))
+
+        return jax.vmap(act)(states, floats, seeds, obs)
+
+    started = time.perf_counter()
+    states = jax.device_put(jax.jit(jax.vmap(init_one))(seeds, floats), by_run)
+    arguments = jax.device_put(floats, by_run), jax.device_put(dataset, whole)
+    in_specs = (by_run.spec, by_run.spec, whole.spec)
+    train = jax.shard_map(train_shard, mesh=mesh, in_specs=in_specs, out_specs=by_run.spec, check_vma=False)
+    train = jax.jit(train, donate_argnums=0).lower(states, *arguments).compile()
+    compile_seconds, train_seconds = time.perf_counter() - started, 0.0
+
+    step, lines, score = 0, [], math.nan
+    if (out / "checkpoint.msgpack").exists():
+        saved = step, train_seconds, states._replace(key=jax.random.key_data(states.key))
+        saved = flax.serialization.from_bytes(saved, (out / "checkpoint.msgpack").read_bytes())
+        step, train_seconds, states = saved
+        states = states._replace(key=jax.random.wrap_key_data(states.key))
+        states = jax.device_put(states, by_run)
+        lines = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+        lines = [line for line in lines if line["step"] <= step]  # a kill may have come before their checkpoint
+    packages = ("jax", "flax", "optax", "numpy", "minari", "gymnasium", "gymnasium-robotics", "mujoco")
+    source = {
+        "command": " ".join(sys.argv),
+        "commit": subprocess.getoutput(f"git -C {Path(__file__).parent} describe --always --dirty --abbrev=40"),
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "device": f"{len(devices)} x {devices[0].device_kind}",
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    write(out / "config.json", json.dumps({"config": config, **source}, indent=2))
+
+    with tqdm(total=cfg.num_updates, initial=step, unit="update") as bar:
+        while step < cfg.num_updates:
+            infos = []
+            for _ in range(cfg.eval_interval // cfg.log_interval):
+                started = time.perf_counter()
+                states, info = jax.block_until_ready(train(states, *arguments))
+                train_seconds += time.perf_counter() - started
+                infos.append(info)
+                losses = {name: f"{x.mean():.3g}" for name, x in info.items() if name.endswith("loss")}
+                bar.set_postfix(losses, score=f"{score:.1f}")
+                bar.update(cfg.log_interval)
+            step += cfg.eval_interval
+            returns = env.evaluate(partial(policy, jax.device_put(states, devices[0])), seeds, cfg.eval_episodes)
+            score = env.score(returns).mean()
+            for i, (seed, point) in enumerate(runs):
+                metrics = {name: float(np.mean([info[name][i] for info in infos])) for name in info}
+                evaluation = {"score": env.score(returns[i]).mean(), "returns": returns[i].tolist()}
+                lines.append({"step": step, "seed": seed, "grid": point, **evaluation, **metrics})
+            write(out / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+            saved = step, train_seconds, states._replace(key=jax.random.key_data(states.key))
+            write(out / "checkpoint.msgpack", flax.serialization.to_bytes(jax.device_get(saved)))
+
+    last = [line for line in lines if line["step"] == step]
+    scores = [line["score"] for line in last]
+    summary = {
+        "algo": algo,
+        "dataset": cfg.dataset,
+        "num_updates": step,
+        "seeds": [seed for seed, _ in runs],
+        "grid": [point for _, point in runs],
+        "returns": [line["returns"] for line in last],
+        "score_per_seed": scores,
+        "score_mean": np.mean(scores),
+        "score_std": np.std(scores),
+        "score_kind": env.score_kind,
+        "updates_per_second": step * len(runs) / train_seconds,  # of all seeds together
+        "compile_seconds": compile_seconds,
+        "train_seconds": train_seconds,
+        **source,
+    }
+    write(out / "summary.json", json.dumps(summary, indent=2))
+    result = f"score {np.mean(scores):.1f} +- {np.std(scores):.1f} over {len(runs)} runs ({env.score_kind})"
+    print(f"{algo} on {cfg.dataset}: {result}, {summary['updates_per_second']:.0f} updates/s")
+    print(f"The run is in {out}; to draw it: python benchmarks/plot.py {out}")
+    return summary
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))
