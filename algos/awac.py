@@ -67,7 +67,7 @@ class Config:
     discount: float = 0.99  # gamma
     tau: float = 0.02  # Polyak step of the target critic (the reference: 0.005)
     # AWAC
-    beta: float = 10.0  # inverse temperature, 1 / lambda: 0 is behaviour cloning
+    beta: float = 1.0  # inverse temperature, 1 / lambda: 0 is behaviour cloning
     max_weight: float = 100.0  # clip of exp(beta A), for stability
     num_samples: int = 1  # actions of the policy whose mean Q is V(s); discrete actions are summed over instead
     reward_shift: float = -1.0  # added to every reward: -1 for tasks with reward 1 at a goal and 0 elsewhere

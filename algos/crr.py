@@ -71,7 +71,7 @@ class Config:
     # CRR
     binary: bool = False  # f = 1 where A > 0 and 0 elsewhere, instead of exp(beta A)
     max_baseline: bool = False  # A is the advantage over the best of the policy's samples, instead of their mean
-    beta: float = 10.0  # inverse temperature, the paper's 1 / beta: 0 is behaviour cloning (the reference: 1)
+    beta: float = 1.0  # inverse temperature, the paper's 1 / beta: 0 is behaviour cloning (the reference: 1)
     max_weight: float = 20.0  # clip of exp(beta A)
     num_samples: int = 4  # m, actions of the policy; a mean over discrete actions is exact instead
     reward_shift: float = -1.0  # added to every reward: -1 for tasks with reward 1 at a goal and 0 elsewhere

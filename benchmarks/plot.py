@@ -73,7 +73,10 @@ def read_config(run: Path) -> dict:
     """The Config fields of a run, and its `algo`."""
     if not (run / "config.json").exists():
         raise SystemExit(f"{run} is not a run folder: it holds no config.json.")
-    return json.loads((run / "config.json").read_text())["config"]
+    config = json.loads((run / "config.json").read_text())["config"]
+    if config.pop("grid", {}):
+        raise SystemExit(f"{run} holds a grid of hyper-parameters: benchmarks/report.py --selection {run} reads it.")
+    return config
 
 
 def labels(runs, configs):
