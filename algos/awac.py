@@ -9,9 +9,9 @@ From equation to code
     L_pi = E[ -exp((min_j Q_j(s, a) - V(s)) / lambda) log pi(a|s) ]   actor_loss
 
 Order of one update   Q, pi (with the new Q), target, as CORL's awac.py at eeeeef2; the reference steps all at once.
-Hyper-parameters      beta = 1 / lambda and max_weight: CORL's configuration for AntMaze; num_samples: the reference;
+Hyper-parameters      num_samples: the reference's awac1.py; beta = 1 / lambda is between its 1/2 and CORL's 3 (MuJoCo)
+                      or 10 (AntMaze); max_weight: AWR's, whose policy step this is (CORL: 100, the paper: none);
                       learning_rate and tau are larger than their 3e-4 and 0.005, for the short default run.
-                      MuJoCo: beta 3, reward_shift 0 (CORL).
 Deviations            1. As CORL: exp(A / lambda) with a clip; the reference: a softmax of A / lambda over the batch.
                       2. The policy is IQL's Gaussian, without the reference's weight decay and small first deviation.
                       3. Q is asked of actions within their bounds: the policy's samples are clipped to [-1, 1].
@@ -68,7 +68,7 @@ class Config:
     tau: float = 0.02  # Polyak step of the target critic (the reference: 0.005)
     # AWAC
     beta: float = 1.0  # inverse temperature, 1 / lambda: 0 is behaviour cloning
-    max_weight: float = 100.0  # clip of exp(beta A), for stability
+    max_weight: float = 20.0  # clip of exp(beta A), for stability
     num_samples: int = 1  # actions of the policy whose mean Q is V(s); discrete actions are summed over instead
     reward_shift: float = -1.0  # added to every reward: -1 for tasks with reward 1 at a goal and 0 elsewhere
 

