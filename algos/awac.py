@@ -13,7 +13,8 @@ Hyper-parameters      num_samples: the reference's awac1.py; beta = 1 / lambda i
                       or 10 (AntMaze); max_weight: AWR's, whose policy step this is (CORL: 100, the paper: none);
                       learning_rate and tau are larger than their 3e-4 and 0.005, for the short default run.
 Deviations            1. As CORL: exp(A / lambda) with a clip; the reference: a softmax of A / lambda over the batch.
-                      2. The policy is IQL's Gaussian, without the reference's weight decay and small first deviation.
+                      2. The policy is IQL's Gaussian, without the reference's weight decay, small first deviation and
+                         four layers; the reference's batch is 1024.
                       3. Q is asked of actions within their bounds: the policy's samples are clipped to [-1, 1].
                       4. Batches are drawn on the device, with replacement.
 Run                   python algos/awac.py --dataset stitch/pointmaze-umaze-v0 --num-seeds 3
@@ -232,8 +233,8 @@ def main(cfg: Config, grid: dict[str, list[float]] | None = None):
         return make_agent(dataclasses.replace(cfg, **floats), env.spec).init(jax.random.key(seed))
 
     def train_one(state, floats, dataset):
-        config = dataclasses.replace(cfg, **floats)
-        return make_train(config, make_agent(config, env.spec))(state, dataset)
+        one = dataclasses.replace(cfg, **floats)
+        return make_train(one, make_agent(one, env.spec))(state, dataset)
 
     def train_shard(states, floats, dataset):
         if devices[0].platform == "cpu":

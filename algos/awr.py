@@ -17,7 +17,8 @@ Hyper-parameters      beta, td_lambda, max_weight: the reference's. learning_rat
 Deviations            1. An iteration is log_interval steps of V and pi together; the reference's, 200 of V and then
                          1000 of pi, after 2048 new samples.
                       2. Adam, and IQL's policy: its mean is within the bounds, so there is no bound loss, and its
-                         standard deviation is learned. The reference has SGD with momentum and a fixed one.
+                         standard deviation is learned. The reference has SGD with momentum, a fixed deviation,
+                         observations normalised by running statistics, a value in units of 1 / (1 - discount).
                       3. In the paper A is not standardised and beta is 20; here, as in the reference, it is and 1.
                       4. Batches are drawn on the device, with replacement.
 Run                   python algos/awr.py --dataset stitch/pointmaze-umaze-v0
@@ -238,8 +239,8 @@ def main(cfg: Config, grid: dict[str, list[float]] | None = None):
         return make_agent(dataclasses.replace(cfg, **floats), env.spec).init(jax.random.key(seed))
 
     def train_one(state, floats, dataset):
-        config = dataclasses.replace(cfg, **floats)
-        return make_train(config, make_agent(config, env.spec))(state, dataset)
+        one = dataclasses.replace(cfg, **floats)
+        return make_train(one, make_agent(one, env.spec))(state, dataset)
 
     def train_shard(states, floats, dataset):
         if devices[0].platform == "cpu":

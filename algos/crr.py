@@ -15,7 +15,7 @@ Hyper-parameters      exp, mean, beta, max_weight, num_samples: the reference's 
 Deviations            1. Q is a number, the smaller of two critics; the paper: a distribution, of one critic.
                       2. Targets move by Polyak steps; the reference copies the networks every 100 updates.
                       3. The policy is IQL's Gaussian, and its mode acts; the paper: a mixture, and actions resampled
-                      by exp(Q) among the policy's.
+                         by exp(Q) among the policy's.
                       4. Q is asked of actions within their bounds: the policy's samples are clipped to [-1, 1].
                       5. Batches are drawn on the device, with replacement.
 Run                   python algos/crr.py --dataset stitch/pointmaze-umaze-v0 --num-seeds 3
@@ -244,8 +244,8 @@ def main(cfg: Config, grid: dict[str, list[float]] | None = None):
         return make_agent(dataclasses.replace(cfg, **floats), env.spec).init(jax.random.key(seed))
 
     def train_one(state, floats, dataset):
-        config = dataclasses.replace(cfg, **floats)
-        return make_train(config, make_agent(config, env.spec))(state, dataset)
+        one = dataclasses.replace(cfg, **floats)
+        return make_train(one, make_agent(one, env.spec))(state, dataset)
 
     def train_shard(states, floats, dataset):
         if devices[0].platform == "cpu":

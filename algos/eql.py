@@ -12,8 +12,10 @@ From equation to code
 Order of one update   V, pi, Q, target: the reference's learner.py.
 Hyper-parameters      alpha, max_clip, max_weight, reward_shift: the reference's AntMaze settings; learning_rate and tau
                       are IQL's of the short run. MuJoCo: alpha 2, normalize_reward, reward_shift 0.
-Deviations            1. The weight of the theory is exp((Qhat - V) / alpha); the reference has the factor 10.
-                      2. Batches are drawn on the device, with replacement.
+Deviations            1. From the paper, as the reference: (Qhat - V) / alpha is clipped in V's loss, whose gradient
+                         is divided by exp of the batch's largest; and the weight has the factor 10.
+                      2. No dropout on the actor (the reference uses 0.1 on Kitchen).
+                      3. Batches are drawn on the device, with replacement.
 Run                   python algos/eql.py --dataset stitch/pointmaze-umaze-v0 --num-seeds 3
 """
 
@@ -234,8 +236,8 @@ def main(cfg: Config, grid: dict[str, list[float]] | None = None):
         return make_agent(dataclasses.replace(cfg, **floats), env.spec).init(jax.random.key(seed))
 
     def train_one(state, floats, dataset):
-        config = dataclasses.replace(cfg, **floats)
-        return make_train(config, make_agent(config, env.spec))(state, dataset)
+        one = dataclasses.replace(cfg, **floats)
+        return make_train(one, make_agent(one, env.spec))(state, dataset)
 
     def train_shard(states, floats, dataset):
         if devices[0].platform == "cpu":

@@ -202,8 +202,8 @@ def main(cfg: Config, grid: dict[str, list[float]] | None = None):
         return make_agent(dataclasses.replace(cfg, **floats), env.spec).init(jax.random.key(seed))
 
     def train_one(state, floats, dataset):
-        config = dataclasses.replace(cfg, **floats)
-        return make_train(config, make_agent(config, env.spec))(state, dataset)
+        one = dataclasses.replace(cfg, **floats)
+        return make_train(one, make_agent(one, env.spec))(state, dataset)
 
     def train_shard(states, floats, dataset):
         if devices[0].platform == "cpu":

@@ -15,7 +15,8 @@ Hyper-parameters      alpha, max_weight, reward_shift: the reference's AntMaze s
                       of the short run. MuJoCo: alpha 1, normalize_reward, reward_shift 0.
 Deviations            1. The weight of the theory is (1 + (Qhat - V) / (2 alpha))_+; here, as in the reference,
                          (Qhat - V)_+, which is 0 for more actions.
-                      2. Batches are drawn on the device, with replacement.
+                      2. No dropout on the actor (the reference uses 0.1 on Kitchen).
+                      3. Batches are drawn on the device, with replacement.
 Run                   python algos/sql.py --dataset stitch/pointmaze-umaze-v0 --num-seeds 3
 """
 
@@ -237,8 +238,8 @@ def main(cfg: Config, grid: dict[str, list[float]] | None = None):
         return make_agent(dataclasses.replace(cfg, **floats), env.spec).init(jax.random.key(seed))
 
     def train_one(state, floats, dataset):
-        config = dataclasses.replace(cfg, **floats)
-        return make_train(config, make_agent(config, env.spec))(state, dataset)
+        one = dataclasses.replace(cfg, **floats)
+        return make_train(one, make_agent(one, env.spec))(state, dataset)
 
     def train_shard(states, floats, dataset):
         if devices[0].platform == "cpu":

@@ -13,10 +13,11 @@ Order of one update   V, pi, Q, target: the reference's learner.py.
 Hyper-parameters      beta, max_weight, max_clip, reward_shift: the reference's AntMaze settings, where b is 0.55 to 5;
                       learning_rate and tau are IQL's of the short run.
                       MuJoCo: temperature 2, beta 3, normalize_reward, reward_shift 0 ("consistent" in the paper).
-Deviations            1. The error of Q is squared, as in the paper; the reference's is Huber's with delta 20.
-                      2. The paper's weight has beta = 1 / b; here, as in the reference, beta is a number of its own.
-                      3. One step of V per update; no random actions and no noise in its loss (the reference has both as
-                         options on some datasets).
+Deviations            1. From the paper, as the reference: z is clipped, V's gradient is divided by exp of the batch's
+                         largest z, and beta is not 1 / b but a number of its own.
+                      2. The error of Q is squared, as in the paper; the reference's is Huber's with delta 20.
+                      3. One step of V per update, with no random actions and no noise in its loss, and no dropout on
+                         the actor (options of the reference on some datasets).
                       4. The actor's rate decays on every dataset (the reference's not on AntMaze).
                       5. Batches are drawn on the device, with replacement.
 Run                   python algos/xql.py --dataset stitch/pointmaze-umaze-v0 --num-seeds 3
@@ -245,8 +246,8 @@ def main(cfg: Config, grid: dict[str, list[float]] | None = None):
         return make_agent(dataclasses.replace(cfg, **floats), env.spec).init(jax.random.key(seed))
 
     def train_one(state, floats, dataset):
-        config = dataclasses.replace(cfg, **floats)
-        return make_train(config, make_agent(config, env.spec))(state, dataset)
+        one = dataclasses.replace(cfg, **floats)
+        return make_train(one, make_agent(one, env.spec))(state, dataset)
 
     def train_shard(states, floats, dataset):
         if devices[0].platform == "cpu":
