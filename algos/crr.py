@@ -99,6 +99,7 @@ class Agent(NamedTuple):
     init: Callable  # (key) -> State
     update: Callable  # (State, Transition) -> (State, metrics)
     act: Callable  # (State, obs, key) -> action
+    q: Callable  # (State, obs, action) -> value, as the algorithm believes it
 
 
 # --- Algorithm -----------------------------------------------------------------------------------------
@@ -167,7 +168,10 @@ def make_agent(cfg: Config, spec: Spec) -> Agent:
     def act(state, obs, key):
         return actor.apply(state.actor.params, obs).mode()
 
-    return Agent(init, update, act)
+    def q(state, obs, action):
+        return critic.apply(state.critic.params, obs, action).min(axis=0)
+
+    return Agent(init, update, act, q)
 
 
 # --- Training: the same in every file, and a test keeps it so -----------------------------------------------
@@ -213,8 +217,10 @@ def main(cfg: Config, grid: dict[str, list[float]] | None = None):
     for name, value in dataclasses.asdict(cfg).items():
         if type(value) in (int, tuple) and name != "seed" and not np.all(np.array(value) > 0):
             raise SystemExit(f"{name} must be positive, not {value}.")
-    if cfg.num_updates % cfg.eval_interval or cfg.eval_interval % cfg.log_interval:
-        raise SystemExit("num_updates must be a multiple of eval_interval, and eval_interval one of log_interval.")
+    pretrain = getattr(cfg, "pretrain_updates", 0)  # of a first phase, whose steps are counted from -pretrain to 0
+    if cfg.num_updates % cfg.eval_interval or pretrain % cfg.eval_interval or cfg.eval_interval % cfg.log_interval:
+        counts = "num_updates and pretrain_updates" if pretrain else "num_updates"
+        raise SystemExit(f"{counts} must be a multiple of eval_interval, and eval_interval one of log_interval.")
     algo = Path(__file__).stem
     out = Path(cfg.out or f"runs/{algo}/{cfg.dataset}")
     config = {"algo": algo, **dataclasses.asdict(cfg), "grid": grid or {}, "out": ""}  # a folder may be moved
@@ -240,35 +246,55 @@ def main(cfg: Config, grid: dict[str, list[float]] | None = None):
     seeds = np.array([seed for seed, _ in runs])
     floats = {name: np.array([point[name] for _, point in runs], np.float32) for name in config["grid"]}
 
-    def init_one(seed, floats):
-        return make_agent(dataclasses.replace(cfg, **floats), env.spec).init(jax.random.key(seed))
+    def agent_of(floats):
+        return make_agent(dataclasses.replace(cfg, **floats), env.spec)
 
-    def train_one(state, floats, dataset):
-        one = dataclasses.replace(cfg, **floats)
-        return make_train(one, make_agent(one, env.spec))(state, dataset)
+    def compile_train(phase):
+        """`make_train` of all runs, with the agent's `phase`: its update or, in the first phase, its pretrain."""
 
-    def train_shard(states, floats, dataset):
-        if devices[0].platform == "cpu":
-            return jax.lax.map(lambda run: train_one(*run, dataset), (states, floats))
-        return jax.vmap(train_one, in_axes=(0, 0, None))(states, floats, dataset)
+        def train_one(state, floats, dataset):
+            agent = agent_of(floats)
+            agent = agent._replace(update=getattr(agent, phase))
+            return make_train(dataclasses.replace(cfg, **floats), agent)(state, dataset)
+
+        def train_shard(states, floats, dataset):
+            if devices[0].platform == "cpu":
+                return jax.lax.map(lambda run: train_one(*run, dataset), (states, floats))
+            return jax.vmap(train_one, in_axes=(0, 0, None))(states, floats, dataset)
+
+        in_specs = (by_run.spec, by_run.spec, whole.spec)
+        train = jax.shard_map(train_shard, mesh=mesh, in_specs=in_specs, out_specs=by_run.spec, check_vma=False)
+        return jax.jit(train, donate_argnums=0).lower(states, *arguments).compile()
 
     @jax.jit
     def policy(states, obs, t):
         def act(state, floats, seed, obs):
-            agent = make_agent(dataclasses.replace(cfg, **floats), env.spec)
-            return agent.act(state, obs, jax.random.fold_in(jax.random.key(seed), t))
+            return agent_of(floats).act(state, obs, jax.random.fold_in(jax.random.key(seed), t))
 
         return jax.vmap(act)(states, floats, seeds, obs)
 
+    @jax.jit
+    def believe(states, obs, action):
+        return jax.vmap(lambda state, floats, *at: agent_of(floats).q(state, *at))(states, floats, obs, action)
+
+    def evaluate(states):
+        """Columns of metrics.jsonl, with a row for each run."""
+        discount = floats.get("discount", getattr(cfg, "discount", 1.0))
+        play = env.evaluate(partial(policy, states), seeds, cfg.eval_episodes, discount)
+        columns = {"score": env.score(play.returns).mean(axis=1), "returns": play.returns}
+        if hasattr(make_agent(cfg, env.spec), "q"):  # is what it believes of its policy true?
+            believed = np.asarray(believe(states, play.obs, play.action)) @ play.weight
+            columns |= {"believed_value": believed, "true_value": play.value}
+        return columns
+
     started = time.perf_counter()
-    states = jax.device_put(jax.jit(jax.vmap(init_one))(seeds, floats), by_run)
+    init = jax.jit(jax.vmap(lambda seed, floats: agent_of(floats).init(jax.random.key(seed))))
+    states = jax.device_put(init(seeds, floats), by_run)
     arguments = jax.device_put(floats, by_run), jax.device_put(dataset, whole)
-    in_specs = (by_run.spec, by_run.spec, whole.spec)
-    train = jax.shard_map(train_shard, mesh=mesh, in_specs=in_specs, out_specs=by_run.spec, check_vma=False)
-    train = jax.jit(train, donate_argnums=0).lower(states, *arguments).compile()
+    trains = {phase: compile_train(phase) for phase in ("pretrain", "update") if pretrain or phase == "update"}
     compile_seconds, train_seconds = time.perf_counter() - started, 0.0
 
-    step, lines, score = 0, [], math.nan
+    step, lines, score = -pretrain, [], math.nan
     if (out / "checkpoint.msgpack").exists():
         saved = step, train_seconds, states._replace(key=jax.random.key_data(states.key))
         saved = flax.serialization.from_bytes(saved, (out / "checkpoint.msgpack").read_bytes())
@@ -287,9 +313,9 @@ def main(cfg: Config, grid: dict[str, list[float]] | None = None):
     out.mkdir(parents=True, exist_ok=True)
     write(out / "config.json", json.dumps({"config": config, **source}, indent=2))
 
-    with tqdm(total=cfg.num_updates, initial=step, unit="update") as bar:
+    with tqdm(total=pretrain + cfg.num_updates, initial=pretrain + step, unit="update") as bar:
         while step < cfg.num_updates:
-            infos = []
+            infos, train = [], trains["pretrain" if step < 0 else "update"]
             for _ in range(cfg.eval_interval // cfg.log_interval):
                 started = time.perf_counter()
                 states, info = jax.block_until_ready(train(states, *arguments))
@@ -299,11 +325,11 @@ def main(cfg: Config, grid: dict[str, list[float]] | None = None):
                 bar.set_postfix(losses, score=f"{score:.1f}")
                 bar.update(cfg.log_interval)
             step += cfg.eval_interval
-            returns = env.evaluate(partial(policy, jax.device_put(states, devices[0])), seeds, cfg.eval_episodes)
-            score = env.score(returns).mean()
+            columns = evaluate(jax.device_put(states, devices[0])) if step > 0 else {}
+            score = columns["score"].mean() if columns else score
             for i, (seed, point) in enumerate(runs):
                 metrics = {name: float(np.mean([info[name][i] for info in infos])) for name in info}
-                evaluation = {"score": env.score(returns[i]).mean(), "returns": returns[i].tolist()}
+                evaluation = {name: column[i].tolist() for name, column in columns.items()}
                 lines.append({"step": step, "seed": seed, "grid": point, **evaluation, **metrics})
             write(out / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
             saved = step, train_seconds, states._replace(key=jax.random.key_data(states.key))
@@ -322,7 +348,7 @@ def main(cfg: Config, grid: dict[str, list[float]] | None = None):
         "score_mean": np.mean(scores),
         "score_std": np.std(scores),
         "score_kind": env.score_kind,
-        "updates_per_second": step * len(runs) / train_seconds,  # of all seeds together
+        "updates_per_second": (pretrain + step) * len(runs) / train_seconds,  # of all seeds together
         "compile_seconds": compile_seconds,
         "train_seconds": train_seconds,
         **source,

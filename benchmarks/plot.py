@@ -99,6 +99,7 @@ def read_scores(run: Path):
     """(updates (n,), scores (seeds, n)) of the evaluations that every seed has."""
     file = run / "metrics.jsonl"
     lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    lines = [line for line in lines if "score" in line]  # a first phase is not evaluated
     if not lines:
         raise SystemExit(f"{run} has no evaluation yet: draw it after its first.")
     steps = sorted({line["step"] for line in lines})
@@ -215,7 +216,7 @@ def rollouts(run: Path, config: dict):
         seen.append(obs * env._obs_scale + env._obs_mean)  # a new array, in metres again
         return policy(states, obs, t)
 
-    returns = env.evaluate(record, seeds, cfg.eval_episodes)
+    returns = env.evaluate(record, seeds, cfg.eval_episodes).returns
     seen = np.array(seen).reshape(len(seen), returns.size, -1)  # an ended episode stays where it ended
     # A sparse return is above 0 only if the goal was reached. A dense one always is: there, the distance to the goal
     # decides ("desired_goal" is the second of the sorted keys).

@@ -246,6 +246,7 @@ def worker(algo: str, seeds: int, updates: int, cache: str):
         # The optional columns, whether the algorithm needs them or not: XLA drops what no update reads
         next_action=rng.uniform(-1, 1, (rows, spec.action_dim)).astype(np.float32),
         episode=np.arange(rows, dtype=np.int32) // 1_000,
+        return_to_go=rng.standard_normal(rows, np.float32),
     )
 
     # From here to `compile`, the lines of main

@@ -2,7 +2,8 @@
 
     data, env = load_dataset("stitch/pointmaze-umaze-v0")   # found locally, built by a recipe, or downloaded by Minari
     data.obs, data.action, data.reward, data.next_obs, data.terminal         # one row per transition, float32
-    returns = env.evaluate(policy, seeds=[0, 1, 2], num_episodes=20)         # real environments, one policy call a step
+    play = env.evaluate(policy, seeds=[0, 1, 2], num_episodes=20)            # real environments, one policy call a step
+    play.returns                                                             # (seeds, episodes)
 
 The contract, for every dataset and every algorithm:
 - Minari keeps T + 1 observations and T actions of an episode: row t is (obs[t], action[t], reward[t], obs[t + 1]).
@@ -57,6 +58,21 @@ class Spec(NamedTuple):
     discrete: bool = False
 
 
+class Evaluation(NamedTuple):
+    """What a policy got (`returns`), and what is needed to ask whether a critic's belief about it is true.
+
+    The true value of a policy is that of its start: E[sum_t discount^t r_t], with the rewards scaled and shifted as the
+    algorithm sees them, until the episode ends by itself or at its time limit. What would have followed a time limit is
+    not in it; a critic, which knows of none, adds discount^limit of that. It believes `q(obs, action) @ weight`.
+    """
+
+    returns: np.ndarray  # (num_seeds, num_episodes) float64, undiscounted, of the environment's own rewards
+    value: np.ndarray  # (num_seeds,) float64: the true value, a mean over the episodes
+    obs: np.ndarray  # (num_seeds, num_starts, obs_dim) float32: where the episodes start
+    action: np.ndarray  # (num_seeds, num_starts, ...): of the policy there
+    weight: np.ndarray  # (num_starts,) float64, sums to 1: how likely each start is
+
+
 # Reference scores of D4RL (https://github.com/Farama-Foundation/D4RL, d4rl/infos.py: REF_MIN_SCORE, REF_MAX_SCORE), for
 # the Minari datasets of the same tasks, which mostly do not carry any. D4RL's Maze2D scores are left out: Minari's
 # pointmaze data have another reward and horizon. Scores of mujoco/* are on Gymnasium's v5 environments, D4RL's on v2.
@@ -84,10 +100,11 @@ class Environment:
     Attributes: `dataset_id`, `spec` (Spec), `score_kind` (what `score` returns: which normalisation, or why nothing).
     """
 
-    def __init__(self, dataset, spec, obs_mean, obs_scale, longest_episode):
+    def __init__(self, dataset, spec, obs_mean, obs_scale, reward_scale, reward_shift, longest_episode):
         self.dataset_id, self.spec = dataset.id, spec
         self._dataset = dataset
         self._obs_mean, self._obs_scale = obs_mean, obs_scale
+        self._reward_scale, self._reward_shift = reward_scale, reward_shift
         self._reference, self.score_kind = _reference(dataset.id, dataset.storage.metadata)
         self._envs = []
         try:
@@ -105,45 +122,58 @@ class Environment:
             self.score_kind = f"not scored: the environment cannot be created ({_one_line(error)})"
             print(f"{dataset.id} is {self.score_kind}; training goes on without evaluation.")
 
-    def evaluate(self, policy: Callable, seeds, num_episodes: int):
-        """Returns of `num_episodes` episodes for each of `seeds`, in step: one `policy` call per step for all of them.
+    def evaluate(self, policy: Callable, seeds, num_episodes: int, discount=1.0) -> Evaluation:
+        """Plays `num_episodes` episodes for each of `seeds`, in step: one `policy` call per step for all of them.
 
         Args:
           policy: (observations (num_seeds, num_episodes, obs_dim) float32, step) -> actions with the same leading axes,
             in [-1, 1] or discrete. An episode that has ended keeps its last observation, so shapes never change.
           seeds: of the runs. Episode j of seed i starts from the same state whatever the other seeds and episodes are.
           num_episodes: per seed.
+          discount: of the value, one for all seeds or (num_seeds,).
 
         Returns:
-          (num_seeds, num_episodes) float64 undiscounted returns; NaN where there is no environment. In one without a
-          time limit an episode stops after as many steps as the longest of the dataset.
+          Evaluation; NaN returns, value and start where there is no environment. In one without a time limit an
+          episode stops after as many steps as the longest of the dataset.
 
         In a finite MDP whose model the environment exposes (recipes.tabular), no episode is played: the expected return
-        of each seed's policy is computed exactly and stands for each of its episodes. The policy must then be a
-        function of the state. It is called on all states (in the place of the episodes) at steps 0 .. num_episodes - 1:
-        if it is stochastic, its probabilities are the frequencies of these draws.
+        of each seed's policy is computed exactly and stands for each of its episodes, as is its value (NaN with a
+        reward_shift: the model does not say where the rewards end). The policy must then be a function of the state. It
+        is called on all states (in the place of the episodes) at steps 0 .. num_episodes - 1: if it is stochastic, its
+        probabilities are the frequencies of these draws. The starts are all states, with their probabilities.
         """
+        discount = np.broadcast_to(discount, len(seeds)).astype(np.float64)
         if not self._envs:
-            return np.full((len(seeds), num_episodes), np.nan)
+            unknown, one = np.full((len(seeds), num_episodes), np.nan), (len(seeds), 1)
+            obs = np.full((*one, self.spec.obs_dim), np.nan, np.float32)
+            action = np.zeros(one, int) if self.spec.discrete else np.zeros((*one, self.spec.action_dim), np.float32)
+            return Evaluation(unknown, unknown[:, 0], obs, action, np.ones(1))
         if self._model:
-            return self._expected_returns(policy, len(seeds), num_episodes)
+            return self._evaluate_exactly(policy, len(seeds), num_episodes, discount)
         count = len(seeds) * num_episodes
         self._envs += [_recover(self._dataset) for _ in range(count - len(self._envs))]
         episodes = [np.random.SeedSequence((seed % 2**32, j)) for seed in seeds for j in range(num_episodes)]
         starts = [int(episode.generate_state(1)[0]) for episode in episodes]
         obs = np.stack([self._observe(env.reset(seed=s)[0]) for env, s in zip(self._envs, starts, strict=False)])
-        returns, alive = np.zeros(count), np.ones(count, bool)
+        start = obs.reshape(len(seeds), num_episodes, -1).copy()
+        returns, values, alive = np.zeros(count), np.zeros(count), np.ones(count, bool)
+        discounts = np.repeat(discount, num_episodes)
         for step in range(self._max_steps):
             actions = np.asarray(policy(obs.reshape(len(seeds), num_episodes, -1), step))
+            if step == 0:
+                start_action = actions
             actions = self._to_env(actions.reshape(count, *actions.shape[2:]))
             for i in np.flatnonzero(alive):
                 observation, reward, terminated, truncated, _ = self._envs[i].step(actions[i])
                 obs[i] = self._observe(observation)
                 returns[i] += float(reward)
+                values[i] += discounts[i] ** step * (self._reward_scale * float(reward) + self._reward_shift)
                 alive[i] = not (terminated or truncated)
             if not alive.any():
                 break
-        return returns.reshape(len(seeds), num_episodes)
+        values = values.reshape(len(seeds), num_episodes).mean(axis=1)
+        weight = np.full(num_episodes, 1 / num_episodes)
+        return Evaluation(returns.reshape(len(seeds), num_episodes), values, start, start_action, weight)
 
     def score(self, returns):
         """The returns on the scale that `score_kind` names: 0 is a reference's minimum and 100 its maximum."""
@@ -152,14 +182,20 @@ class Environment:
         low, high = self._reference
         return 100 * (np.asarray(returns) - low) / (high - low)
 
-    def _expected_returns(self, policy, num_seeds, num_episodes):
+    def _evaluate_exactly(self, policy, num_seeds, num_episodes, discount):
         space = self._dataset.observation_space
         obs = (_flatten(space, np.arange(space.n) + space.start) - self._obs_mean) / self._obs_scale
         obs = np.broadcast_to(obs, (num_seeds, *obs.shape))
         draws = np.stack([policy(obs, step) for step in range(num_episodes)])  # (num_episodes, num_seeds, states)
         probs = np.eye(self.spec.action_dim)[draws].mean(axis=0)
         returns = [tabular.expected_return(self._model, pi, self._max_steps) for pi in probs]
-        return np.repeat(np.array(returns)[:, None], num_episodes, axis=1)
+        values = [
+            self._reward_scale * tabular.expected_return(self._model, pi, self._max_steps, g)
+            for pi, g in zip(probs, discount, strict=True)
+        ]
+        values = np.array(values) if self._reward_shift == 0 else np.full(num_seeds, np.nan)
+        returns = np.repeat(np.array(returns)[:, None], num_episodes, axis=1)
+        return Evaluation(returns, values, obs, draws[0], self._model.initial)
 
     def _observe(self, observation):
         obs = _flatten(self._dataset.observation_space, _expand(observation))[0]
@@ -203,13 +239,14 @@ def load_dataset(
     raw = _read(minari_dataset, path, spec)
     _check_finite(dataset_id, raw)
 
-    lengths, reward = raw["lengths"], raw["rewards"]
+    lengths, reward, reward_scale = raw["lengths"], raw["rewards"], 1.0
     episode = np.repeat(np.arange(len(lengths)), lengths)
     if normalize_reward:
         returns = np.bincount(episode, weights=reward)
         if np.ptp(returns) == 0:
             raise DatasetError(f"normalize_reward needs episodes of different return; those of {dataset_id} are equal.")
-        reward = reward * (1000 / np.ptp(returns))
+        reward_scale = 1000 / np.ptp(returns)
+        reward = reward * reward_scale
 
     # Episode k has lengths[k] + 1 observations: row i of the data begins at observation i + (its episode's number)
     first = np.arange(len(episode)) + episode
@@ -245,7 +282,8 @@ def load_dataset(
         terminal=raw["terminations"].astype(np.float32),
         **{name: optional[name] for name in columns},
     )
-    return data, Environment(minari_dataset, spec, mean, scale, longest_episode=int(lengths.max()))
+    longest = int(lengths.max())
+    return data, Environment(minari_dataset, spec, mean, scale, reward_scale, reward_shift, longest_episode=longest)
 
 
 def _open(dataset_id):

@@ -248,7 +248,7 @@ def test_combined_datasets_follow_each_other():
     np.testing.assert_array_equal(data.next_obs, label_rows((2, 2, 3)) + [0, 1])
     np.testing.assert_array_equal(data.terminal, [0, 1, 0, 1, 0, 0, 0])
     np.testing.assert_array_equal(data.episode, [0, 0, 1, 1, 2, 2, 2])
-    assert np.isfinite(env.evaluate(zeros, [0], 1)).all()
+    assert np.isfinite(env.evaluate(zeros, [0], 1).returns).all()
 
 
 # --- Returns: reward scaling and the filter of bc.py, which need true episode bounds -------------------------
@@ -405,7 +405,7 @@ def test_data_and_environment_are_normalised_by_the_same_formula():
 
     Echo.log.clear()
     seen = []
-    returns = env.evaluate(lambda obs, step: seen.append(obs.copy()) or zeros(obs, step), [0], 1)
+    returns = env.evaluate(lambda obs, step: seen.append(obs.copy()) or zeros(obs, step), [0], 1).returns
     start = next(observation for event, observation in Echo.log if event == "reset")
     np.testing.assert_allclose(seen[0][0, 0], (start - mean) / scale, rtol=1e-5)
     np.testing.assert_allclose(seen[1][0, 0], (start + [0, 1] - mean) / scale, rtol=1e-5)
@@ -484,7 +484,7 @@ def count_steps(env, seeds, num_episodes):
 
 def test_returns_are_undiscounted_sums_over_whole_episodes(echo):
     Echo.log.clear()
-    returns = echo.evaluate(zeros, [4, 5], 3)
+    returns = echo.evaluate(zeros, [4, 5], 3).returns
     assert returns.shape == (2, 3) and returns.dtype == np.float64
     starts = [observation[0] for event, observation in Echo.log if event == "reset"]
     steps = returns.ravel() / (np.array(starts) + 204.8)  # each step pays start + 0.1 * 2048
@@ -497,20 +497,21 @@ def test_seeds_and_episodes_do_not_depend_on_each_other(echo):
     def policy(obs, step):  # depends on the observation, and not on the place in the batch
         return np.stack([np.sin(37 * obs[..., 0]), np.cos(obs[..., 1])], axis=-1)
 
-    together = echo.evaluate(policy, [0, 3, 7], 4)
-    np.testing.assert_array_equal(echo.evaluate(policy, [3], 4), together[1:2])
-    np.testing.assert_array_equal(echo.evaluate(policy, [7, 0], 2), together[[2, 0], :2])
-    np.testing.assert_array_equal(echo.evaluate(policy, np.array([0, 3, 7]), 4), together)  # and repeatable
+    together = echo.evaluate(policy, [0, 3, 7], 4).returns
+    np.testing.assert_array_equal(echo.evaluate(policy, [3], 4).returns, together[1:2])
+    np.testing.assert_array_equal(echo.evaluate(policy, [7, 0], 2).returns, together[[2, 0], :2])
+    again = echo.evaluate(policy, np.array([0, 3, 7]), 4).returns
+    np.testing.assert_array_equal(again, together)
     assert len(np.unique(together)) == 12
 
 
 def test_negative_seeds_are_seeds_too(echo):
-    assert echo.evaluate(zeros, [-1], 2)[0, 0] != echo.evaluate(zeros, [0], 2)[0, 0]
+    assert echo.evaluate(zeros, [-1], 2).returns[0, 0] != echo.evaluate(zeros, [0], 2).returns[0, 0]
 
 
 def test_each_seed_acts_by_its_own_policy(echo):
     # Row i of the batch belongs to seed i: only seed 1 is paid for its actions
-    returns = echo.evaluate(lambda obs, step: zeros(obs, step) + np.array([-1, 1])[:, None, None], [2, 2], 3)
+    returns = echo.evaluate(lambda obs, step: zeros(obs, step) + np.array([-1, 1])[:, None, None], [2, 2], 3).returns
     steps = (returns[1] - returns[0]) / 409.6  # the same starts and lengths; 0.1 * 2 * (2048 - 0) more per step
     np.testing.assert_allclose(steps, steps.round(), rtol=1e-9)
     assert (steps.round() >= 3).all()
@@ -530,8 +531,8 @@ def test_a_jitted_policy_is_traced_once(echo):
         traces.append(obs.shape)
         return jnp.zeros((*obs.shape[:2], 2)) + 0.01 * step
 
-    first = echo.evaluate(policy, [0, 1], 5)
-    np.testing.assert_array_equal(echo.evaluate(policy, [0, 1], 5), first)
+    first = echo.evaluate(policy, [0, 1], 5).returns
+    np.testing.assert_array_equal(echo.evaluate(policy, [0, 1], 5).returns, first)
     assert traces == [(2, 5, 2)]
 
 
@@ -583,7 +584,7 @@ def test_an_environment_that_cannot_be_recreated_does_not_stop_loading(root, cap
     edit_metadata(root, **changes)
     data, env = load_dataset(NAME)
     assert len(data.obs) == 4
-    returns = env.evaluate(zeros, [0, 1], 3)
+    returns = env.evaluate(zeros, [0, 1], 3).returns
     assert returns.shape == (2, 3) and np.isnan(returns).all() and np.isnan(env.score(returns)).all()
     assert env.score_kind.startswith("not scored") and reason in env.score_kind
     assert "training goes on" in capsys.readouterr().out
@@ -936,3 +937,35 @@ def test_a_full_disk_leaves_nothing_behind(root, monkeypatch):
     monkeypatch.setattr(np, "savez", savez)
     np.testing.assert_array_equal(load_again().obs, label_rows((3,)))
     assert not list((root / NAME / "data").glob("stitch-*"))
+
+
+def test_the_true_value_is_of_the_rewards_that_the_algorithm_sees(root):
+    """Echo pays start + 204.8 at each step for actions 0; two episodes of 3 to 6 steps, from the same two starts."""
+    write_echo(env_id="stitch-test/EchoWithoutLimit-v0", longest=9)
+    plain = load_dataset(NAME)[1].evaluate(zeros, [4, 4], 2, discount=np.array([1.0, 0.5]))
+    _, env = load_dataset(NAME, reward_shift=-1.0)
+    shifted = env.evaluate(zeros, [4, 4], 2, discount=np.array([1.0, 0.5]))
+    pay = plain.obs[0, :, 0] + 204.8
+    steps = (plain.returns[0] / pay).round()
+    halves = (1 - 0.5**steps) / 0.5  # 1 + 1/2 + 1/4 + ...
+    np.testing.assert_allclose(plain.value, [np.mean(pay * steps), np.mean(pay * halves)], rtol=1e-6)
+    np.testing.assert_allclose(shifted.value, [np.mean((pay - 1) * steps), np.mean((pay - 1) * halves)], rtol=1e-6)
+    np.testing.assert_array_equal(shifted.returns, plain.returns)  # of the environment's own rewards
+
+    name = "test/two-returns-v0"  # 0 + 1 + ... + 8 = 36 and 100 + 101 + 102 = 303: rewards are scaled by 1000 / 267
+    write([episode(0, 9), episode(1, 3)], name, env=gymnasium.make("stitch-test/EchoWithoutLimit-v0"))
+    _, env = load_dataset(name, normalize_reward=True)
+    np.testing.assert_allclose(env.evaluate(zeros, [4], 2).value, plain.value[:1] * 1000 / 267, rtol=1e-6)
+
+
+def test_the_starts_and_the_actions_there_are_handed_back(echo):
+    seen = []
+
+    def policy(obs, step):
+        seen.append(obs.copy())
+        return zeros(obs, step) + 0.1 * step
+
+    play = echo.evaluate(policy, [0, 1], 3)
+    np.testing.assert_array_equal(play.obs, seen[0])
+    np.testing.assert_array_equal(play.action, zeros(seen[0], 0))
+    np.testing.assert_allclose(play.weight, np.full(3, 1 / 3))

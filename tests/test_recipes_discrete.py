@@ -78,7 +78,7 @@ def policy_of(table):
 def test_exact_evaluation(two_states, table, expected):
     calls = []
     policy = policy_of(table)
-    returns = two_states.evaluate(lambda obs, step: calls.append(obs.shape) or policy(obs, step), [0, 7], 4)
+    returns = two_states.evaluate(lambda obs, step: calls.append(obs.shape) or policy(obs, step), [0, 7], 4).returns
     np.testing.assert_allclose(returns, np.full((2, 4), expected))
     assert set(calls) == {(2, 3, 3)}  # all states in the place of the episodes: one trace of a jitted policy
     assert two_states.score_kind.endswith(", exact")
@@ -88,14 +88,22 @@ def test_exact_evaluation_of_each_seed_and_of_a_stochastic_policy(two_states):
     def policy(obs, step):  # of seed 0: half of the draws 0 and half 1; of seed 1: (0, 0)
         return np.array([step % 2, 0])[:, None] * np.ones(obs.shape[:2], int)
 
-    np.testing.assert_allclose(two_states.evaluate(policy, [0, 1], 4)[:, 0], [2.2265625, 2.3125])
+    np.testing.assert_allclose(two_states.evaluate(policy, [0, 1], 4).returns[:, 0], [2.2265625, 2.3125])
+
+
+def test_the_exact_true_value_is_discounted_and_of_likely_starts(two_states):
+    # (0, 0), discount 1/2: v_1 = 1, 4; v_2(0) = 1 + 1/4; v_3(0) = 1 + (1.25 / 2) / 2, half of it staying: 1 + 1.25 / 4
+    play = two_states.evaluate(policy_of((0, 0, 0)), [0, 1], 2, discount=np.array([0.5, 1.0]))
+    np.testing.assert_allclose(play.value, [0.75 * 1.3125 + 0.25 * 4, 2.3125])
+    assert play.obs.shape == (2, 3, 3) and play.action.shape == (2, 3)
+    np.testing.assert_allclose(play.weight, [0.75, 0.25, 0])
 
 
 def test_exact_evaluation_equals_roll_outs(two_states):
     policy = policy_of((0, 0, 0))
-    exact = two_states.evaluate(policy, [0], 1)[0, 0]
+    exact = two_states.evaluate(policy, [0], 1).returns[0, 0]
     two_states._model = None
-    returns = two_states.evaluate(policy, [0], 1000)
+    returns = two_states.evaluate(policy, [0], 1000).returns
     assert returns.std() > 1
     assert abs(returns.mean() - exact) < 4 * returns.std() / np.sqrt(returns.size)
 
@@ -146,7 +154,7 @@ def test_sepsis_reference_scores(sepsis):
     for _ in range(100):
         q = env._model.reward + env._model.transition @ value
         value = q.max(axis=-1)
-    np.testing.assert_allclose(env.score(env.evaluate(policy_of(q.argmax(axis=-1)), [0], 1)), 100, atol=1e-3)
+    np.testing.assert_allclose(env.score(env.evaluate(policy_of(q.argmax(axis=-1)), [0], 1).returns), 100, atol=1e-3)
 
 
 def test_sepsis_data_are_the_clinicians(sepsis):

@@ -159,7 +159,7 @@ def test_evaluation_environment(built):
     assert task.spec.max_episode_steps == 200
     task.close()
     env._max_steps = 3  # of 200
-    returns = env.evaluate(lambda obs, step: np.zeros((*obs.shape[:2], 5)), seeds=[0], num_episodes=1)
+    returns = env.evaluate(lambda obs, step: np.zeros((*obs.shape[:2], 5)), seeds=[0], num_episodes=1).returns
     assert returns.tolist() == [[-3]]
     np.testing.assert_allclose(env.score(np.array([-200.0, -50.0, 0.0])), [0, 75, 100])
 

@@ -27,13 +27,13 @@ def model_of(env: gym.Env) -> Model | None:
     return Model(transition, np.einsum("sat,sat->sa", transition, dynamics["r_mat"]), dynamics["d_0"])
 
 
-def expected_return(model: Model, policy: np.ndarray, num_steps: int) -> float:
-    """Expected sum of the first `num_steps` rewards of `policy`, the probabilities pi(a | s), shape (S, A)."""
+def expected_return(model: Model, policy: np.ndarray, num_steps: int, discount: float = 1.0) -> float:
+    """Expected discounted sum of the first `num_steps` rewards of `policy`, probabilities pi(a | s), shape (S, A)."""
     transition = (policy[:, None] @ model.transition)[:, 0]  # sum_a pi(a | s) p(s' | s, a), shape (S, S)
     reward = (policy * model.reward).sum(axis=-1)
     value = np.zeros(len(reward))
     for _ in range(num_steps):
-        value = reward + transition @ value
+        value = reward + discount * transition @ value
     return float(model.initial @ value)
 
 
