@@ -5,6 +5,14 @@ jax.config.update("jax_numpy_rank_promotion", "raise")  # (n,) against (n, 1) is
 jax.config.update("jax_disable_most_optimizations", True)  # tiny networks: nearly all time is compilation
 
 
+def pytest_collection_modifyitems(items):
+    """Under pytest-xdist's --dist loadgroup, a worker keeps together what shares a compiled algorithm or a built run."""
+    for item in items:
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        of = params["case"][0] if "case" in params else ""
+        item.add_marker(pytest.mark.xdist_group(f"{item.path.stem}-{of}"))
+
+
 @pytest.fixture(scope="session")
 def umaze(tmp_path_factory):
     """The U-maze dataset, built once per session in a Minari root of its own."""
