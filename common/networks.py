@@ -97,11 +97,12 @@ class Dense(nn.Module):
     """A linear layer with the initialisation of a reference implementation.
 
     "orthogonal": kernel orthogonal times sqrt(2), bias 0 (jaxrl, IQL). "torch": both uniform in +-1 / sqrt(inputs)
-    (PyTorch's nn.Linear: TD3, TD3+BC). "lecun": flax's default.
+    (PyTorch's nn.Linear: TD3, TD3+BC). "edac": that kernel, bias 0.1 (EDAC's hidden layers, ReBRAC's). "lecun": flax's
+    default. A number: both uniform within it.
     """
 
     features: int
-    initializer: str = "orthogonal"
+    initializer: str | float = "orthogonal"
 
     @nn.compact
     def __call__(self, x):
@@ -109,13 +110,20 @@ class Dense(nn.Module):
         if self.initializer == "orthogonal":
             kernel = _alone(nn.initializers.orthogonal(2**0.5))
         elif self.initializer == "torch":
-            bound = x.shape[-1] ** -0.5
-            kernel = bias = _alone(lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound))
+            kernel = bias = _uniform(x.shape[-1] ** -0.5)
+        elif self.initializer == "edac":
+            kernel, bias = _uniform(x.shape[-1] ** -0.5), nn.initializers.constant(0.1)
         elif self.initializer == "lecun":
             kernel = _alone(nn.initializers.lecun_normal())
+        elif isinstance(self.initializer, float):
+            kernel = bias = _uniform(self.initializer)
         else:
-            raise ValueError(f"initializer is 'orthogonal', 'torch' or 'lecun', not {self.initializer!r}")
+            raise ValueError(f"initializer is 'orthogonal', 'torch', 'edac' or 'lecun', not {self.initializer!r}")
         return nn.Dense(self.features, kernel_init=kernel, bias_init=bias, name="linear")(x)
+
+
+def _uniform(bound):
+    return _alone(lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound))
 
 
 def _alone(initializer):
@@ -132,19 +140,22 @@ def _alone(initializer):
 
 
 class MLP(nn.Module):
-    """Hidden layers with ReLU (and LayerNorm before it), then a linear layer: (..., inputs) -> (..., outputs)."""
+    """Hidden layers with ReLU (LayerNorm before or after it), then a linear layer: (..., inputs) -> (..., outputs)."""
 
     outputs: int
     hidden: Sequence[int] = (256, 256)
     initializer: str = "orthogonal"
     layer_norm: bool = False
+    relu_first: bool = False  # LayerNorm after the ReLU
+    output_bound: float | None = None  # the last layer starts uniform within it, not as `initializer` says
 
     @nn.compact
     def __call__(self, x):
         for features in self.hidden:
             x = Dense(features, self.initializer)(x)
-            x = nn.relu(nn.LayerNorm()(x) if self.layer_norm else x)
-        return Dense(self.outputs, self.initializer)(x)
+            norm = nn.LayerNorm() if self.layer_norm else (lambda x: x)
+            x = norm(nn.relu(x)) if self.relu_first else nn.relu(norm(x))
+        return Dense(self.outputs, self.output_bound or self.initializer)(x)
 
 
 # --- Policies ------------------------------------------------------------------------------------------
@@ -189,10 +200,11 @@ class DeterministicActor(nn.Module):
     action_dim: int
     hidden: Sequence[int] = (256, 256)
     initializer: str = "torch"
+    output_bound: float | None = None
 
     @nn.compact
     def __call__(self, obs):
-        return jnp.tanh(MLP(self.action_dim, self.hidden, self.initializer)(obs))
+        return jnp.tanh(MLP(self.action_dim, self.hidden, self.initializer, output_bound=self.output_bound)(obs))
 
 
 class CategoricalActor(nn.Module):
@@ -228,11 +240,15 @@ class Critic(nn.Module):
     num_critics: int = 2
     hidden: Sequence[int] = (256, 256)
     initializer: str = "orthogonal"
+    layer_norm: bool = False
+    relu_first: bool = False
+    output_bound: float | None = None
 
     @nn.compact
     def __call__(self, obs, action):
         x = jnp.concatenate([obs, action], axis=-1)
-        return _ensemble(self.num_critics)(1, self.hidden, self.initializer)(x).squeeze(axis=-1)
+        options = self.initializer, self.layer_norm, self.relu_first, self.output_bound
+        return _ensemble(self.num_critics)(1, self.hidden, *options)(x).squeeze(axis=-1)
 
 
 class DiscreteCritic(nn.Module):

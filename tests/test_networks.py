@@ -213,6 +213,23 @@ def test_a_hidden_layer_is_linear_then_relu_and_the_last_is_linear():
     np.testing.assert_allclose(v, (np.maximum(OBS @ w0 + b0, 0) @ w1 + b1)[:, 0], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("relu_first", [False, True])
+def test_layer_norm_is_before_or_after_the_relu(relu_first):
+    critic = Critic(1, (4,), layer_norm=True, relu_first=relu_first)
+    params = random_params(critic)
+    layers = {"/".join(path[-3:]): x[0] for path, x in flax.traverse_util.flatten_dict(params).items()}
+    w0, b0, w1, b1 = (layers[f"Dense_{i}/linear/{name}"] for i in (0, 1) for name in ("kernel", "bias"))
+    (scale,), (shift,) = ([x for k, x in layers.items() if k.endswith(f"LayerNorm_0/{n}")] for n in ("scale", "bias"))
+
+    def norm(x):
+        x = x - x.mean(axis=-1, keepdims=True)
+        return scale * x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + 1e-6) + shift
+
+    x = np.concatenate([OBS_3, ACTION], axis=1) @ w0 + b0
+    x = norm(np.maximum(x, 0)) if relu_first else np.maximum(norm(x), 0)
+    np.testing.assert_allclose(critic.apply(params, OBS_3, ACTION)[0], (x @ w1 + b1)[:, 0], rtol=1e-3, atol=1e-4)
+
+
 INDEX = np.array([0, 3, 1, 1, 2, 0, 3])  # of a discrete action
 CRITICS = [(Critic(3, HIDDEN), (OBS_3, ACTION)), (DiscreteCritic(4, 3, HIDDEN), (OBS, INDEX))]
 CRITICS = pytest.mark.parametrize("critic, inputs", CRITICS, ids=["continuous", "discrete"])
@@ -319,8 +336,30 @@ def test_lecun_is_flax_own():
     assert not bias.any()
 
 
+def test_edac_is_torchs_kernel_and_a_constant_bias():
+    kernel, bias = linear_of_100(300, "edac")
+    np.testing.assert_array_equal(kernel, linear_of_100(300, "torch")[0])
+    np.testing.assert_array_equal(bias, np.float32(0.1))
+
+
+def test_a_number_is_the_bound_of_kernel_and_bias():
+    for x in linear_of_100(300, 0.003):
+        assert -0.003 <= x.min() < -0.0028 and 0.0028 < x.max() <= 0.003
+
+
+@pytest.mark.parametrize("network", [DeterministicActor(2, (8,), "edac"), Critic(2, (8,), "edac")])
+def test_output_bound_is_of_the_last_layer_alone(network):
+    with_bound = flax.traverse_util.flatten_dict(init(network.copy(output_bound=1e-3)), sep="/")
+    without = flax.traverse_util.flatten_dict(init(network), sep="/")
+    for name, x in with_bound.items():
+        if "Dense_1" in name:
+            assert 1e-4 < np.abs(x).max() <= 1e-3
+        else:
+            np.testing.assert_array_equal(x, without[name])
+
+
 def test_unknown_initializer():
-    with pytest.raises(ValueError, match="'orthogonal', 'torch' or 'lecun', not 'xavier'"):
+    with pytest.raises(ValueError, match="'orthogonal', 'torch', 'edac' or 'lecun', not 'xavier'"):
         Value(HIDDEN, "xavier").init(KEY, OBS)
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import optax
 import pytest
 
-from algos import awac, bc, crr, iql, td3_bc
+from algos import awac, bc, crr, ddpg, iql, rebrac, td3, td3_bc
 from common.datasets import Spec, Transition
 from common.networks import Normal
 
@@ -55,6 +55,37 @@ CASES = {
             policy_noise=D3RLPY["td3_bc"]["target_smoothing_sigma"],
             noise_clip=D3RLPY["td3_bc"]["target_smoothing_clip"],
             policy_delay=D3RLPY["td3_bc"]["update_actor_interval"],
+        ),
+        Spec(obs_dim=3, action_dim=2),
+    ),
+    "td3": (
+        td3.make_agent,
+        td3.Config(
+            hidden=HIDDEN,
+            discount=D3RLPY["td3"]["gamma"],
+            tau=D3RLPY["td3"]["tau"],
+            policy_noise=D3RLPY["td3"]["target_smoothing_sigma"],
+            noise_clip=D3RLPY["td3"]["target_smoothing_clip"],
+            policy_delay=D3RLPY["td3"]["update_actor_interval"],
+        ),
+        Spec(obs_dim=3, action_dim=2),
+    ),
+    "ddpg": (
+        ddpg.make_agent,
+        ddpg.Config(hidden=HIDDEN, discount=D3RLPY["ddpg"]["gamma"], tau=D3RLPY["ddpg"]["tau"]),
+        Spec(obs_dim=3, action_dim=2),
+    ),
+    "rebrac": (
+        rebrac.make_agent,
+        rebrac.Config(
+            hidden=HIDDEN,
+            discount=D3RLPY["rebrac"]["gamma"],
+            tau=D3RLPY["rebrac"]["tau"],
+            actor_beta=D3RLPY["rebrac"]["actor_beta"],
+            critic_beta=D3RLPY["rebrac"]["critic_beta"],
+            policy_noise=D3RLPY["rebrac"]["target_smoothing_sigma"],
+            noise_clip=D3RLPY["rebrac"]["target_smoothing_clip"],
+            policy_delay=D3RLPY["rebrac"]["update_actor_interval"],
         ),
         Spec(obs_dim=3, action_dim=2),
     ),
@@ -100,9 +131,11 @@ CASES = {
 NETWORKS = [(name, network) for name in CASES for network in PROVENANCE["factors"][name]]
 TARGETS = [("iql", "critic"), ("td3_bc", "critic"), ("td3_bc", "actor")]
 TARGETS += [("awac", "critic"), ("crr", "critic"), ("crr", "actor")]
+TARGETS += [(name, network) for name in ("td3", "ddpg", "rebrac") for network in ("critic", "actor")]
 AFTER = [("iql", "value"), ("iql", "actor")]
 AFTER += [("awac", network) for network in ("actor", "critic", "target_critic")]
-AFTER += [(name, n) for name in ("td3_bc", "crr") for n in ("actor", "critic", "target_actor", "target_critic")]
+ACTOR_CRITIC = ("td3_bc", "td3", "ddpg", "rebrac", "crr")
+AFTER += [(name, n) for name in ACTOR_CRITIC for n in ("actor", "critic", "target_actor", "target_critic")]
 
 
 # --- d3rlpy's arrays in our trees --------------------------------------------------------------------------
@@ -114,7 +147,8 @@ def in_tree(like, arrays, prefix):
     def leaf(path, old):
         names = [entry.key for entry in path]
         layer = [name.removeprefix("Dense_") for name in names if name.startswith("Dense_")]
-        key = "/".join([*layer, names[-1]])  # "0/kernel", or "log_std"
+        layer += [name.replace("LayerNorm_", "norm_") for name in names if name.startswith("LayerNorm_")]
+        key = "/".join([*layer, names[-1]])  # "0/kernel", "norm_0/scale", or "log_std"
         if f"{prefix}/0/{key}" in arrays:
             new = np.stack([arrays[f"{prefix}/{member}/{key}"] for member in range(len(old))])
         else:
@@ -147,8 +181,8 @@ def program(name):
 
     @jax.jit
     def update(learning_rate, tau, state, batch):
-        changes = {"learning_rate": learning_rate, "tau": tau}
-        changes = {key: value for key, value in changes.items() if hasattr(cfg, key)}
+        rates = [field.name for field in dataclasses.fields(cfg) if field.name.endswith("learning_rate")]
+        changes = dict.fromkeys(rates, learning_rate) | ({"tau": tau} if hasattr(cfg, "tau") else {})
         with (
             pytest.MonkeyPatch.context() as monkeypatch
         ):  # while it is traced: the policy's samples have d3rlpy's noise
@@ -167,7 +201,8 @@ def run(name, num_updates, learning_rate, tau):
         state = state._replace(step=state.step + 1)  # the actor of TD3+BC moves at its second update
     start = {key.removeprefix("start/"): arrays[key] for key in arrays if key.startswith("start/")}
     state = load(state, arrays | (start if num_updates > 1 else {}))
-    batch = Transition(**{column: jnp.asarray(arrays[f"batch/{column}"]) for column in Transition._fields[:5]})
+    columns = [column for column in Transition._fields if f"batch/{column}" in arrays]
+    batch = Transition(**{column: jnp.asarray(arrays[f"batch/{column}"]) for column in columns})
     if CASES[name][2].discrete:
         batch = batch._replace(action=batch.action.astype(jnp.int32))
     for _ in range(num_updates):

@@ -1,7 +1,8 @@
 """Numbers of d3rlpy 2.8.1 that tests/test_parity.py compares our files with: its own losses and its own gradients.
 
-Writes bc.npz, bc_discrete.npz, bc_gaussian.npz, iql.npz, td3_bc.npz, awac.npz, crr.npz, crr_binary.npz and
-provenance.json beside this file. It needs an environment of its own, because d3rlpy brings torch and an old gym:
+Writes bc.npz, bc_discrete.npz, bc_gaussian.npz, iql.npz, td3_bc.npz, td3.npz, ddpg.npz, rebrac.npz, awac.npz, crr.npz,
+crr_binary.npz and provenance.json beside this file. It needs an environment of its own, because d3rlpy brings torch and
+an old gym:
 
     python -m venv /tmp/d3 && . /tmp/d3/bin/activate
     pip install torch==2.13.0 d3rlpy==2.8.1
@@ -10,6 +11,7 @@ provenance.json beside this file. It needs an environment of its own, because d3
 Every loss below is a call into d3rlpy, and every gradient is torch's: no formula is written out here. Keys of an .npz:
     actor/0/kernel            weights, layer 0 first; kernels are (in, out), as in flax
     critic/1/0/bias           layer 0 of critic number 1; likewise target_critic/...; value/... and target_actor/...
+    critic/1/norm_0/scale     LayerNorm of layer 0 (ReBRAC)
     batch/obs                 16 transitions
     batch/noise               standard normal, of the policy's samples (AWAC, CRR): every sample of an update has it
     loss/critic               one number
@@ -23,6 +25,7 @@ bytes do not depend on the order in which a CPU sums.
 """
 
 import contextlib
+import dataclasses
 import json
 import pathlib
 import platform
@@ -49,6 +52,15 @@ CONFIG = {
         "gamma": 0.9, "tau": 0.1, "n_critics": 2, "alpha": 2.5, "update_actor_interval": 2,
         "target_smoothing_sigma": 0.0, "target_smoothing_clip": 0.5,
     },
+    "td3": {
+        "gamma": 0.9, "tau": 0.1, "n_critics": 2, "update_actor_interval": 2,
+        "target_smoothing_sigma": 0.0, "target_smoothing_clip": 0.5,
+    },
+    "ddpg": {"gamma": 0.9, "tau": 0.1, "n_critics": 1},
+    "rebrac": {
+        "gamma": 0.9, "tau": 0.1, "n_critics": 2, "actor_beta": 0.3, "critic_beta": 0.4, "update_actor_interval": 2,
+        "target_smoothing_sigma": 0.0, "target_smoothing_clip": 0.5,
+    },
     "awac": {"gamma": 0.9, "tau": 0.1, "n_critics": 2, "lam": 0.5, "n_action_samples": 3},
     "crr": {
         "gamma": 0.9, "tau": 0.1, "n_critics": 2, "beta": 0.5, "n_action_samples": 3, "advantage_type": "mean",
@@ -66,6 +78,9 @@ CONFIG = {
 AFTER = {
     "iql": {"num_updates": 4, "learning_rate": 0.01, "tau": 0.0},
     "td3_bc": {"num_updates": 4, "learning_rate": 0.01, "tau": 0.1, "first_grad_step": 1},
+    "td3": {"num_updates": 4, "learning_rate": 0.01, "tau": 0.1, "first_grad_step": 1},
+    "ddpg": {"num_updates": 4, "learning_rate": 0.01, "tau": 0.1, "first_grad_step": 1},
+    "rebrac": {"num_updates": 4, "learning_rate": 0.01, "tau": 0.1, "first_grad_step": 1},
     "awac": {"num_updates": 4, "learning_rate": 0.01, "tau": 0.1},
     "crr": {"num_updates": 4, "learning_rate": 0.01, "tau": 0.1},
 }
@@ -77,6 +92,9 @@ FACTORS = {
     "bc_gaussian": {"actor": 1.0},
     "iql": {"value": 1.0, "actor": 1.0, "critic": 1.0},
     "td3_bc": {"actor": 1.0, "critic": 1.0},
+    "td3": {"actor": 1.0, "critic": 1.0},
+    "ddpg": {"actor": 1.0, "critic": 1.0},
+    "rebrac": {"actor": 1.0, "critic": 1.0},
     "awac": {"actor": 1.0, "critic": 1.0},
     "crr": {"actor": 1.0, "critic": 1.0},
     "crr_binary": {"actor": 1.0, "critic": 1.0},
@@ -112,7 +130,7 @@ DEPARTURES = [
         "handled": "not compared",
     },
     {
-        "what": "TD3+BC, first actor update",
+        "what": "TD3, TD3+BC and ReBRAC, first actor update",
         "where": "algos/qlearning/torch/td3_impl.py:71, algos/qlearning/base.py:878-879, base.py:230",
         "d3rlpy": "grad_step starts at 0: the actor and the targets move at updates 1, 3, 5, ...",
         "reference": "sfujim/TD3_BC TD3_BC.py: total_it is 1 at the first test, so at updates 2, 4, 6, ...",
@@ -126,11 +144,25 @@ DEPARTURES = [
         "handled": "nothing to do",
     },
     {
-        "what": "TD3+BC, noise",
+        "what": "TD3, TD3+BC and ReBRAC, noise",
         "where": "algos/qlearning/torch/td3_impl.py:50-56",
         "d3rlpy": "clip(sigma eps, +-c), then the action clipped to +-1, as the paper",
         "reference": "the same",
         "handled": "sigma = 0: two libraries cannot draw the same eps; the clip at +-c is not compared",
+    },
+    {
+        "what": "ReBRAC, networks",
+        "where": "algos/qlearning/rebrac.py:79-80, models/encoders.py:220-238, models/torch/encoders.py:226-227",
+        "d3rlpy": "two hidden layers without LayerNorm by default; with it, after the ReLU, epsilon 1e-5",
+        "reference": "CORL rebrac.py: three, with LayerNorm after the ReLU in the critics, flax's epsilon 1e-6",
+        "handled": "this script asks for LayerNorm in the critics and sets its epsilon",
+    },
+    {
+        "what": "ReBRAC, target policy",
+        "where": "algos/qlearning/torch/td3_impl.py:71-74",
+        "d3rlpy": "moves towards the policy after its step, as ours",
+        "reference": "CORL rebrac.py: towards the policy before its step",
+        "handled": "nothing to do",
     },
     {
         "what": "AWAC and CRR, samples of the policy",
@@ -227,6 +259,10 @@ def linears(module):
     return [m for m in module.modules() if isinstance(m, torch.nn.Linear)]
 
 
+def layer_norms(module):
+    return [m for m in module.modules() if isinstance(m, torch.nn.LayerNorm)]
+
+
 def fill(rng, module, gain=1.0):
     """Normal weights of std gain sqrt(2 / fan_in), non-zero biases, from numpy: torch's streams change."""
     for linear in linears(module):
@@ -234,6 +270,10 @@ def fill(rng, module, gain=1.0):
         bias = 0.3 * rng.normal(size=linear.out_features)
         linear.weight.data = double(kernel).T.contiguous()
         linear.bias.data = double(bias)
+    for norm in layer_norms(module):
+        norm.eps = 1e-6  # flax's
+        norm.weight.data = double(1 + 0.3 * rng.normal(size=norm.normalized_shape))
+        norm.bias.data = double(0.3 * rng.normal(size=norm.normalized_shape))
 
 
 def double(x):
@@ -252,10 +292,12 @@ def save_arrays(out, prefix, module, grad=False):
         for i, member in enumerate(module):
             save_arrays(out, f"{prefix}/{i}", member, grad)
         return
-    for i, linear in enumerate(linears(module)):
-        for name, parameter in (("kernel", linear.weight), ("bias", linear.bias)):
+    named = [(f"{i}", "kernel", linear) for i, linear in enumerate(linears(module))]
+    named += [(f"norm_{i}", "scale", norm) for i, norm in enumerate(layer_norms(module))]
+    for layer, weight, m in named:
+        for name, parameter in ((weight, m.weight), ("bias", m.bias)):
             values = parameter.grad if grad else parameter.detach()
-            out[f"{prefix}/{i}/{name}"] = values.numpy().T.copy()  # a copy: torch goes on writing to its own
+            out[f"{prefix}/{layer}/{name}"] = values.numpy().T.copy()  # a copy: torch goes on writing to its own
 
 
 def make_batch(rng, out, discrete=False):
@@ -287,8 +329,8 @@ def build(config, num_outputs=ACTION_DIM):
     return algo.impl
 
 
-def encoder():
-    return VectorEncoderFactory(hidden_units=list(HIDDEN), activation="relu")
+def encoder(**options):
+    return VectorEncoderFactory(hidden_units=list(HIDDEN), activation="relu", **options)
 
 
 # --- One function per algorithm -----------------------------------------------------------------------
@@ -398,11 +440,19 @@ def iql():
     return out
 
 
-def build_td3_bc(rng, config, learning_rate=0.0):
+TD3_FAMILY = {
+    "td3_bc": d3rlpy.algos.TD3PlusBCConfig,
+    "td3": d3rlpy.algos.TD3Config,
+    "ddpg": d3rlpy.algos.DDPGConfig,
+    "rebrac": d3rlpy.algos.ReBRACConfig,
+}
+
+
+def build_td3(name, rng, config, learning_rate=0.0):
     impl = build(
-        d3rlpy.algos.TD3PlusBCConfig(
+        TD3_FAMILY[name](
             actor_encoder_factory=encoder(),
-            critic_encoder_factory=encoder(),
+            critic_encoder_factory=encoder(use_layer_norm=name == "rebrac"),
             actor_learning_rate=learning_rate,
             critic_learning_rate=learning_rate,
             **config,
@@ -416,15 +466,18 @@ def build_td3_bc(rng, config, learning_rate=0.0):
     return impl
 
 
-def td3_bc():
-    out, rng = {}, np.random.RandomState(SEED + 4)
-    impl = build_td3_bc(rng, CONFIG["td3_bc"])
+def td3_bc(name="td3_bc", seed=SEED + 4):
+    out, rng = {}, np.random.RandomState(seed)
+    impl = build_td3(name, rng, CONFIG[name])
     m = impl.modules
     save_arrays(out, "actor", m.policy)
     save_arrays(out, "target_actor", m.targ_policy)
     save_arrays(out, "critic", m.q_funcs)
     save_arrays(out, "target_critic", m.targ_q_funcs)
     batch = make_batch(rng, out)
+    if name == "rebrac":
+        out["batch/next_action"] = rng.uniform(-0.95, 0.95, size=(BATCH, ACTION_DIM))
+        batch = dataclasses.replace(batch, next_actions=double(out["batch/next_action"]))
 
     out["loss/critic"] = impl.compute_critic_grad(batch).critic_loss.item()
     save_arrays(out, "grad/critic", m.q_funcs, grad=True)
@@ -432,20 +485,22 @@ def td3_bc():
     save_arrays(out, "grad/actor", m.policy, grad=True)
 
     with torch.no_grad():  # the batch must reach every branch of the losses
-        q1 = m.q_funcs[0](batch.observations, m.policy(batch.observations).squashed_mu).q_value
+        action = m.policy(batch.observations).squashed_mu
+        q = torch.stack([q(batch.observations, action).q_value for q in m.q_funcs])
         next_action = m.targ_policy(batch.next_observations).squashed_mu
         next_q = torch.stack([q(batch.next_observations, next_action).q_value for q in m.targ_q_funcs])
-    assert 4 <= (q1 < 0).sum() <= BATCH - 4, "Q1(s, pi(s)) of both signs"
-    assert 4 <= (next_q[0] < next_q[1]).sum() <= BATCH - 4, "either critic is the smaller one"
+    assert 4 <= (q[0] < 0).sum() <= BATCH - 4, "Q1(s, pi(s)) of both signs"
+    assert name != "rebrac" or 4 <= (q[0] < q[1]).sum() <= BATCH - 4, "either critic is the smaller one"
+    assert name == "ddpg" or 4 <= (next_q[0] < next_q[1]).sum() <= BATCH - 4, "either target critic is the smaller one"
 
     impl.update_critic_target()
     impl.update_actor_target()
     save_arrays(out, "polyak/critic", m.targ_q_funcs)
     save_arrays(out, "polyak/actor", m.targ_policy)
 
-    after = AFTER["td3_bc"]
-    config = {**CONFIG["td3_bc"], "tau": after["tau"]}
-    impl = build_td3_bc(np.random.RandomState(SEED + 4), config, after["learning_rate"])
+    after = AFTER[name]
+    config = {**CONFIG[name], "tau": after["tau"]}
+    impl = build_td3(name, np.random.RandomState(seed), config, after["learning_rate"])
     for step in range(after["num_updates"]):
         impl.update(batch, after["first_grad_step"] + step)
     save_arrays(out, "after/actor", impl.modules.policy)
@@ -453,6 +508,18 @@ def td3_bc():
     save_arrays(out, "after/target_actor", impl.modules.targ_policy)
     save_arrays(out, "after/target_critic", impl.modules.targ_q_funcs)
     return out
+
+
+def td3():
+    return td3_bc("td3", SEED + 8)
+
+
+def ddpg():
+    return td3_bc("ddpg", SEED + 9)
+
+
+def rebrac():
+    return td3_bc("rebrac", SEED + 11)
 
 
 @contextlib.contextmanager
@@ -606,7 +673,7 @@ def crr_binary():
 def main():
     assert d3rlpy.__version__ == "2.8.1", d3rlpy.__version__  # the departures below were read in this version
     torch.set_default_dtype(torch.float64)
-    for algorithm in (bc, bc_discrete, bc_gaussian, iql, td3_bc, awac, crr, crr_binary):
+    for algorithm in (bc, bc_discrete, bc_gaussian, iql, td3_bc, td3, ddpg, rebrac, awac, crr, crr_binary):
         arrays = algorithm()
         # savez stores every member with the date 1980-01-01: the same arrays are the same bytes
         np.savez(OUT / f"{algorithm.__name__}.npz", **{k: np.asarray(v, np.float32) for k, v in arrays.items()})
