@@ -2,6 +2,7 @@
 
     python benchmarks/speed.py                                             # every algorithm, 1 and 8 seeds
     python benchmarks/speed.py --algos iql --seeds 1 --against d3rlpy --python /tmp/d3/bin/python
+    python benchmarks/speed.py --algos sac_n edac --seeds 1 --set num_critics=10,50,500    # a row for each
 
 What is measured, at obs 17, action 6, hidden 256-256, batch 256, float32, on 100,000 random transitions:
 - Updates per second, of all seeds together, of an algorithm file's own `make_train`, with the seeds spread over the
@@ -23,6 +24,7 @@ import dataclasses
 import datetime
 import importlib
 import importlib.metadata
+import itertools
 import json
 import math
 import os
@@ -47,6 +49,7 @@ SHAPE = {"obs_dim": 17, "action_dim": 6, "hidden": [256, 256], "batch_size": 256
 class Options:
     algos: tuple[str, ...] = ALGOS  # files in algos/
     seeds: tuple[int, ...] = (1, 8)  # numbers of seeds trained together
+    set: tuple[str, ...] = ()  # FIELD=VALUE[,VALUE...]: fields of Config; a row for each combination of values
     updates: int = 0  # of all seeds together in one repetition; 0: 1,000 on a CPU, 50,000 on an accelerator
     repeats: int = 5  # repetitions; the tables show their medians
     against: Literal["none", "d3rlpy"] = "none"  # another library, run in turn with ours
@@ -66,15 +69,17 @@ def main(options: Options):
         raise SystemExit("--seeds, --repeats and --against-updates must be positive, and --updates not negative.")
     if options.against == "d3rlpy" and (not options.python or options.repeats < 3):
         raise SystemExit("--against d3rlpy needs --python, a Python that has d3rlpy, and at least 3 --repeats.")
+    if options.against != "none" and options.set:
+        raise SystemExit("--set changes our side alone, so that --against would compare different things: take one.")
+    settings = combinations(options.set)
     started, load = time.time(), os.getloadavg()[0]
     if load > 0.5:
         print(f"Other programs are running (load average {load:.1f}): expect low and uneven numbers.", file=sys.stderr)
     results = []
-    for algo in options.algos:
-        for seeds in options.seeds:
-            print(f"{algo}, {seeds} seed{'s' * (seeds > 1)} ...", file=sys.stderr, flush=True)
-            about, row = measure(algo, seeds, options)
-            results.append(row)
+    for algo, setting, seeds in itertools.product(options.algos, settings, options.seeds):
+        print(f"{label(algo, setting)}, {seeds} seed{'s' * (seeds > 1)} ...", file=sys.stderr, flush=True)
+        about, row = measure(algo, setting, seeds, options)
+        results.append(row)
     report = {
         "command": " ".join(sys.argv),
         "commit": subprocess.getoutput(f"git -C {HERE} describe --always --dirty --abbrev=40"),
@@ -95,10 +100,29 @@ def main(options: Options):
     print(f"{table(report)}\n\nWritten to {out}")
 
 
-def measure(algo, seeds, options):
+def combinations(chosen):
+    """[{"num_critics": 10}, {"num_critics": 50}] of ("num_critics=10,50",); values are JSON or else words."""
+    fields = {}
+    for setting in chosen:
+        name, separator, values = setting.partition("=")
+        if not (name and separator and values):
+            raise SystemExit(f"--set takes FIELD=VALUE[,VALUE...], not {setting}.")
+        try:
+            fields[name.replace("-", "_")] = json.loads(f"[{values}]")
+        except json.JSONDecodeError:
+            fields[name.replace("-", "_")] = values.split(",")
+    return [dict(zip(fields, values, strict=True)) for values in itertools.product(*fields.values())]
+
+
+def label(algo, setting):
+    return " ".join([algo, *(f"{name}={value}" for name, value in setting.items())])
+
+
+def measure(algo, setting, seeds, options):
     """(device and versions, one row of the results). Its lists have one number for each repetition."""
     with tempfile.TemporaryDirectory() as cache:
-        job = json.dumps({"algo": algo, "seeds": seeds, "updates": options.updates, "cache": cache})
+        job = {"algo": algo, "setting": setting, "seeds": seeds, "updates": options.updates, "cache": cache}
+        job = json.dumps(job)
         command = [sys.executable, __file__, "worker", job]
         cold = Worker(command)
         first = cold.ask("first")
@@ -123,6 +147,7 @@ def measure(algo, seeds, options):
     bound = [statistics.mean(pair) / flops for pair in zip(product_rate[:-1], product_rate[1:], strict=True)]
     row = {
         "algo": algo,
+        "setting": setting,
         "seeds": seeds,
         "devices": about["devices"],
         "updates_per_repetition": about["updates_per_repetition"],  # of all seeds together
@@ -194,7 +219,7 @@ def table(report):
             memory += f", device {row['peak_device_memory_mb']:,.0f} MB"
         rate, share = spread(row["updates_per_second"]), spread(row["share_of_bound"], ".0%")
         first_update = f"{seconds['cold']:.1f} s, {seconds['warm']:.1f} s"
-        cells = [row["algo"], str(row["seeds"]), rate, share, first_update, memory]
+        cells = [label(row["algo"], row.get("setting", {})), str(row["seeds"]), rate, share, first_update, memory]
         if "d3rlpy" in row:
             pairs = row["d3rlpy"]["ratio_of_each_pair"]
             ratio = f"{row['d3rlpy']['ratio_of_medians']:.1f} ({min(pairs):.1f} to {max(pairs):.1f})"
@@ -217,7 +242,7 @@ def spread(values, form=",.0f"):
 # --- A worker: one algorithm and number of seeds ----------------------------------------------------------
 
 
-def worker(algo: str, seeds: int, updates: int, cache: str):
+def worker(algo: str, setting: dict, seeds: int, updates: int, cache: str):
     """Trains as the algorithm file's `main` does, on random data, when its stdin says so."""
     sys.path.insert(0, str(HERE.parent))  # this checkout, installed or not
     import jax
@@ -228,6 +253,9 @@ def worker(algo: str, seeds: int, updates: int, cache: str):
     from common.datasets import Spec, Transition
 
     module = importlib.import_module(f"algos.{algo}")
+    unknown = setting.keys() - {field.name for field in dataclasses.fields(module.Config)}
+    if unknown:
+        raise SystemExit(f"{algo} has no setting {', '.join(sorted(unknown))}.")
     jax.config.update("jax_num_cpu_devices", math.gcd(seeds, os.cpu_count()))
     jax.config.update("jax_compilation_cache_dir", cache)
     on_cpu = jax.default_backend() == "cpu"
@@ -235,6 +263,8 @@ def worker(algo: str, seeds: int, updates: int, cache: str):
     spec = Spec(SHAPE["obs_dim"], SHAPE["action_dim"])
     cfg = module.Config(num_seeds=seeds, batch_size=SHAPE["batch_size"], hidden=tuple(SHAPE["hidden"]),
                         num_updates=1_000_000, log_interval=log_interval)  # fmt: skip
+    setting = {name: tuple(value) if isinstance(value, list) else value for name, value in setting.items()}
+    cfg = dataclasses.replace(cfg, **setting)
     agent = module.make_agent(cfg, spec)
     rng, rows = np.random.default_rng(0), SHAPE["rows"]
     dataset = Transition(

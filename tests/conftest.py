@@ -6,7 +6,7 @@ jax.config.update("jax_disable_most_optimizations", True)  # tiny networks: near
 
 
 def pytest_collection_modifyitems(items):
-    """Under pytest-xdist's --dist loadgroup, a worker keeps together what shares a compiled algorithm or a built run."""
+    """Under pytest-xdist's --dist loadgroup, tests that share a compiled algorithm or a run stay in one worker."""
     for item in items:
         params = item.callspec.params if hasattr(item, "callspec") else {}
         of = params["case"][0] if "case" in params else ""

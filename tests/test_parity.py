@@ -18,7 +18,7 @@ import numpy as np
 import optax
 import pytest
 
-from algos import awac, bc, crr, ddpg, iql, rebrac, td3, td3_bc
+from algos import awac, bc, crr, ddpg, iql, rebrac, sac_n, td3, td3_bc
 from common.datasets import Spec, Transition
 from common.networks import Normal
 
@@ -127,15 +127,27 @@ CASES = {
         ),
         Spec(obs_dim=3, action_dim=2),
     ),
+    "sac_n": (
+        sac_n.make_agent,
+        sac_n.Config(
+            hidden=HIDDEN,
+            discount=D3RLPY["sac_n"]["gamma"],
+            tau=D3RLPY["sac_n"]["tau"],
+            num_critics=D3RLPY["sac_n"]["n_critics"],
+        ),
+        Spec(obs_dim=3, action_dim=2),
+    ),
 }
 NETWORKS = [(name, network) for name in CASES for network in PROVENANCE["factors"][name]]
 TARGETS = [("iql", "critic"), ("td3_bc", "critic"), ("td3_bc", "actor")]
 TARGETS += [("awac", "critic"), ("crr", "critic"), ("crr", "actor")]
 TARGETS += [(name, network) for name in ("td3", "ddpg", "rebrac") for network in ("critic", "actor")]
+TARGETS += [("sac_n", "critic")]
 AFTER = [("iql", "value"), ("iql", "actor")]
 AFTER += [("awac", network) for network in ("actor", "critic", "target_critic")]
 ACTOR_CRITIC = ("td3_bc", "td3", "ddpg", "rebrac", "crr")
 AFTER += [(name, n) for name in ACTOR_CRITIC for n in ("actor", "critic", "target_actor", "target_critic")]
+AFTER += [("sac_n", network) for network in ("actor", "critic", "target_critic")]
 
 
 # --- d3rlpy's arrays in our trees --------------------------------------------------------------------------
@@ -148,11 +160,11 @@ def in_tree(like, arrays, prefix):
         names = [entry.key for entry in path]
         layer = [name.removeprefix("Dense_") for name in names if name.startswith("Dense_")]
         layer += [name.replace("LayerNorm_", "norm_") for name in names if name.startswith("LayerNorm_")]
-        key = "/".join([*layer, names[-1]])  # "0/kernel", "norm_0/scale", or "log_std"
+        key = "/".join([*layer, *names[-1:]])  # "0/kernel", "norm_0/scale", "log_std", or nothing: a single number
         if f"{prefix}/0/{key}" in arrays:
             new = np.stack([arrays[f"{prefix}/{member}/{key}"] for member in range(len(old))])
         else:
-            new = arrays[f"{prefix}/{key}"]
+            new = arrays[f"{prefix}/{key}".removesuffix("/")]
         assert new.shape == old.shape, f"{prefix}/{key}: {new.shape} is not {old.shape}"
         return jnp.asarray(new)
 
@@ -206,7 +218,8 @@ def run(name, num_updates, learning_rate, tau):
     if CASES[name][2].discrete:
         batch = batch._replace(action=batch.action.astype(jnp.int32))
     for _ in range(num_updates):
-        state, metrics = update(learning_rate, tau, state, batch)
+        new, metrics = update(learning_rate, tau, state, batch)
+        state = new._replace(log_alpha=state.log_alpha) if "log_alpha" in state._fields else new  # as d3rlpy's is
     return arrays, state, metrics
 
 

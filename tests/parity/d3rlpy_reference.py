@@ -1,8 +1,7 @@
 """Numbers of d3rlpy 2.8.1 that tests/test_parity.py compares our files with: its own losses and its own gradients.
 
-Writes bc.npz, bc_discrete.npz, bc_gaussian.npz, iql.npz, td3_bc.npz, td3.npz, ddpg.npz, rebrac.npz, awac.npz, crr.npz,
-crr_binary.npz and provenance.json beside this file. It needs an environment of its own, because d3rlpy brings torch and
-an old gym:
+Writes NAME.npz for each name of CONFIG, and provenance.json, beside this file. It needs an environment of its own,
+because d3rlpy brings torch and an old gym:
 
     python -m venv /tmp/d3 && . /tmp/d3/bin/activate
     pip install torch==2.13.0 d3rlpy==2.8.1
@@ -13,7 +12,7 @@ Every loss below is a call into d3rlpy, and every gradient is torch's: no formul
     critic/1/0/bias           layer 0 of critic number 1; likewise target_critic/...; value/... and target_actor/...
     critic/1/norm_0/scale     LayerNorm of layer 0 (ReBRAC)
     batch/obs                 16 transitions
-    batch/noise               standard normal, of the policy's samples (AWAC, CRR): every sample of an update has it
+    batch/noise               standard normal, of the policy's samples (AWAC, CRR, SAC-N): each of an update has it
     loss/critic               one number
     grad/critic/1/0/bias      gradient of the loss of the network it names
     polyak/critic/1/0/bias    the target network after one Polyak step
@@ -70,6 +69,7 @@ CONFIG = {
         "gamma": 0.9, "tau": 0.1, "n_critics": 2, "n_action_samples": 3, "advantage_type": "max",
         "weight_type": "binary", "target_update_type": "soft",
     },
+    "sac_n": {"gamma": 0.9, "tau": 0.1, "n_critics": 5, "initial_temperature": 0.5},  # of SAC
 }  # fmt: skip
 
 # The `after/` arrays: whole updates with a large step, where the order of the networks inside an update shows.
@@ -83,6 +83,7 @@ AFTER = {
     "rebrac": {"num_updates": 4, "learning_rate": 0.01, "tau": 0.1, "first_grad_step": 1},
     "awac": {"num_updates": 4, "learning_rate": 0.01, "tau": 0.1},
     "crr": {"num_updates": 4, "learning_rate": 0.01, "tau": 0.1},
+    "sac_n": {"num_updates": 4, "learning_rate": 0.01, "tau": 0.1},
 }
 
 # ours = factor * d3rlpy's, for losses and gradients alike.
@@ -98,6 +99,7 @@ FACTORS = {
     "awac": {"actor": 1.0, "critic": 1.0},
     "crr": {"actor": 1.0, "critic": 1.0},
     "crr_binary": {"actor": 1.0, "critic": 1.0},
+    "sac_n": {"actor": 1.0, "critic": 1.0},
 }
 
 DEPARTURES = [
@@ -226,6 +228,20 @@ DEPARTURES = [
         "d3rlpy": "copied every 100 updates by default",
         "reference": "acme: the same; ours: a Polyak step in every update",
         "handled": "target_update_type soft",
+    },
+    {
+        "what": "SAC-N, temperature",
+        "where": "algos/qlearning/torch/sac_impl.py:85-91 and 101-110",
+        "d3rlpy": "alpha times the constraint, stepped before the policy's loss, which reads the new alpha",
+        "reference": "snu-mllab/EDAC sac.py: log(alpha) times the constraint, and the alpha of before in all losses",
+        "handled": "its temperature is not trained, ours is put back after every update; its loss is not compared",
+    },
+    {
+        "what": "SAC-N, log-std",
+        "where": "models/torch/policies.py:119 and 140-143",
+        "d3rlpy": "a linear layer of its own beside the mean's, clipped to -20 and 2",
+        "reference": "snu-mllab/EDAC: clipped to -5 and 2; ours is one layer with both, clipped as d3rlpy's",
+        "handled": "the two layers side by side are ours",
     },
     {
         "what": "BC, mean over action dimensions",
@@ -670,10 +686,92 @@ def crr_binary():
     return crr("crr_binary")
 
 
+def build_sac_n(rng, config, learning_rate=0.0):
+    impl = build(
+        d3rlpy.algos.SACConfig(
+            actor_encoder_factory=encoder(),
+            critic_encoder_factory=encoder(),
+            actor_learning_rate=learning_rate,
+            critic_learning_rate=learning_rate,
+            temp_learning_rate=0.0,
+            **config,
+        )
+    )
+    m = impl.modules
+    fill(rng, m.policy)
+    fill(rng, m.q_funcs, 1.3)
+    fill(rng, m.targ_q_funcs, 1.3)
+    return impl
+
+
+def save_squashed_policy(out, prefix, policy, grad=False):
+    """Its last two layers, the mean's and the log-std's, are one of ours."""
+    layers = {}
+    save_arrays(layers, prefix, policy, grad)
+    last = len(HIDDEN)
+    for name in ("kernel", "bias"):
+        heads = [layers.pop(f"{prefix}/{last + i}/{name}") for i in range(2)]
+        layers[f"{prefix}/{last}/{name}"] = np.concatenate(heads, axis=-1)
+    out.update(layers)
+
+
+def sac_n():
+    out, rng = {}, np.random.RandomState(SEED + 9)
+    impl = build_sac_n(rng, CONFIG["sac_n"])
+    m = impl.modules
+    save_squashed_policy(out, "actor", m.policy)
+    save_arrays(out, "critic", m.q_funcs)
+    save_arrays(out, "target_critic", m.targ_q_funcs)
+    out["log_alpha"] = np.log(CONFIG["sac_n"]["initial_temperature"])
+    batch = make_batch(rng, out)
+    out["batch/noise"] = rng.normal(size=(BATCH, ACTION_DIM))
+
+    with fixed_noise(double(out["batch/noise"])):
+        out["loss/critic"] = impl.compute_critic_grad(batch).critic_loss.item()
+        save_arrays(out, "grad/critic", m.q_funcs, grad=True)
+        out["loss/actor"] = impl.compute_actor_grad(batch).actor_loss.item()
+        save_squashed_policy(out, "grad/actor", m.policy, grad=True)
+
+        with torch.no_grad():  # the batch must reach every branch of the losses
+            sample = d3rlpy.models.torch.build_squashed_gaussian_distribution
+            action = sample(m.policy(batch.observations)).sample()
+            next_action = sample(m.policy(batch.next_observations)).sample()
+            q = torch.stack([q(batch.observations, action).q_value for q in m.q_funcs])
+            next_q = torch.stack([q(batch.next_observations, next_action).q_value for q in m.targ_q_funcs])
+        for smallest in (q.argmin(dim=0), next_q.argmin(dim=0)):
+            assert len(smallest.unique()) >= 3, "now one critic is the smallest, now another"
+
+        impl.update_critic_target()
+        save_arrays(out, "polyak/critic", m.targ_q_funcs)
+
+        after = AFTER["sac_n"]
+        config = {**CONFIG["sac_n"], "tau": after["tau"]}
+        impl = build_sac_n(np.random.RandomState(SEED + 9), config, after["learning_rate"])
+        for step in range(after["num_updates"]):
+            impl.update(batch, step)
+    save_squashed_policy(out, "after/actor", impl.modules.policy)
+    save_arrays(out, "after/critic", impl.modules.q_funcs)
+    save_arrays(out, "after/target_critic", impl.modules.targ_q_funcs)
+    return out
+
+
 def main():
     assert d3rlpy.__version__ == "2.8.1", d3rlpy.__version__  # the departures below were read in this version
     torch.set_default_dtype(torch.float64)
-    for algorithm in (bc, bc_discrete, bc_gaussian, iql, td3_bc, td3, ddpg, rebrac, awac, crr, crr_binary):
+    for algorithm in (
+        bc,
+        bc_discrete,
+        bc_gaussian,
+        iql,
+        td3_bc,
+        td3,
+        ddpg,
+        rebrac,
+        awac,
+        crr,
+        crr_binary,
+        sac_n,
+    ):
         arrays = algorithm()
         # savez stores every member with the date 1980-01-01: the same arrays are the same bytes
         np.savez(OUT / f"{algorithm.__name__}.npz", **{k: np.asarray(v, np.float32) for k, v in arrays.items()})
