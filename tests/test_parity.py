@@ -18,7 +18,7 @@ import numpy as np
 import optax
 import pytest
 
-from algos import awac, bc, crr, iql, td3_bc
+from algos import awac, bc, bcq, crr, iql, td3_bc
 from common.datasets import Spec, Transition
 from common.networks import Normal
 
@@ -96,12 +96,28 @@ CASES = {
         ),
         Spec(obs_dim=3, action_dim=2),
     ),
+    "bcq": (
+        bcq.make_agent,
+        bcq.Config(
+            hidden=HIDDEN,
+            vae_hidden=HIDDEN,
+            discount=D3RLPY["bcq"]["gamma"],
+            tau=D3RLPY["bcq"]["tau"],
+            min_weight=D3RLPY["bcq"]["lam"],
+            phi=D3RLPY["bcq"]["action_flexibility"],
+            kl_weight=D3RLPY["bcq"]["beta"],
+            num_samples=D3RLPY["bcq"]["n_action_samples"],
+            num_act_samples=D3RLPY["bcq"]["n_action_samples"],
+        ),
+        Spec(obs_dim=3, action_dim=2),
+    ),
 }
 NETWORKS = [(name, network) for name in CASES for network in PROVENANCE["factors"][name]]
 TARGETS = [("iql", "critic"), ("td3_bc", "critic"), ("td3_bc", "actor")]
-TARGETS += [("awac", "critic"), ("crr", "critic"), ("crr", "actor")]
+TARGETS += [("awac", "critic"), ("crr", "critic"), ("crr", "actor"), ("bcq", "critic"), ("bcq", "perturbation")]
 AFTER = [("iql", "value"), ("iql", "actor")]
 AFTER += [("awac", network) for network in ("actor", "critic", "target_critic")]
+AFTER += [("bcq", n) for n in ("vae", "critic", "perturbation", "target_critic", "target_perturbation")]
 AFTER += [(name, n) for name in ("td3_bc", "crr") for n in ("actor", "critic", "target_actor", "target_critic")]
 
 
@@ -113,8 +129,8 @@ def in_tree(like, arrays, prefix):
 
     def leaf(path, old):
         names = [entry.key for entry in path]
-        layer = [name.removeprefix("Dense_") for name in names if name.startswith("Dense_")]
-        key = "/".join([*layer, names[-1]])  # "0/kernel", or "log_std"
+        layer = [name.removeprefix("Dense_") for name in names if name.startswith(("Dense_", "encoder", "decoder"))]
+        key = "/".join([*layer, names[-1]])  # "0/kernel", "encoder/0/kernel", or "log_std"
         if f"{prefix}/0/{key}" in arrays:
             new = np.stack([arrays[f"{prefix}/{member}/{key}"] for member in range(len(old))])
         else:
@@ -136,6 +152,23 @@ def load(state, arrays):
     return state._replace(**networks)
 
 
+def with_its_noise(function, arrays):
+    """`function` with d3rlpy's noise in the place of our draws, while it is traced."""
+
+    def normal(key, shape):
+        return arrays["batch/latent"] if len(shape) == 3 else arrays["batch/latent"][0]
+
+    def traced(*args):
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            sample = lambda self, key: self.mean + jnp.exp(self.log_std) * arrays["batch/noise"]  # noqa: E731
+            monkeypatch.setattr(Normal, "sample", sample)
+            if "batch/latent" in arrays:
+                monkeypatch.setattr(jax.random, "normal", normal)
+            return function(*args)
+
+    return traced
+
+
 @functools.cache
 def program(name):
     """d3rlpy's arrays, a state of zeros, and one jitted update whose learning rate and tau are arguments."""
@@ -149,12 +182,8 @@ def program(name):
     def update(learning_rate, tau, state, batch):
         changes = {"learning_rate": learning_rate, "tau": tau}
         changes = {key: value for key, value in changes.items() if hasattr(cfg, key)}
-        with (
-            pytest.MonkeyPatch.context() as monkeypatch
-        ):  # while it is traced: the policy's samples have d3rlpy's noise
-            sample = lambda self, key: self.mean + jnp.exp(self.log_std) * arrays["batch/noise"]  # noqa: E731
-            monkeypatch.setattr(Normal, "sample", sample)
-            return make_agent(dataclasses.replace(cfg, **changes), spec).update(state, batch)
+        agent = make_agent(dataclasses.replace(cfg, **changes), spec)
+        return with_its_noise(agent.update, arrays)(state, batch)
 
     return arrays, zeros._replace(key=jax.random.key(0)), update
 
@@ -224,3 +253,12 @@ def test_whole_updates(name, network):
     ours = ours.params if isinstance(ours, tuple) else ours
     theirs = in_tree(ours, {"after/actor/log_std": arrays.get("start/actor/log_std")} | arrays, f"after/{network}")
     assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_bcq_acts_alike():
+    # ours chooses from num_act_samples candidates, d3rlpy from as many as the target has: here they are as many
+    arrays, state, _ = program("bcq")
+    make_agent, cfg, spec = CASES["bcq"]
+    act = jax.jit(with_its_noise(make_agent(cfg, spec).act, arrays))
+    action = act(load(state, arrays), jnp.asarray(arrays["batch/obs"]), jax.random.key(0))
+    np.testing.assert_allclose(action, arrays["act"], rtol=1e-4, atol=1e-5)
