@@ -13,6 +13,7 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 # --- Distributions -------------------------------------------------------------------------------------
 
@@ -105,7 +106,7 @@ class Dense(nn.Module):
     initializer: str | float = "orthogonal"
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x, mask=None):  # mask: (inputs, features), of the kernel's entries that are used
         bias = nn.initializers.zeros
         if self.initializer == "orthogonal":
             kernel = _alone(nn.initializers.orthogonal(2**0.5))
@@ -119,7 +120,12 @@ class Dense(nn.Module):
             kernel = bias = _uniform(self.initializer)
         else:
             raise ValueError(f"initializer is 'orthogonal', 'torch', 'edac' or 'lecun', not {self.initializer!r}")
-        return nn.Dense(self.features, kernel_init=kernel, bias_init=bias, name="linear")(x)
+
+        def masked_dot(x, kernel, *args, **kwargs):
+            return jax.lax.dot_general(x, kernel * mask, *args, **kwargs)
+
+        dot = None if mask is None else masked_dot
+        return nn.Dense(self.features, kernel_init=kernel, bias_init=bias, dot_general=dot, name="linear")(x)
 
 
 def _uniform(bound):
@@ -217,6 +223,81 @@ class CategoricalActor(nn.Module):
     @nn.compact
     def __call__(self, obs):
         return Categorical(MLP(self.action_dim, self.hidden, self.initializer)(obs))
+
+
+# --- Behaviour models: generative models of the data's actions ------------------------------------------------
+
+
+class VAE(nn.Module):
+    """A conditional variational auto-encoder of actions (BCQ, https://arxiv.org/abs/1812.02900, appendix).
+
+    `vae.apply(params, obs, z, method="decode")` calls one of its halves. A prior sample is decode(obs, z), z ~ N(0, 1).
+    """
+
+    action_dim: int
+    latent_dim: int
+    hidden: Sequence[int] = (750, 750)
+    initializer: str = "torch"
+
+    def setup(self):
+        self.encoder = MLP(2 * self.latent_dim, self.hidden, self.initializer)
+        self.decoder = MLP(self.action_dim, self.hidden, self.initializer)
+
+    def __call__(self, obs, action, key):
+        """The reconstructed action, and the posterior q(z | s, a) that its latent was drawn from."""
+        posterior = self.encode(obs, action)
+        return self.decode(obs, posterior.sample(key)), posterior
+
+    def encode(self, obs, action):
+        mean, log_std = jnp.split(self.encoder(jnp.concatenate([obs, action], axis=-1)), 2, axis=-1)
+        return Normal(mean, jnp.clip(log_std, -4.0, 15.0))
+
+    def decode(self, obs, z):
+        return jnp.tanh(self.decode_unsquashed(obs, z))
+
+    def decode_unsquashed(self, obs, z):
+        """The action before the tanh."""
+        return self.decoder(jnp.concatenate([obs, z], axis=-1))
+
+
+class AutoregressiveActor(nn.Module):
+    """p(a | s) = prod_j p(a_j | s, a_1 .. a_{j-1}), each factor a histogram of equal bins on [-1, 1] (EMaQ).
+
+    One masked MLP (MADE, https://arxiv.org/abs/1502.03509) computes all factors. A unit of degree m depends on obs and
+    a_1 .. a_m alone, since it reads units of no larger degree: obs has degree 0, a_k degree k, the logits of a_j j - 1.
+    """
+
+    action_dim: int
+    bins: int = 40
+    hidden: Sequence[int] = (256, 256)
+    initializer: str = "torch"
+
+    @nn.compact
+    def __call__(self, obs, action):
+        """Logits of the bins: (..., action_dim, bins)."""
+        x = jnp.concatenate([obs, action], axis=-1)
+        degree = np.concatenate([np.zeros(obs.shape[-1], int), 1 + np.arange(self.action_dim)])
+        for features in self.hidden:
+            degree, degree_in = np.arange(features) % self.action_dim, degree
+            x = nn.relu(Dense(features, self.initializer)(x, degree_in[:, None] <= degree[None]))
+        degree, degree_in = np.repeat(np.arange(self.action_dim), self.bins), degree
+        logits = Dense(len(degree), self.initializer)(x, degree_in[:, None] <= degree[None])
+        return logits.reshape(*logits.shape[:-1], self.action_dim, self.bins)
+
+    def log_prob(self, obs, action):
+        index = jnp.clip(jnp.floor((action + 1) / 2 * self.bins).astype(int), 0, self.bins - 1)
+        log_density = nn.log_softmax(self(obs, action)) - jnp.log(2 / self.bins)  # probability / width of a bin
+        return select(log_density, index).sum(axis=-1)
+
+    def sample(self, obs, key):
+        """A bin and a uniform point inside it, one dimension after another: action_dim passes."""
+        action = jnp.zeros((*obs.shape[:-1], self.action_dim))
+        for j in range(self.action_dim):
+            key, key_bin, key_inside = jax.random.split(key, 3)
+            index = jax.random.categorical(key_bin, self(obs, action)[..., j, :])
+            inside = jax.random.uniform(key_inside, index.shape)
+            action = action.at[..., j].set((index + inside) * 2 / self.bins - 1)
+        return action
 
 
 # --- Values --------------------------------------------------------------------------------------------

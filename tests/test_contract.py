@@ -50,8 +50,9 @@ def load(name):
 
 
 def config(algo, **changes):
-    small = dict(num_updates=40, eval_interval=10, log_interval=10, batch_size=B, hidden=(8, 8))
-    return algo.Config(**(small | changes))
+    small = dict(num_updates=40, eval_interval=10, log_interval=10, batch_size=B)
+    layers = {f.name: (8, 8) for f in dataclasses.fields(algo.Config) if f.name.endswith("hidden")}
+    return algo.Config(**(small | layers | changes))
 
 
 def takes(algo, spec):

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 
 from common.networks import (
+    VAE,
+    AutoregressiveActor,
     Categorical,
     CategoricalActor,
     Critic,
@@ -270,6 +272,141 @@ def test_critic_reads_both_inputs():
     params = random_params(critic)
     gradients = jax.jit(jax.grad(lambda x: critic.apply(params, *x).sum()))((OBS_3, ACTION))
     assert all((np.abs(g).sum(axis=0) > 0).all() for g in gradients)
+
+
+# --- Behaviour models ------------------------------------------------------------------------------------
+
+VAE_OF_2 = VAE(2, latent_dim=4, hidden=HIDDEN)
+LATENT = np.random.default_rng(2).normal(size=(7, 4)).astype(np.float32)
+
+
+def random_vae_params():
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(VAE_OF_2.init, KEY, OBS, ACTION, KEY)
+    return jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), shapes)
+
+
+def test_vae_reconstructs_from_a_sample_of_the_posterior():
+    params = random_vae_params()
+    recon, posterior = jax.jit(VAE_OF_2.apply)(params, OBS, ACTION, KEY)
+    assert recon.shape == (7, 2) and posterior.mean.shape == posterior.log_std.shape == (7, 4)
+    z = posterior.mean + np.exp(posterior.log_std) * jax.random.normal(KEY, (7, 4))
+    np.testing.assert_allclose(recon, VAE_OF_2.apply(params, OBS, z, method="decode"), rtol=1e-4, atol=1e-5)
+    encoded = VAE_OF_2.apply(params, OBS, ACTION, method="encode")
+    np.testing.assert_allclose(encoded.mean, posterior.mean, rtol=1e-4, atol=1e-5)
+
+
+def test_vae_decoder_before_and_after_its_tanh():
+    params = random_vae_params()
+    u = VAE_OF_2.apply(params, OBS, LATENT, method="decode_unsquashed")
+    assert np.abs(u).max() > 2  # not squashed
+    np.testing.assert_allclose(VAE_OF_2.apply(params, OBS, LATENT, method="decode"), np.tanh(u), rtol=1e-5)
+
+
+def test_vae_posterior_clips_its_log_std_alone():
+    posterior = VAE_OF_2.apply(random_vae_params(), 1e4 * OBS, ACTION, method="encode")
+    assert set(np.unique(posterior.log_std)) == {-4.0, 15.0} and np.abs(posterior.mean).max() > 20
+
+
+def test_vae_halves_read_all_their_inputs_and_share_nothing():
+    params = random_vae_params()
+    by_obs, by_z = jax.grad(lambda *x: VAE_OF_2.apply(params, *x, method="decode_unsquashed").sum(), (0, 1))(
+        OBS, LATENT
+    )
+    assert (np.abs(by_obs).sum(axis=0) > 0).all() and (np.abs(by_z).sum(axis=0) > 0).all()
+    by_action = jax.grad(lambda a: VAE_OF_2.apply(params, OBS, a, method="encode").mean.sum())(ACTION)
+    assert (np.abs(by_action).sum(axis=0) > 0).all()
+    gradient = jax.grad(lambda p: VAE_OF_2.apply(p, OBS, LATENT, method="decode").sum())(params)["params"]
+    assert all(not leaf.any() for leaf in jax.tree.leaves(gradient["encoder"]))
+    assert all(leaf.any() for leaf in jax.tree.leaves(gradient["decoder"]))
+
+
+MADE = AutoregressiveActor(3, bins=5, hidden=(8, 7))
+ACTION_3 = np.random.default_rng(3).uniform(-1, 1, (7, 3)).astype(np.float32)
+
+
+def random_made_params(actor, scale=1.0):
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(actor.init, KEY, OBS, np.zeros((7, actor.action_dim), np.float32))
+    return jax.tree.map(lambda x: scale * rng.normal(size=x.shape).astype(np.float32), shapes)
+
+
+@pytest.mark.parametrize("hidden", [(), (8,), (8, 7)], ids=str)
+def test_made_reads_the_earlier_dimensions_alone(hidden):
+    """d p(a_j | ...) / d a_k = 0 for k >= j: the order of the dimensions is that of the arrays."""
+    actor = MADE.copy(hidden=hidden)
+    params = random_made_params(actor)
+    logits = lambda obs, action: actor.apply(params, obs, action)  # noqa: E731
+    by_obs, by_action = (np.abs(jax.jit(jax.vmap(jax.jacobian(logits, i)))(OBS, ACTION_3)).sum(axis=2) for i in (0, 1))
+    assert by_action.shape == (7, 3, 3)
+    reads = by_action.sum(axis=0) > 0
+    np.testing.assert_array_equal(reads, np.tri(3, k=-1, dtype=bool))  # a_2 reads a_1; a_3 reads a_1 and a_2
+    assert (by_obs.sum(axis=0) > 0).all()  # every factor reads every part of obs
+
+
+def test_made_density_integrates_to_one():
+    # Given a_1 the density of a_2 is constant in each bin: one point per bin makes the sum exact
+    actor = AutoregressiveActor(2, bins=5, hidden=(8, 8))
+    params = random_made_params(actor, scale=0.5)
+    centre = np.linspace(-0.8, 0.8, 5, dtype=np.float32)
+    grid = np.stack(np.meshgrid(centre, centre, indexing="ij"), axis=-1)
+    obs, action = np.broadcast_to(OBS[:, None, None], (7, 5, 5, 5)), np.broadcast_to(grid, (7, 5, 5, 2))
+    density = np.exp(actor.apply(params, obs, action, method="log_prob"))
+    np.testing.assert_allclose(density.sum(axis=(1, 2)) * 0.4**2, 1, rtol=1e-4)
+    assert density.std(axis=0).max() > 0.1 and density.std(axis=(1, 2)).max() > 0.1  # it depends on state and action
+
+
+def test_made_bins_are_equal_and_closed_on_the_bounds():
+    # One linear layer without inputs: the same probabilities (0.1, 0.2, 0.3, 0.4) everywhere; a bin is 0.5 wide
+    actor = AutoregressiveActor(1, bins=4, hidden=())
+    params = jax.tree.map(jnp.zeros_like, random_made_params(actor))
+    params["params"]["Dense_0"]["linear"]["bias"] = jnp.log(jnp.array([0.1, 0.2, 0.3, 0.4])) + 3
+    action = np.float32([-1, -0.51, -0.49, -0.01, 0.01, 0.49, 0.51])[:, None]
+    log_prob = actor.apply(params, OBS, action, method="log_prob")
+    np.testing.assert_allclose(np.exp(log_prob), np.array([0.1, 0.1, 0.2, 0.2, 0.3, 0.3, 0.4]) / 0.5, rtol=1e-5)
+    on_the_bound = actor.apply(params, OBS[:1], np.ones((1, 1), np.float32), method="log_prob")
+    np.testing.assert_allclose(np.exp(on_the_bound), 0.4 / 0.5, rtol=1e-5)
+
+
+def test_made_samples_follow_its_density():
+    n = 40_000
+    actor = AutoregressiveActor(2, bins=4, hidden=())
+    params = random_made_params(actor)
+    obs = np.zeros((n, 5), np.float32)
+    action = np.asarray(jax.jit(lambda obs, key: actor.apply(params, obs, key, method="sample"))(obs, KEY))
+    assert action.shape == (n, 2) and np.abs(action).max() <= 1
+    probability = np.asarray(jax.nn.softmax(jax.jit(actor.apply)(params, obs, action)))
+    index = np.floor((action + 1) * 2).astype(int)
+    first = np.bincount(index[:, 0], minlength=4) / n
+    np.testing.assert_allclose(first, probability[0, 0], atol=0.01)  # four standard errors: 4 sqrt(0.25 / n)
+    given = probability[:, 1]  # of the second, given the first
+    assert np.abs(given - given.mean(axis=0)).mean() > 0.02  # the second depends on the first
+    for low in (True, False):  # of the first
+        rows = (action[:, 0] < np.median(action[:, 0])) == low
+        frequency = np.bincount(index[rows, 1], minlength=4) / rows.sum()
+        np.testing.assert_allclose(frequency, given[rows].mean(axis=0), atol=0.015)
+    inside = (action + 1) * 2 - index  # uniform in the bin, each dimension by a number of its own
+    np.testing.assert_allclose([inside.mean(), inside.std()], [0.5, 12**-0.5], atol=0.01)
+    np.testing.assert_allclose(np.corrcoef(inside, rowvar=False), np.eye(2), atol=0.02)
+
+
+@pytest.mark.parametrize("lead", [(), (2, 7)])
+def test_leading_axes_of_behaviour_models_are_free(lead):
+    obs, action, z = (jnp.zeros((*lead, n)) for n in (5, 3, 4))
+    made = functools.partial(jax.eval_shape, functools.partial(MADE.apply, random_made_params(MADE)))
+    assert made(obs, action).shape == (*lead, 3, 5)
+    assert jax.eval_shape(lambda: MADE.apply(random_made_params(MADE), obs, action, method="log_prob")).shape == lead
+    assert jax.eval_shape(lambda: MADE.apply(random_made_params(MADE), obs, KEY, method="sample")).shape == (*lead, 3)
+    decoded = jax.eval_shape(lambda: VAE_OF_2.apply(random_vae_params(), obs, z, method="decode"))
+    assert decoded.shape == (*lead, 2)
+
+
+def test_behaviour_models_start_as_pytorch_does():
+    every = [MADE.init(KEY, OBS, ACTION_3), VAE_OF_2.init(KEY, OBS, ACTION, KEY)]
+    for params in map(flax.traverse_util.flatten_dict, every):
+        for path, leaf in params.items():
+            bound = 1 / np.sqrt(params[(*path[:-1], "kernel")].shape[-2])
+            assert leaf.any() and np.abs(leaf).max() <= bound
 
 
 # --- Initialisation ------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import numpy as np
 import optax
 import pytest
 
-from algos import awac, bc, crr, ddpg, iql, rebrac, sac_n, td3, td3_bc
+from algos import awac, bc, bcq, crr, ddpg, iql, rebrac, sac_n, td3, td3_bc
 from common.datasets import Spec, Transition
 from common.networks import Normal
 
@@ -137,14 +137,30 @@ CASES = {
         ),
         Spec(obs_dim=3, action_dim=2),
     ),
+    "bcq": (
+        bcq.make_agent,
+        bcq.Config(
+            hidden=HIDDEN,
+            vae_hidden=HIDDEN,
+            discount=D3RLPY["bcq"]["gamma"],
+            tau=D3RLPY["bcq"]["tau"],
+            min_weight=D3RLPY["bcq"]["lam"],
+            phi=D3RLPY["bcq"]["action_flexibility"],
+            kl_weight=D3RLPY["bcq"]["beta"],
+            num_samples=D3RLPY["bcq"]["n_action_samples"],
+            num_act_samples=D3RLPY["bcq"]["n_action_samples"],
+        ),
+        Spec(obs_dim=3, action_dim=2),
+    ),
 }
 NETWORKS = [(name, network) for name in CASES for network in PROVENANCE["factors"][name]]
 TARGETS = [("iql", "critic"), ("td3_bc", "critic"), ("td3_bc", "actor")]
-TARGETS += [("awac", "critic"), ("crr", "critic"), ("crr", "actor")]
+TARGETS += [("awac", "critic"), ("crr", "critic"), ("crr", "actor"), ("bcq", "critic"), ("bcq", "perturbation")]
 TARGETS += [(name, network) for name in ("td3", "ddpg", "rebrac") for network in ("critic", "actor")]
 TARGETS += [("sac_n", "critic")]
 AFTER = [("iql", "value"), ("iql", "actor")]
 AFTER += [("awac", network) for network in ("actor", "critic", "target_critic")]
+AFTER += [("bcq", n) for n in ("vae", "critic", "perturbation", "target_critic", "target_perturbation")]
 ACTOR_CRITIC = ("td3_bc", "td3", "ddpg", "rebrac", "crr")
 AFTER += [(name, n) for name in ACTOR_CRITIC for n in ("actor", "critic", "target_actor", "target_critic")]
 AFTER += [("sac_n", network) for network in ("actor", "critic", "target_critic")]
@@ -158,9 +174,9 @@ def in_tree(like, arrays, prefix):
 
     def leaf(path, old):
         names = [entry.key for entry in path]
-        layer = [name.removeprefix("Dense_") for name in names if name.startswith("Dense_")]
+        layer = [name.removeprefix("Dense_") for name in names if name.startswith(("Dense_", "encoder", "decoder"))]
         layer += [name.replace("LayerNorm_", "norm_") for name in names if name.startswith("LayerNorm_")]
-        key = "/".join([*layer, *names[-1:]])  # "0/kernel", "norm_0/scale", "log_std", or nothing: a single number
+        key = "/".join([*layer, *names[-1:]])  # "0/kernel", "norm_0/scale", "log_std"; nothing: a number
         if f"{prefix}/0/{key}" in arrays:
             new = np.stack([arrays[f"{prefix}/{member}/{key}"] for member in range(len(old))])
         else:
@@ -182,6 +198,23 @@ def load(state, arrays):
     return state._replace(**networks)
 
 
+def with_its_noise(function, arrays):
+    """`function` with d3rlpy's noise in the place of our draws, while it is traced."""
+
+    def normal(key, shape):
+        return arrays["batch/latent"] if len(shape) == 3 else arrays["batch/latent"][0]
+
+    def traced(*args):
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            sample = lambda self, key: self.mean + jnp.exp(self.log_std) * arrays["batch/noise"]  # noqa: E731
+            monkeypatch.setattr(Normal, "sample", sample)
+            if "batch/latent" in arrays:
+                monkeypatch.setattr(jax.random, "normal", normal)
+            return function(*args)
+
+    return traced
+
+
 @functools.cache
 def program(name):
     """d3rlpy's arrays, a state of zeros, and one jitted update whose learning rate and tau are arguments."""
@@ -195,12 +228,8 @@ def program(name):
     def update(learning_rate, tau, state, batch):
         rates = [field.name for field in dataclasses.fields(cfg) if field.name.endswith("learning_rate")]
         changes = dict.fromkeys(rates, learning_rate) | ({"tau": tau} if hasattr(cfg, "tau") else {})
-        with (
-            pytest.MonkeyPatch.context() as monkeypatch
-        ):  # while it is traced: the policy's samples have d3rlpy's noise
-            sample = lambda self, key: self.mean + jnp.exp(self.log_std) * arrays["batch/noise"]  # noqa: E731
-            monkeypatch.setattr(Normal, "sample", sample)
-            return make_agent(dataclasses.replace(cfg, **changes), spec).update(state, batch)
+        agent = make_agent(dataclasses.replace(cfg, **changes), spec)
+        return with_its_noise(agent.update, arrays)(state, batch)
 
     return arrays, zeros._replace(key=jax.random.key(0)), update
 
@@ -272,3 +301,12 @@ def test_whole_updates(name, network):
     ours = ours.params if isinstance(ours, tuple) else ours
     theirs = in_tree(ours, {"after/actor/log_std": arrays.get("start/actor/log_std")} | arrays, f"after/{network}")
     assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_bcq_acts_alike():
+    # ours chooses from num_act_samples candidates, d3rlpy from as many as the target has: here they are as many
+    arrays, state, _ = program("bcq")
+    make_agent, cfg, spec = CASES["bcq"]
+    act = jax.jit(with_its_noise(make_agent(cfg, spec).act, arrays))
+    action = act(load(state, arrays), jnp.asarray(arrays["batch/obs"]), jax.random.key(0))
+    np.testing.assert_allclose(action, arrays["act"], rtol=1e-4, atol=1e-5)

@@ -35,6 +35,7 @@ def load(name):
 def run(algo, out, **changes):
     fields = {f.name for f in dataclasses.fields(algo.Config)}
     more = {"pretrain_updates": 20} if "pretrain_updates" in fields else {}
+    more |= {name: (8, 8) for name in fields if name.endswith("hidden")}
     if not algo.Config.dataset.startswith("stitch/pointmaze"):  # it takes discrete actions only
         more["dataset"] = "stitch/cartpole-mixed-2k-v0"
     return algo.main(algo.Config(**(TINY | more | changes), out=str(out)))

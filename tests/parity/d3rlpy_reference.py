@@ -12,7 +12,9 @@ Every loss below is a call into d3rlpy, and every gradient is torch's: no formul
     critic/1/0/bias           layer 0 of critic number 1; likewise target_critic/...; value/... and target_actor/...
     critic/1/norm_0/scale     LayerNorm of layer 0 (ReBRAC)
     batch/obs                 16 transitions
-    batch/noise               standard normal, of the policy's samples (AWAC, CRR, SAC-N): each of an update has it
+    batch/noise               standard normal, of the policy's samples (AWAC, CRR, SAC-N), or of BCQ's posterior
+    batch/latent              standard normal, of BCQ's prior, for each candidate
+    act                       actions of the policy (BCQ)
     loss/critic               one number
     grad/critic/1/0/bias      gradient of the loss of the network it names
     polyak/critic/1/0/bias    the target network after one Polyak step
@@ -70,6 +72,10 @@ CONFIG = {
         "weight_type": "binary", "target_update_type": "soft",
     },
     "sac_n": {"gamma": 0.9, "tau": 0.1, "n_critics": 5, "initial_temperature": 0.5},  # of SAC
+    "bcq": {
+        "gamma": 0.9, "tau": 0.1, "n_critics": 2, "n_action_samples": 6, "lam": 0.6, "action_flexibility": 0.3,
+        "beta": 0.7,
+    },
 }  # fmt: skip
 
 # The `after/` arrays: whole updates with a large step, where the order of the networks inside an update shows.
@@ -84,6 +90,7 @@ AFTER = {
     "awac": {"num_updates": 4, "learning_rate": 0.01, "tau": 0.1},
     "crr": {"num_updates": 4, "learning_rate": 0.01, "tau": 0.1},
     "sac_n": {"num_updates": 4, "learning_rate": 0.01, "tau": 0.1},
+    "bcq": {"num_updates": 4, "learning_rate": 0.01, "tau": 0.1},
 }
 
 # ours = factor * d3rlpy's, for losses and gradients alike.
@@ -100,6 +107,7 @@ FACTORS = {
     "crr": {"actor": 1.0, "critic": 1.0},
     "crr_binary": {"actor": 1.0, "critic": 1.0},
     "sac_n": {"actor": 1.0, "critic": 1.0},
+    "bcq": {"vae": 1.0, "critic": 1.0, "perturbation": 1.0},
 }
 
 DEPARTURES = [
@@ -263,6 +271,27 @@ DEPARTURES = [
         "d3rlpy": "adds beta mean(logits^2), beta 0.5; torch's Categorical has made them log-probabilities",
         "reference": "cross-entropy alone",
         "handled": "beta = 0",
+    },
+    {
+        "what": "BCQ, tanh of the decoder",
+        "where": "models/torch/imitators.py:87-90 and 93-99",
+        "d3rlpy": "with_squash means the opposite: the default True leaves the tanh out, in the loss and in candidates",
+        "reference": "sfujim/BCQ BCQ.py: tanh in both",
+        "handled": "this script has the decoder apply its tanh",
+    },
+    {
+        "what": "BCQ, numbers of candidates",
+        "where": "algos/qlearning/torch/bcq_impl.py:144-146, algos/qlearning/bcq.py:159",
+        "d3rlpy": "one n_action_samples, 100, in the target and in acting",
+        "reference": "10 in the target, 100 in acting",
+        "handled": "the target is compared; in acting the numbers are set equal",
+    },
+    {
+        "what": "BCQ, latents",
+        "where": "models/torch/imitators.py:144, algos/qlearning/torch/bcq_impl.py:116-120 and 158-162",
+        "d3rlpy": "fresh noise for the posterior, for the candidates and for the perturbation",
+        "reference": "the same",
+        "handled": "both libraries have `batch/noise`, `batch/latent` and the first of these; all are clipped alike",
     },
 ]
 
@@ -686,6 +715,112 @@ def crr_binary():
     return crr("crr_binary")
 
 
+@contextlib.contextmanager
+def fixed_latents(latent):
+    """Latents (candidates, batch, ...) where d3rlpy draws some; for the perturbation's one candidate, the first."""
+
+    def randn(rows, size, **kwargs):
+        num = rows // latent.shape[1]  # the candidates of one state follow each other
+        return latent[:num].transpose(0, 1).reshape(rows, size)
+
+    with unittest.mock.patch.object(torch, "randn", randn):
+        yield
+
+
+def squashed(self, x, latent, with_squash=True):
+    """For VAEDecoder.__call__: with its tanh."""
+    return torch.nn.Module.__call__(self, x, latent, False)
+
+
+def build_bcq(rng, config, learning_rate=0.0):
+    impl = build(
+        d3rlpy.algos.BCQConfig(
+            actor_encoder_factory=encoder(),
+            critic_encoder_factory=encoder(),
+            imitator_encoder_factory=encoder(),
+            actor_learning_rate=learning_rate,
+            critic_learning_rate=learning_rate,
+            imitator_learning_rate=learning_rate,
+            **config,
+        )
+    )
+    m = impl.modules
+    for module in (m.vae_encoder, m.vae_decoder, m.policy, m.targ_policy):
+        fill(rng, module)
+    fill(rng, m.q_funcs, 1.3)
+    fill(rng, m.targ_q_funcs, 1.3)
+    return impl
+
+
+def save_vae(out, prefix, modules, grad=False):
+    """Its encoder's two heads, mean and log-std, are one layer of ours."""
+    *layers, mean, log_std = linears(modules.vae_encoder)
+    save_arrays(out, f"{prefix}/encoder", torch.nn.Sequential(*layers), grad)
+    heads = {}
+    for i, head in enumerate((mean, log_std)):
+        save_arrays(heads, str(i), head, grad)
+    for name in ("kernel", "bias"):
+        out[f"{prefix}/encoder/{len(layers)}/{name}"] = np.concatenate(
+            [heads[f"{i}/0/{name}"] for i in (0, 1)], axis=-1
+        )
+    save_arrays(out, f"{prefix}/decoder", modules.vae_decoder, grad)
+
+
+def bcq():
+    out, rng = {}, np.random.RandomState(SEED + 8)
+    impl = build_bcq(rng, CONFIG["bcq"])
+    m = impl.modules
+    save_vae(out, "vae", m)
+    save_arrays(out, "perturbation", m.policy)
+    save_arrays(out, "target_perturbation", m.targ_policy)
+    save_arrays(out, "critic", m.q_funcs)
+    save_arrays(out, "target_critic", m.targ_q_funcs)
+    batch = make_batch(rng, out)
+    out["batch/noise"] = rng.normal(size=(BATCH, 2 * ACTION_DIM))
+    out["batch/latent"] = rng.normal(size=(CONFIG["bcq"]["n_action_samples"], BATCH, 2 * ACTION_DIM))
+    noise, latent = double(out["batch/noise"]), double(out["batch/latent"])
+
+    decoder = type(m.vae_decoder)
+    assert (m.vae_decoder(batch.observations, latent[0]).abs() > 1).any(), "departure: no tanh by default"
+    with fixed_noise(noise), fixed_latents(latent), unittest.mock.patch.object(decoder, "__call__", squashed):
+        out["loss/vae"] = impl.compute_imitator_grad(batch)["loss"].item()
+        save_vae(out, "grad/vae", m, grad=True)
+        out["loss/critic"] = impl.compute_critic_grad(batch).critic_loss.item()
+        save_arrays(out, "grad/critic", m.q_funcs, grad=True)
+        out["loss/perturbation"] = impl.compute_actor_grad(batch).actor_loss.item()
+        save_arrays(out, "grad/perturbation", m.policy, grad=True)
+        with torch.no_grad():  # the batch must reach every branch of the losses
+            out["act"] = impl.inner_predict_best_action(batch.observations).numpy()
+            log_std = m.vae_encoder(batch.observations, batch.actions).scale.log()
+            repeated = impl._repeat_observation(batch.next_observations)
+            action = impl._sample_repeated_action(repeated, True)
+            next_q = torch.stack([q(repeated.flatten(0, 1), action.flatten(0, 1)).q_value for q in m.targ_q_funcs])
+        next_q = next_q.reshape(2, BATCH, -1)
+        mixed = 0.6 * next_q.amin(dim=0) + 0.4 * next_q.amax(dim=0)
+        wrong = 0.6 * next_q.amax(dim=2).amin(dim=0) + 0.4 * next_q.amax(dim=2).amax(dim=0)
+        assert len(mixed.argmax(dim=1).unique()) >= 4, "different candidates are the best"
+        assert (mixed.amax(dim=1) < wrong - 1e-3).sum() >= 4, "mixing the maxima would be another number"
+        assert 2 <= (action.abs() == 1).any(dim=2).sum() <= 6 * BATCH - 2, "clipped actions"
+        assert log_std.std() > 0.1, "posteriors differ"
+
+        impl.update_critic_target()
+        impl.update_actor_target()
+        save_arrays(out, "polyak/critic", m.targ_q_funcs)
+        save_arrays(out, "polyak/perturbation", m.targ_policy)
+
+        after = AFTER["bcq"]
+        config = {**CONFIG["bcq"], "tau": after["tau"]}
+        impl = build_bcq(np.random.RandomState(SEED + 8), config, after["learning_rate"])
+        for step in range(after["num_updates"]):
+            impl.update(batch, step)
+    save_vae(out, "after/vae", impl.modules)
+    save_arrays(out, "after/perturbation", impl.modules.policy)
+    save_arrays(out, "after/critic", impl.modules.q_funcs)
+    save_arrays(out, "after/target_perturbation", impl.modules.targ_policy)
+    save_arrays(out, "after/target_critic", impl.modules.targ_q_funcs)
+    return out
+
+
 def build_sac_n(rng, config, learning_rate=0.0):
     impl = build(
         d3rlpy.algos.SACConfig(
@@ -758,23 +893,10 @@ def sac_n():
 def main():
     assert d3rlpy.__version__ == "2.8.1", d3rlpy.__version__  # the departures below were read in this version
     torch.set_default_dtype(torch.float64)
-    for algorithm in (
-        bc,
-        bc_discrete,
-        bc_gaussian,
-        iql,
-        td3_bc,
-        td3,
-        ddpg,
-        rebrac,
-        awac,
-        crr,
-        crr_binary,
-        sac_n,
-    ):
-        arrays = algorithm()
+    for name in CONFIG:
+        arrays = globals()[name]()  # the function of that name
         # savez stores every member with the date 1980-01-01: the same arrays are the same bytes
-        np.savez(OUT / f"{algorithm.__name__}.npz", **{k: np.asarray(v, np.float32) for k, v in arrays.items()})
+        np.savez(OUT / f"{name}.npz", **{k: np.asarray(v, np.float32) for k, v in arrays.items()})
     provenance = {
         "versions": {
             "python": platform.python_version(),
@@ -789,6 +911,10 @@ def main():
         "departures": DEPARTURES,
     }
     (OUT / "provenance.json").write_text(json.dumps(provenance, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
 
 
 if __name__ == "__main__":
