@@ -219,7 +219,8 @@ def test_every_float_of_the_config_vmaps_and_matters(case):
     base = traced_floats(case)
     values = {name: np.full(len(base) + 1, x, np.float32) for name, x in base.items()}
     for row, name in enumerate(base, start=1):
-        values[name][row] *= 0.001 if name == "max_weight" else 0.1  # a clip must bind on values hardly trained yet
+        # a clip and a filter must bind on values hardly trained yet
+        values[name][row] *= {"max_weight": 0.001, "threshold": 3.0}.get(name, 0.1)
 
     def one(floats):
         cfg = dataclasses.replace(case.cfg, **floats)
@@ -331,6 +332,16 @@ def test_what_it_believes_is_a_number_for_each_state_and_depends_on_the_action(c
         pytest.skip("learns no Q-function")
     q = case.agent.q(case.state, case.data.obs, case.data.action)
     assert q.shape == (N,) and differ(q, case.agent.q(case.state, case.data.obs, case.data.next_action))
+
+
+def test_actions_it_cannot_take_are_refused_in_one_sentence(algo):
+    """By make_agent, before any compilation; a file that takes neither kind would be in no test."""
+    refused = [spec for spec in (CONTINUOUS, DISCRETE) if not takes(algo, spec)]
+    assert len(refused) < 2
+    for spec in refused:
+        with pytest.raises(SystemExit, match=f"{'continuous' if spec.discrete else 'discrete'} actions") as error:
+            algo.make_agent(config(algo), spec)
+        assert isinstance(error.value.code, str) and "\n" not in error.value.code
 
 
 # --- The training loop -----------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import numpy as np
 import optax
 import pytest
 
-from algos import awac, bc, bcq, crr, ddpg, iql, rebrac, sac_n, td3, td3_bc
+from algos import awac, bc, bcq, bcq_discrete, cql_discrete, crr, ddpg, dqn, iql, rebrac, sac_n, td3, td3_bc
 from common.datasets import Spec, Transition
 from common.networks import Normal
 
@@ -152,14 +152,58 @@ CASES = {
         ),
         Spec(obs_dim=3, action_dim=2),
     ),
+    "dqn": (
+        dqn.make_agent,
+        dqn.Config(hidden=HIDDEN, discount=D3RLPY["dqn"]["gamma"]),
+        Spec(obs_dim=3, action_dim=4, discrete=True),
+    ),
+    "double_dqn": (
+        dqn.make_agent,
+        dqn.Config(hidden=HIDDEN, discount=D3RLPY["double_dqn"]["gamma"], double=True),
+        Spec(obs_dim=3, action_dim=4, discrete=True),
+    ),
+    "bcq_discrete": (
+        bcq_discrete.make_agent,
+        bcq_discrete.Config(
+            hidden=HIDDEN,
+            discount=D3RLPY["bcq_discrete"]["gamma"],
+            threshold=D3RLPY["bcq_discrete"]["action_flexibility"],
+            logit_penalty=D3RLPY["bcq_discrete"]["beta"],
+        ),
+        Spec(obs_dim=3, action_dim=4, discrete=True),
+    ),
+    "cql_discrete": (
+        cql_discrete.make_agent,
+        cql_discrete.Config(
+            hidden=HIDDEN,
+            discount=D3RLPY["cql_discrete"]["gamma"],
+            alpha=D3RLPY["cql_discrete"]["alpha"],
+            double=True,
+        ),
+        Spec(obs_dim=3, action_dim=4, discrete=True),
+    ),
+    "cql_quantiles": (
+        cql_discrete.make_agent,
+        cql_discrete.Config(
+            hidden=HIDDEN,
+            discount=D3RLPY["cql_quantiles"]["gamma"],
+            alpha=D3RLPY["cql_quantiles"]["alpha"],
+            num_quantiles=3,
+            double=True,
+        ),
+        Spec(obs_dim=3, action_dim=4, discrete=True),
+    ),
 }
+COPIED_TARGET = ["dqn", "double_dqn", "bcq_discrete", "cql_discrete", "cql_quantiles"]  # after each update: tau = 1
 NETWORKS = [(name, network) for name in CASES for network in PROVENANCE["factors"][name]]
 TARGETS = [("iql", "critic"), ("td3_bc", "critic"), ("td3_bc", "actor")]
+TARGETS += [(name, "critic") for name in COPIED_TARGET]
 TARGETS += [("awac", "critic"), ("crr", "critic"), ("crr", "actor"), ("bcq", "critic"), ("bcq", "perturbation")]
 TARGETS += [(name, network) for name in ("td3", "ddpg", "rebrac") for network in ("critic", "actor")]
 TARGETS += [("sac_n", "critic")]
 AFTER = [("iql", "value"), ("iql", "actor")]
 AFTER += [("awac", network) for network in ("actor", "critic", "target_critic")]
+AFTER += [(name, n) for name in COPIED_TARGET for n in ("critic", "target_critic")] + [("bcq_discrete", "actor")]
 AFTER += [("bcq", n) for n in ("vae", "critic", "perturbation", "target_critic", "target_perturbation")]
 ACTOR_CRITIC = ("td3_bc", "td3", "ddpg", "rebrac", "crr")
 AFTER += [(name, n) for name in ACTOR_CRITIC for n in ("actor", "critic", "target_actor", "target_critic")]
@@ -253,7 +297,7 @@ def run(name, num_updates, learning_rate, tau):
 
 
 def one_update(name):
-    return run(name, 1, 0.0, D3RLPY[name].get("tau"))
+    return run(name, 1, 0.0, 1.0 if name in COPIED_TARGET else D3RLPY[name].get("tau"))
 
 
 def assert_close(ours, theirs, **tolerance):

@@ -76,7 +76,15 @@ CONFIG = {
         "gamma": 0.9, "tau": 0.1, "n_critics": 2, "n_action_samples": 6, "lam": 0.6, "action_flexibility": 0.3,
         "beta": 0.7,
     },
+    "dqn": {"gamma": 0.9, "target_update_interval": 1},
+    "double_dqn": {"gamma": 0.9, "target_update_interval": 1},
+    "bcq_discrete": {
+        "gamma": 0.9, "target_update_interval": 1, "action_flexibility": 0.4, "beta": 0.0, "share_encoder": False,
+    },
+    "cql_discrete": {"gamma": 0.9, "target_update_interval": 1, "alpha": 0.7},
+    "cql_quantiles": {"gamma": 0.9, "target_update_interval": 1, "alpha": 0.7},
 }  # fmt: skip
+NUM_QUANTILES = 3
 
 # The `after/` arrays: whole updates with a large step, where the order of the networks inside an update shows.
 # IQL's target critic stands still in them, because d3rlpy's online critic is not ours (departure "IQL, order"), and so
@@ -91,6 +99,11 @@ AFTER = {
     "crr": {"num_updates": 4, "learning_rate": 0.01, "tau": 0.1},
     "sac_n": {"num_updates": 4, "learning_rate": 0.01, "tau": 0.1},
     "bcq": {"num_updates": 4, "learning_rate": 0.01, "tau": 0.1},
+    "dqn": {"num_updates": 4, "learning_rate": 0.01, "tau": 1.0},
+    "double_dqn": {"num_updates": 4, "learning_rate": 0.01, "tau": 1.0},
+    "bcq_discrete": {"num_updates": 4, "learning_rate": 0.01, "tau": 1.0},
+    "cql_discrete": {"num_updates": 4, "learning_rate": 0.01, "tau": 1.0},
+    "cql_quantiles": {"num_updates": 4, "learning_rate": 0.01, "tau": 1.0},
 }
 
 # ours = factor * d3rlpy's, for losses and gradients alike.
@@ -108,6 +121,11 @@ FACTORS = {
     "crr_binary": {"actor": 1.0, "critic": 1.0},
     "sac_n": {"actor": 1.0, "critic": 1.0},
     "bcq": {"vae": 1.0, "critic": 1.0, "perturbation": 1.0},
+    "dqn": {"critic": 1.0},
+    "double_dqn": {"critic": 1.0},
+    "bcq_discrete": {"actor": 1.0, "critic": 1.0},
+    "cql_discrete": {"critic": 1.0},
+    "cql_quantiles": {"critic": 1.0},
 }
 
 DEPARTURES = [
@@ -292,6 +310,48 @@ DEPARTURES = [
         "d3rlpy": "fresh noise for the posterior, for the candidates and for the perturbation",
         "reference": "the same",
         "handled": "both libraries have `batch/noise`, `batch/latent` and the first of these; all are clipped alike",
+    },
+    {
+        "what": "DQN, DiscreteBCQ and DiscreteCQL, targets",
+        "where": "algos/qlearning/torch/dqn_impl.py:77-78 and 122-123",
+        "d3rlpy": "copied every `target_update_interval` updates, by default 8000, and after the first",
+        "reference": "the papers: copied; sfujim/BCQ on vectors and ours: a Polyak step in every update",
+        "handled": "copied after each update, which is tau = 1",
+    },
+    {
+        "what": "DiscreteBCQ, one encoder",
+        "where": "algos/qlearning/bcq.py, share_encoder",
+        "d3rlpy": "Q and the clone share their hidden layers by default",
+        "reference": "sfujim/BCQ discrete_BCQ.py: shared for images, separate for vectors",
+        "handled": "share_encoder = False",
+    },
+    {
+        "what": "DiscreteBCQ, penalty",
+        "where": "models/torch/imitators.py:183-186",
+        "d3rlpy": "0.5 mean(log-probabilities^2), as DiscreteBC",
+        "reference": "sfujim/BCQ discrete_BCQ.py: 0.01 mean(logits^2)",
+        "handled": "beta = 0 and logit_penalty = 0",
+    },
+    {
+        "what": "DiscreteBCQ, mask",
+        "where": "algos/qlearning/torch/bcq_impl.py:291-301",
+        "d3rlpy": "G / max G > threshold; argmax of (Q - min Q + 1e-5) times the mask",
+        "reference": "sfujim/BCQ discrete_BCQ.py: the same comparison, Q - 1e8 where it fails; ours: >=",
+        "handled": "nothing to do: there are no ties in the batch",
+    },
+    {
+        "what": "DiscreteCQL, double",
+        "where": "algos/qlearning/torch/cql_impl.py:243 (DoubleDQNImpl)",
+        "d3rlpy": "the online critic chooses the action of the target",
+        "reference": "aviralkumar2907/CQL quantile_agent.py: the target critic does",
+        "handled": "double = True",
+    },
+    {
+        "what": "DiscreteCQL, order of the quantiles",
+        "where": "models/torch/q_functions/qr_q_function.py:62-63",
+        "d3rlpy": "output a n + i of the last layer is quantile i of action a",
+        "reference": "ours: output i A + a",
+        "handled": "the last layer is written in our order",
     },
 ]
 
@@ -715,6 +775,98 @@ def crr_binary():
     return crr("crr_binary")
 
 
+def build_q(name, rng, learning_rate=0.0):
+    """DQN or one of its descendants, whose critic and target critic differ."""
+    config = {
+        "dqn": d3rlpy.algos.DQNConfig,
+        "double_dqn": d3rlpy.algos.DoubleDQNConfig,
+        "bcq_discrete": d3rlpy.algos.DiscreteBCQConfig,
+        "cql_discrete": d3rlpy.algos.DiscreteCQLConfig,
+        "cql_quantiles": d3rlpy.algos.DiscreteCQLConfig,
+    }[name]
+    more = {}
+    if name == "cql_quantiles":
+        more["q_func_factory"] = d3rlpy.models.QRQFunctionFactory(n_quantiles=NUM_QUANTILES)
+    impl = build(config(encoder_factory=encoder(), learning_rate=learning_rate, **CONFIG[name], **more), NUM_ACTIONS)
+    fill(rng, impl.modules.q_funcs, 1.3)
+    fill(rng, impl.modules.targ_q_funcs, 1.3)
+    if name == "bcq_discrete":
+        fill(rng, impl.modules.imitator)
+    return impl
+
+
+def save_q(out, prefix, q_funcs, grad=False):
+    """The critic of an ensemble of one; the last layer in our order: all actions of the first quantile come first."""
+    (q_func,) = q_funcs
+    save_arrays(out, prefix, q_func, grad)
+    last = f"{prefix}/{len(HIDDEN)}"
+    for name in ("kernel", "bias"):
+        x = out[f"{last}/{name}"]
+        x = x.reshape(*x.shape[:-1], NUM_ACTIONS, -1)
+        out[f"{last}/{name}"] = x.swapaxes(-1, -2).reshape(*x.shape[:-2], -1)
+
+
+def q_learning(name, seed):
+    out, rng = {}, np.random.RandomState(seed)
+    impl = build_q(name, rng)
+    m = impl.modules
+    save_q(out, "critic", m.q_funcs)
+    save_q(out, "target_critic", m.targ_q_funcs)
+    if name == "bcq_discrete":
+        save_arrays(out, "actor", m.imitator)
+    batch = make_batch(rng, out, discrete=True)
+
+    loss = impl.compute_grad(batch)
+    save_q(out, "grad/critic", m.q_funcs, grad=True)
+    out["loss/critic"] = (loss.td_loss if name == "bcq_discrete" else loss.loss).item()
+    if name == "bcq_discrete":
+        out["loss/actor"] = loss.imitator_loss.item()
+        save_arrays(out, "grad/actor", m.imitator, grad=True)
+
+    with torch.no_grad():  # the batch must reach every branch of the losses
+        q, target_q = (f(batch.next_observations).q_value for f in (m.q_funcs[0], m.targ_q_funcs[0]))
+        chosen = impl.inner_predict_best_action(batch.next_observations)
+        value = m.q_funcs[0](batch.observations).q_value.gather(1, batch.actions)
+        next_q = target_q.gather(1, chosen[:, None])
+        error = value - batch.rewards - CONFIG[name]["gamma"] * (1 - batch.terminals) * next_q
+    assert 4 <= (q.argmax(dim=1) != target_q.argmax(dim=1)).sum(), "double and plain differ"
+    assert 3 <= (error.abs() < 1).sum() <= BATCH - 3, "both parts of the Huber loss"
+    assert name != "bcq_discrete" or 4 <= (chosen != q.argmax(dim=1)).sum() <= BATCH - 4, "unlikely actions"
+
+    impl.update_target()
+    save_q(out, "polyak/critic", m.targ_q_funcs)
+
+    after = AFTER[name]
+    impl = build_q(name, np.random.RandomState(seed), after["learning_rate"])
+    for step in range(after["num_updates"]):
+        impl.update(batch, step)
+    save_q(out, "after/critic", impl.modules.q_funcs)
+    save_q(out, "after/target_critic", impl.modules.targ_q_funcs)
+    if name == "bcq_discrete":
+        save_arrays(out, "after/actor", impl.modules.imitator)
+    return out
+
+
+def dqn():
+    return q_learning("dqn", SEED + 9)
+
+
+def double_dqn():
+    return q_learning("double_dqn", SEED + 9)
+
+
+def bcq_discrete():
+    return q_learning("bcq_discrete", SEED + 12)
+
+
+def cql_discrete():
+    return q_learning("cql_discrete", SEED + 9)
+
+
+def cql_quantiles():
+    return q_learning("cql_quantiles", SEED + 9)
+
+
 @contextlib.contextmanager
 def fixed_latents(latent):
     """Latents (candidates, batch, ...) where d3rlpy draws some; for the perturbation's one candidate, the first."""
@@ -911,6 +1063,10 @@ def main():
         "departures": DEPARTURES,
     }
     (OUT / "provenance.json").write_text(json.dumps(provenance, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
 
 
 if __name__ == "__main__":
