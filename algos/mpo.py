@@ -17,11 +17,13 @@ From equation to code (old: the target policy; a_1 ... a_m ~ old(.|s); Q_i = Qba
 Order of one update   Q; eta; pi, with the new eta; alpha, with the new pi; targets. The reference steps all at once.
 Hyper-parameters      epsilon, epsilon_mean, dual_learning_rate, num_samples: the reference's; learning_rate, tau and
                       epsilon_std are larger than its 1e-4, a copy every 100 updates and 1e-6, for the short run.
-Deviations            1. CRR's networks and critics, one-step targets; the reference: a distribution, five steps.
+Deviations            1. CRR's networks and critics, one-step targets, Polyak steps, the mode acts; the reference: a
+                         distribution, five steps, copies, gradients clipped, the target policy acts.
                       2. The mean is a tanh, so no penalty on actions out of bounds; Q is asked of clipped ones.
                       3. eta is exp of a parameter, from 1 (there softplus, from 10); the deviation's alpha starts
                          at 10 as the mean's does (there at 1000).
                       4. The prior is a plain clone; Siegel et al. (2020), arXiv 2002.08396, weigh it by advantages.
+                      5. Batches are drawn on the device, with replacement.
 Run                   python algos/mpo.py --dataset stitch/pointmaze-umaze-v0 --num-seeds 3
 """
 
