@@ -32,6 +32,7 @@ N, B = 64, 16  # rows of the data and of a batch
 # What papers do on purpose, and a test would take for a defect
 RELATIVE = {"marwil", "reps"}  # the actor's weights are relative to the batch's own scale
 ACTS_ON_SAMPLES = {"bcq", "bear", "emaq", "qt_opt"}  # act takes the best of actions that it draws
+GAUSSIAN = {"epsilon_std"}  # floats of a Gaussian policy: a categorical one has no use for them
 
 
 class Case(NamedTuple):
@@ -210,6 +211,7 @@ def traced_floats(case):
     """The float fields that a sweep may vmap: those that `load_data` does not read while it makes the arrays."""
     tree = ast.parse(inspect.getsource(case.algo.load_data))
     read = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and getattr(n.value, "id", "") == "cfg"}
+    read |= GAUSSIAN if case.spec.discrete else set()
     fields = {f.name: getattr(case.cfg, f.name) for f in dataclasses.fields(case.cfg)}
     return {name: x for name, x in fields.items() if isinstance(x, float) and name not in read}
 

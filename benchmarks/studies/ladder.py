@@ -10,7 +10,8 @@ episodes; the probability of the good action that each ends with stands beside i
     negative      -0.1 and -0.9: the same differences
     large         900 and 100
 
-All exponential weights have beta 1 (EQL: 10 / alpha = 1), REPS a ball of 0.1 nats; the rest is each file's default.
+All exponential weights have beta 1 (EQL: 10 / alpha = 1), REPS and MPO a ball of 0.1 nats; the rest is each file's
+default.
 """
 
 import importlib
@@ -50,6 +51,8 @@ METHODS = {  # label: algorithm, fields
     "XQL": ("xql", {"beta": 1.0, "reward_shift": 0.0}),
     "SQL": ("sql", {"reward_shift": 0.0}),
     "EQL": ("eql", {"alpha": 10.0, "reward_shift": 0.0}),
+    "MPO": ("mpo", {"epsilon": 0.1, "reward_shift": 0.0}),
+    "MPO, prior": ("mpo", {"epsilon": 0.1, "prior": True, "reward_shift": 0.0}),
 }
 
 
@@ -62,9 +65,9 @@ def closed_form(label, good, bad):
         return good / (good + bad) if bad >= 0 else None
     if label in ("MARWIL", "AWR"):  # in units of the deviation, which is gap / 2: +1 and -1
         return expit(2.0)
-    if label == "REPS":  # the distribution at 0.1 nats from (1/2, 1/2), whatever the rewards
+    if label in ("REPS", "MPO, prior"):  # the distribution at 0.1 nats from (1/2, 1/2), whatever the rewards
         return brentq(lambda p: rel_entr(p, 0.5) + rel_entr(1 - p, 0.5) - 0.1, 0.5, 1)
-    if label in ("CRR binary", "SQL"):  # the bad action's weight is 0
+    if label in ("CRR binary", "SQL", "MPO"):  # the bad action's weight is 0; MPO's ball moves with its policy
         return 1.0
     return expit(gap)  # exp(beta Q) in the same state: whatever the baseline
 

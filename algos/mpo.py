@@ -1,0 +1,439 @@
+"""Maximum a Posteriori Policy Optimisation (MPO): clone one's own actions, reweighed by exp(Q / eta).
+
+Nothing here is an answer to why offline RL is hard: Q is asked of the policy's own actions, and the trust regions are
+round the last policy, which walks away from the data. With `prior`, the E-step's is round a clone of the data.
+
+Paper      Abdolmaleki et al. (2018), https://arxiv.org/abs/1806.06920; decoupled: https://arxiv.org/abs/1812.02256
+Reference  https://github.com/google-deepmind/acme at 770bc75, acme/jax/losses/mpo.py, agents/jax/mpo
+
+From equation to code (old: the target policy; a_1 ... a_m ~ old(.|s); Q_i = Qbar(s, a_i))
+    L_Q = E[ (r + discount E_old[Qbar(s', a')] - Q(s, a))^2 ]         critic_loss
+    g(eta) = eta (epsilon + E[ log mean_i exp(Q_i / eta) ])           eta_loss
+    w_i = exp(Q_i / eta) / sum_k exp(Q_k / eta)                       reweigh
+    max E[ sum_i w_i log pi(a_i|s) ],  KL(old||pi) <= epsilon_mean    actor_loss, alpha_loss
+        by the mean (with old's deviation) and epsilon_std by the     decouple, kl_divergence
+        deviation (round old's mean)
+
+Order of one update   Q; eta; pi, with the new eta; alpha, with the new pi; targets. The reference steps all at once.
+Hyper-parameters      epsilon, epsilon_mean, dual_learning_rate, num_samples: the reference's; learning_rate, tau and
+                      epsilon_std are larger than its 1e-4, a copy every 100 updates and 1e-6, for the short run.
+Deviations            1. CRR's networks and critics, one-step targets, Polyak steps, the mode acts; the reference: a
+                         distribution, five steps, copies, gradients clipped, the target policy acts.
+                      2. The mean is a tanh, so no penalty on actions out of bounds; Q is asked of clipped ones.
+                      3. eta is exp of a parameter, from 1 (there softplus, from 10); the deviation's alpha starts
+                         at 10 as the mean's does (there at 1000).
+                      4. The prior is a plain clone; Siegel et al. (2020), arXiv 2002.08396, weigh it by advantages.
+                      5. Batches are drawn on the device, with replacement.
+Run                   python algos/mpo.py --dataset stitch/pointmaze-umaze-v0 --num-seeds 3
+"""
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import itertools
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import chex
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+from jax.sharding import NamedSharding, PartitionSpec
+from tqdm import tqdm
+
+from common.datasets import Spec, load_dataset
+from common.networks import CategoricalActor, Critic, DiscreteCritic, GaussianActor, Normal
+
+
+# --- Configuration -------------------------------------------------------------------------------------
+@dataclasses.dataclass(frozen=True)
+class Config:
+    # Experiment
+    dataset: str = "stitch/pointmaze-umaze-v0"  # a Minari dataset: on this machine, built by a recipe, or downloaded
+    seed: int = 0  # of the first run: its networks, batches and evaluation
+    num_seeds: int = 3  # runs trained in one program, with seeds seed, seed + 1, ...
+    num_updates: int = 6_000  # gradient steps (the paper: 1,000,000)
+    eval_interval: int = 2_000  # gradient steps between two evaluations, each with a checkpoint
+    eval_episodes: int = 20  # episodes of one evaluation, for each seed
+    log_interval: int = 250  # gradient steps of one compiled call; the progress line moves after each
+    out: str = ""  # the run folder; by default runs/ALGORITHM/DATASET
+    # Optimisation
+    batch_size: int = 256  # transitions of one gradient step
+    learning_rate: float = 1e-3  # of every Adam (the reference: 1e-4)
+    hidden: tuple[int, ...] = (256, 256)  # units of the hidden layers
+    discount: float = 0.99  # gamma
+    tau: float = 0.02  # Polyak step of the targets
+    # MPO
+    epsilon: float = 0.1  # of the E-step: bound on KL(q||old), in nats
+    epsilon_mean: float = 0.0025  # bound on KL(old||pi) by the mean, in each dimension; of a categorical pi, on its KL
+    epsilon_std: float = 1e-4  # bound on KL(old||pi) by the deviation, in each dimension
+    dual_learning_rate: float = 1e-2  # of the multipliers' Adam
+    num_samples: int = 20  # m, actions of the policy; all discrete actions are taken instead
+    prior: bool = False  # reweigh a clone of the data instead of the policy: KL(q||clone) <= epsilon
+    reward_shift: float = -1.0  # added to every reward: -1 for tasks with reward 1 at a goal and 0 elsewhere
+
+
+def load_data(cfg: Config):
+    return load_dataset(cfg.dataset, reward_shift=cfg.reward_shift)
+
+
+# --- State: arrays only, so that a whole run can be vmapped, compared and saved -----------------------------
+class Trainable(NamedTuple):
+    params: Any
+    opt_state: optax.OptState
+
+
+class State(NamedTuple):
+    key: jax.Array
+    actor: Trainable
+    critic: Trainable
+    eta: Trainable  # its logarithm, since it has to find the scale of Q
+    alpha: Trainable  # softplus of it
+    prior: Trainable | None
+    target_actor: Any
+    target_critic: Any
+
+
+class Agent(NamedTuple):
+    init: Callable  # (key) -> State
+    update: Callable  # (State, Transition) -> (State, metrics)
+    act: Callable  # (State, obs, key) -> action
+    q: Callable  # (State, obs, action) -> value, as the algorithm believes it
+
+
+# --- Algorithm -----------------------------------------------------------------------------------------
+def reweigh(q, log_mass, eta):
+    """The weights (samples, batch) of actions of the given log shares by exp(q / eta), and the log of their sum."""
+    x = log_mass + q / eta
+    log_sum = jax.nn.logsumexp(x, axis=0)
+    return jnp.exp(x - log_sum[None]), log_sum
+
+
+def decouple(old, new):
+    """`new` in parts that are bounded each on its own: its mean with the old deviation, and the reverse."""
+    if not isinstance(new, Normal):
+        return {"policy": new}
+    return {"mean": Normal(new.mean, old.log_std), "std": Normal(old.mean, new.log_std)}
+
+
+def kl_divergence(old, new):
+    """KL(old||new): of Gaussians in each dimension (batch, action_dim), of categoricals (batch, 1)."""
+    if isinstance(new, Normal):
+        variance = jnp.exp(2 * new.log_std)
+        ratio = (jnp.exp(2 * old.log_std) + (new.mean - old.mean) ** 2) / variance
+        return new.log_std - old.log_std + (ratio - 1) / 2
+    log_old, log_new = jax.nn.log_softmax(old.logits), jax.nn.log_softmax(new.logits)
+    return (jnp.exp(log_old) * (log_old - log_new)).sum(axis=-1, keepdims=True)
+
+
+def make_agent(cfg: Config, spec: Spec) -> Agent:
+    actor = (CategoricalActor if spec.discrete else GaussianActor)(spec.action_dim, cfg.hidden)
+    critic = DiscreteCritic(spec.action_dim, 2, cfg.hidden) if spec.discrete else Critic(2, cfg.hidden)
+    adam, dual_adam = optax.adam(cfg.learning_rate), optax.adam(cfg.dual_learning_rate)
+    epsilons = {"policy": cfg.epsilon_mean} if spec.discrete else {"mean": cfg.epsilon_mean, "std": cfg.epsilon_std}
+
+    def candidates(pi, critic_params, obs, key):
+        """Actions (samples, batch, ...) of pi, the logs of their shares, min_j Q_j; discrete ones: all of them."""
+        if spec.discrete:
+            log_mass = jax.nn.log_softmax(pi.logits).T
+            action = inside = jnp.broadcast_to(jnp.arange(spec.action_dim)[:, None], log_mass.shape)
+        else:
+            action = jax.vmap(pi.sample)(jax.random.split(key, cfg.num_samples))
+            log_mass = jnp.full(action.shape[:-1], -jnp.log(cfg.num_samples))
+            inside = jnp.clip(action, -1, 1)
+        q = jax.vmap(lambda action: critic.apply(critic_params, obs, action).min(axis=0))(inside)
+        return action, log_mass, q
+
+    def temperature(log_eta):
+        return jnp.exp(log_eta) + 1e-6  # where no weights reach epsilon, it falls for ever
+
+    def eta_loss(params, q, log_mass):
+        chex.assert_equal_shape([q, log_mass])
+        eta, v = temperature(params), (jnp.exp(log_mass) * q).sum(axis=0)
+        advantage = q - v[None]  # the weights of Q, but small numbers
+        weight, log_sum = reweigh(advantage, log_mass, eta)
+        kl = (weight * (advantage / eta - log_sum[None])).sum(axis=0)
+        return eta * (cfg.epsilon + log_sum.mean()) + v.mean(), {"eta": eta, "kl": kl.mean()}
+
+    def actor_loss(params, batch, old, action, weight, alpha):
+        pi = actor.apply(params, batch.obs)
+        parts = decouple(old, pi)
+        log_prob = sum(jax.vmap(part.log_prob)(action) for part in parts.values())
+        chex.assert_equal_shape([weight, log_prob])
+        penalty = sum((alpha[name] * kl_divergence(old, part).mean(axis=0)).sum() for name, part in parts.items())
+        info = {"log_prob": pi.log_prob(batch.action).mean()}
+        return -(weight * log_prob).sum(axis=0).mean() + penalty, info
+
+    def alpha_loss(params, kl):
+        alpha = jax.tree.map(jax.nn.softplus, params)
+        chex.assert_trees_all_equal_shapes(alpha, kl)
+        loss = sum((alpha[name] * (epsilons[name] - kl[name])).sum() for name in kl)
+        alphas = {f"alpha_{name}": x.mean() for name, x in alpha.items()}
+        return loss, alphas | {f"kl_{name}": x.mean() for name, x in kl.items()}
+
+    def prior_loss(params, batch):
+        return -actor.apply(params, batch.obs).log_prob(batch.action).mean(), {}
+
+    def critic_loss(params, batch, target):
+        q = critic.apply(params, batch.obs, batch.action)
+        chex.assert_shape(q, (2, *target.shape))
+        return ((q - target[None]) ** 2).sum(axis=0).mean(), {"q": q.mean()}
+
+    def init(key):
+        key, key_actor, key_critic, key_prior = jax.random.split(key, 4)
+        obs = jnp.zeros((1, spec.obs_dim))
+        action = jnp.zeros(1, int) if spec.discrete else jnp.zeros((1, spec.action_dim))
+        actor_params = actor.init(key_actor, obs)
+        critic_params = critic.init(key_critic, obs, action)
+        prior_params = actor.init(key_prior, obs)
+        log_eta = jnp.zeros(())
+        alpha = {name: 10 * jnp.ones(1 if spec.discrete else spec.action_dim) for name in epsilons}
+        return State(
+            key=key,
+            actor=Trainable(actor_params, adam.init(actor_params)),
+            critic=Trainable(critic_params, adam.init(critic_params)),
+            eta=Trainable(log_eta, dual_adam.init(log_eta)),
+            alpha=Trainable(alpha, dual_adam.init(alpha)),
+            prior=Trainable(prior_params, adam.init(prior_params)) if cfg.prior else None,
+            target_actor=actor_params,
+            target_critic=critic_params,
+        )
+
+    def update(state, batch):
+        key, key_next, key_action = jax.random.split(state.key, 3)
+        next_pi = actor.apply(state.target_actor, batch.next_obs)
+        _, log_mass, next_q = candidates(next_pi, state.target_critic, batch.next_obs, key_next)
+        next_v = (jnp.exp(log_mass) * next_q).sum(axis=0)
+        target = batch.reward + cfg.discount * (1 - batch.terminal) * next_v
+        new_critic, critic_info = descend(adam, critic_loss, state.critic, batch, target)
+
+        # E-step: actions of the old policy, or of the prior, and what they weigh
+        proposal = old = actor.apply(state.target_actor, batch.obs)
+        new_prior, prior_info = None, {}
+        if cfg.prior:
+            new_prior, prior_info = descend(adam, prior_loss, state.prior, batch)
+            proposal = actor.apply(new_prior.params, batch.obs)
+        action, log_mass, q = candidates(proposal, state.target_critic, batch.obs, key_action)
+        new_eta, eta_info = descend(dual_adam, eta_loss, state.eta, q, log_mass)
+        weight, _ = reweigh(q, log_mass, temperature(new_eta.params))
+
+        # M-step: clone them, not far from the old policy
+        alpha = jax.tree.map(jax.nn.softplus, state.alpha.params)
+        new_actor, actor_info = descend(adam, actor_loss, state.actor, batch, old, action, weight, alpha)
+        parts = decouple(old, actor.apply(new_actor.params, batch.obs))
+        kl = {name: kl_divergence(old, part).mean(axis=0) for name, part in parts.items()}
+        new_alpha, alpha_info = descend(dual_adam, alpha_loss, state.alpha, kl)
+
+        target_actor = optax.incremental_update(new_actor.params, state.target_actor, cfg.tau)
+        target_critic = optax.incremental_update(new_critic.params, state.target_critic, cfg.tau)
+        state = State(key, new_actor, new_critic, new_eta, new_alpha, new_prior, target_actor, target_critic)
+        return state, critic_info | prior_info | eta_info | actor_info | alpha_info
+
+    def act(state, obs, key):
+        return actor.apply(state.actor.params, obs).mode()
+
+    def q(state, obs, action):
+        return critic.apply(state.critic.params, obs, action).min(axis=0)
+
+    return Agent(init, update, act, q)
+
+
+# --- Training: the same in every file, and a test keeps it so -----------------------------------------------
+def descend(tx, loss_fn, trainable, *args):
+    """One optimiser step on `loss_fn(params, *args) -> (loss, info)`."""
+    (loss, info), grads = jax.value_and_grad(loss_fn, has_aux=True)(trainable.params, *args)
+    updates, opt_state = tx.update(grads, trainable.opt_state, trainable.params)
+    params = optax.apply_updates(trainable.params, updates)
+    return Trainable(params, opt_state), {loss_fn.__name__: loss, **info}
+
+
+def make_train(cfg: Config, agent: Agent):
+    """`train(state, dataset)`: `cfg.log_interval` updates and the means of their metrics. Pure: jit it, vmap it."""
+
+    def train(state, dataset):
+        if hasattr(agent, "relabel"):  # columns that are functions of the networks and of whole episodes
+            state, dataset = agent.relabel(state, dataset)
+
+        def step(state, _):
+            key, key_batch = jax.random.split(state.key)
+            index = jax.random.randint(key_batch, (cfg.batch_size,), 0, len(dataset.reward))
+            batch = jax.tree.map(lambda x: x[index], dataset)
+            return agent.update(state._replace(key=key), batch)
+
+        state, metrics = jax.lax.scan(step, state, length=cfg.log_interval)
+        return state, jax.tree.map(jnp.nanmean, metrics)  # NaN: not computed in that update
+
+    return train
+
+
+def write(path: Path, content: str | bytes):
+    """Write a file so that a reader, or a kill at any moment, finds the old one or the new one whole."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(content if isinstance(content, bytes) else content.encode())
+    os.replace(temporary, path)
+
+
+def main(cfg: Config, grid: dict[str, list[float]] | None = None):
+    """Train `num_seeds` runs in one program, evaluate and checkpoint them; a killed run goes on where it stopped.
+
+    `grid` maps float fields of Config that `load_data` does not read to values: each combination trains each seed.
+    """
+    for name, value in dataclasses.asdict(cfg).items():
+        if type(value) in (int, tuple) and name != "seed" and not np.all(np.array(value) > 0):
+            raise SystemExit(f"{name} must be positive, not {value}.")
+    pretrain = getattr(cfg, "pretrain_updates", 0)  # of a first phase, whose steps are counted from -pretrain to 0
+    if cfg.num_updates % cfg.eval_interval or pretrain % cfg.eval_interval or cfg.eval_interval % cfg.log_interval:
+        counts = "num_updates and pretrain_updates" if pretrain else "num_updates"
+        raise SystemExit(f"{counts} must be a multiple of eval_interval, and eval_interval one of log_interval.")
+    algo = Path(__file__).stem
+    out = Path(cfg.out or f"runs/{algo}/{cfg.dataset}")
+    config = {"algo": algo, **dataclasses.asdict(cfg), "grid": grid or {}, "out": ""}  # a folder may be moved
+    config = json.loads(json.dumps(config))
+    if (out / "config.json").exists() and json.loads((out / "config.json").read_text())["config"] != config:
+        raise SystemExit(f"{out} holds a run of another configuration: choose another --out, or remove that folder.")
+    if (out / "summary.json").exists():
+        print(f"{out} holds this very run, finished: to train again, choose another --out or remove that folder.")
+        return json.loads((out / "summary.json").read_text())
+
+    points = [dict(zip(config["grid"], values, strict=True)) for values in itertools.product(*config["grid"].values())]
+    runs = [(cfg.seed + i, point) for point in points for i in range(cfg.num_seeds)]
+    with contextlib.suppress(RuntimeError):  # JAX runs already, in a notebook or a test: take the devices it has
+        jax.config.update("jax_num_cpu_devices", math.gcd(len(runs), os.cpu_count()))
+    jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "stitch"))
+    dataset, env = load_data(cfg)
+
+    # Every array of the states has a leading axis of runs, sharded over the devices. Within one device that axis is a
+    # loop on a CPU, whose caches hold the networks of one run at a time, and a vmap on an accelerator.
+    devices = jax.local_devices()[: math.gcd(len(runs), jax.local_device_count())]
+    mesh = jax.sharding.Mesh(devices, "run")
+    by_run, whole = NamedSharding(mesh, PartitionSpec("run")), NamedSharding(mesh, PartitionSpec())
+    seeds = np.array([seed for seed, _ in runs])
+    floats = {name: np.array([point[name] for _, point in runs], np.float32) for name in config["grid"]}
+
+    def agent_of(floats):
+        return make_agent(dataclasses.replace(cfg, **floats), env.spec)
+
+    def compile_train(phase):
+        """`make_train` of all runs, with the agent's `phase`: its update or, in the first phase, its pretrain."""
+
+        def train_one(state, floats, dataset):
+            agent = agent_of(floats)
+            agent = agent._replace(update=getattr(agent, phase))
+            return make_train(dataclasses.replace(cfg, **floats), agent)(state, dataset)
+
+        def train_shard(states, floats, dataset):
+            if devices[0].platform == "cpu":
+                return jax.lax.map(lambda run: train_one(*run, dataset), (states, floats))
+            return jax.vmap(train_one, in_axes=(0, 0, None))(states, floats, dataset)
+
+        in_specs = (by_run.spec, by_run.spec, whole.spec)
+        train = jax.shard_map(train_shard, mesh=mesh, in_specs=in_specs, out_specs=by_run.spec, check_vma=False)
+        return jax.jit(train, donate_argnums=0).lower(states, *arguments).compile()
+
+    @jax.jit
+    def policy(states, obs, t):
+        def act(state, floats, seed, obs):
+            return agent_of(floats).act(state, obs, jax.random.fold_in(jax.random.key(seed), t))
+
+        return jax.vmap(act)(states, floats, seeds, obs)
+
+    @jax.jit
+    def believe(states, obs, action):
+        return jax.vmap(lambda state, floats, *at: agent_of(floats).q(state, *at))(states, floats, obs, action)
+
+    def evaluate(states):
+        """Columns of metrics.jsonl, with a row for each run."""
+        discount = floats.get("discount", getattr(cfg, "discount", 1.0))
+        play = env.evaluate(partial(policy, states), seeds, cfg.eval_episodes, discount)
+        columns = {"score": env.score(play.returns).mean(axis=1), "returns": play.returns}
+        if hasattr(make_agent(cfg, env.spec), "q"):  # is what it believes of its policy true?
+            believed = np.asarray(believe(states, play.obs, play.action)) @ play.weight
+            columns |= {"believed_value": believed, "true_value": play.value}
+        return columns
+
+    started = time.perf_counter()
+    init = jax.jit(jax.vmap(lambda seed, floats: agent_of(floats).init(jax.random.key(seed))))
+    states = jax.device_put(init(seeds, floats), by_run)
+    arguments = jax.device_put(floats, by_run), jax.device_put(dataset, whole)
+    trains = {phase: compile_train(phase) for phase in ("pretrain", "update") if pretrain or phase == "update"}
+    compile_seconds, train_seconds = time.perf_counter() - started, 0.0
+
+    step, lines, score = -pretrain, [], math.nan
+    if (out / "checkpoint.msgpack").exists():
+        saved = step, train_seconds, states._replace(key=jax.random.key_data(states.key))
+        saved = flax.serialization.from_bytes(saved, (out / "checkpoint.msgpack").read_bytes())
+        step, train_seconds, states = saved
+        states = states._replace(key=jax.random.wrap_key_data(states.key))
+        states = jax.device_put(states, by_run)
+        lines = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+        lines = [line for line in lines if line["step"] <= step]  # a kill may have come before their checkpoint
+    packages = ("jax", "flax", "optax", "numpy", "minari", "gymnasium", "gymnasium-robotics", "mujoco")
+    source = {
+        "command": " ".join(sys.argv),
+        "commit": subprocess.getoutput(f"git -C {Path(__file__).parent} describe --always --dirty --abbrev=40"),
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "device": f"{len(devices)} x {devices[0].device_kind}",
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    write(out / "config.json", json.dumps({"config": config, **source}, indent=2))
+
+    with tqdm(total=pretrain + cfg.num_updates, initial=pretrain + step, unit="update") as bar:
+        while step < cfg.num_updates:
+            infos, train = [], trains["pretrain" if step < 0 else "update"]
+            for _ in range(cfg.eval_interval // cfg.log_interval):
+                started = time.perf_counter()
+                states, info = jax.block_until_ready(train(states, *arguments))
+                train_seconds += time.perf_counter() - started
+                infos.append(info)
+                losses = {name: f"{x.mean():.3g}" for name, x in info.items() if name.endswith("loss")}
+                bar.set_postfix(losses, score=f"{score:.1f}")
+                bar.update(cfg.log_interval)
+            step += cfg.eval_interval
+            columns = evaluate(jax.device_put(states, devices[0])) if step > 0 else {}
+            score = columns["score"].mean() if columns else score
+            for i, (seed, point) in enumerate(runs):
+                metrics = {name: float(np.mean([info[name][i] for info in infos])) for name in info}
+                evaluation = {name: column[i].tolist() for name, column in columns.items()}
+                lines.append({"step": step, "seed": seed, "grid": point, **evaluation, **metrics})
+            write(out / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+            saved = step, train_seconds, states._replace(key=jax.random.key_data(states.key))
+            write(out / "checkpoint.msgpack", flax.serialization.to_bytes(jax.device_get(saved)))
+
+    last = [line for line in lines if line["step"] == step]
+    scores = [line["score"] for line in last]
+    summary = {
+        "algo": algo,
+        "dataset": cfg.dataset,
+        "num_updates": step,
+        "seeds": [seed for seed, _ in runs],
+        "grid": [point for _, point in runs],
+        "returns": [line["returns"] for line in last],
+        "score_per_seed": scores,
+        "score_mean": np.mean(scores),
+        "score_std": np.std(scores),
+        "score_kind": env.score_kind,
+        "updates_per_second": (pretrain + step) * len(runs) / train_seconds,  # of all seeds together
+        "compile_seconds": compile_seconds,
+        "train_seconds": train_seconds,
+        **source,
+    }
+    write(out / "summary.json", json.dumps(summary, indent=2))
+    result = f"score {np.mean(scores):.1f} +- {np.std(scores):.1f} over {len(runs)} runs ({env.score_kind})"
+    print(f"{algo} on {cfg.dataset}: {result}, {summary['updates_per_second']:.0f} updates/s")
+    print(f"The run is in {out}; to draw it: python benchmarks/plot.py {out}")
+    return summary
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))

@@ -1,0 +1,388 @@
+"""TD3-AWR: TD3+BC that clones a good action of the data more strongly than a bad one.
+
+The policy maximises Q but is held near the data's action, where Q can be trusted, and the more the better that one is.
+
+Paper      Jackson, Berdica, Liesen et al. (2025), https://arxiv.org/abs/2504.11453, section 5
+Reference  https://github.com/EmptyJackson/unifloral at f2dc127, algorithms/unifloral.py, configs/unifloral/td3_awr.yaml
+
+From equation to code
+    y    = r + discount (min_j Qbar_j(s', a~) - critic_bc |a~ - a'|^2)          update
+           a~ = clip(pibar(s') + clip(noise)),  a' the data's next action
+    L_Q  = E[ (Q_j(s, a) - y)^2 ], summed over the critics j                    critic_loss
+    L_V  = E[ |expectile - 1(u < 0)| u^2 ],  u = min_j Q_j(s, a) - V(s)         value_loss
+    w    = min(exp(beta (min_j Q_j(s, a) - V(s))), max_weight)                  actor_loss
+    L_pi = -lambda E[ min_j Q_j(s, pi(s)) ] + E[ w (pi(s) - a)^2 ]              actor_loss
+    lambda = alpha / E|min_j Q_j(s, pi(s))|, not differentiated                 actor_loss
+
+Order of one update   Q; in every second update then V, pi (with the new Q and V), target Q, target pi.
+Hyper-parameters      The reference sweeps all of alpha, beta, critic_bc, expectile; the defaults here are within its
+                      ranges. learning_rate: the reference's; tau and num_updates are set for the short default run.
+Deviations            1. Layers, batch size and Adam are TD3+BC's; the reference: three layers with LayerNorm, 1024.
+                      2. alpha is TD3+BC's: the reference weighs the cloning, by 1 / (alpha action_dim).
+                      3. The reference takes two steps of Q on each batch, and pi before them, on that batch.
+                      4. At a time-out there is no a', and the row's own a stands for it; there, the next episode's.
+                      5. Observations are normalised and rewards shifted, as in td3_bc.py.
+                      6. Batches are drawn on the device, with replacement.
+Run                   python algos/td3_awr.py --dataset stitch/pointmaze-umaze-v0
+"""
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import itertools
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import chex
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+from jax.sharding import NamedSharding, PartitionSpec
+from tqdm import tqdm
+
+from common.datasets import Spec, load_dataset
+from common.networks import Critic, DeterministicActor, Value
+
+
+# --- Configuration -------------------------------------------------------------------------------------
+@dataclasses.dataclass(frozen=True)
+class Config:
+    # Experiment
+    dataset: str = "stitch/pointmaze-umaze-v0"  # a Minari dataset: on this machine, built by a recipe, or downloaded
+    seed: int = 0  # of the first run: its networks, batches and evaluation
+    num_seeds: int = 3  # runs trained in one program, with seeds seed, seed + 1, ...
+    num_updates: int = 6_000  # gradient steps (the paper: 1,000,000)
+    eval_interval: int = 2_000  # gradient steps between two evaluations, each with a checkpoint
+    eval_episodes: int = 20  # episodes of one evaluation, for each seed
+    log_interval: int = 250  # gradient steps of one compiled call; the progress line moves after each
+    out: str = ""  # the run folder; by default runs/ALGORITHM/DATASET
+    # Optimisation
+    batch_size: int = 256  # transitions of one gradient step
+    learning_rate: float = 1e-3  # of every Adam
+    hidden: tuple[int, ...] = (256, 256)  # units of the hidden layers
+    discount: float = 0.99  # gamma
+    tau: float = 0.05  # Polyak step of the targets (the reference: 0.005)
+    # TD3-AWR
+    alpha: float = 2.5  # weight of Q against cloning: 0 is weighted cloning, infinity TD3
+    beta: float = 3.0  # inverse temperature of the cloning's weights: 0 is TD3+BC's equal ones
+    max_weight: float = 100.0  # clip of the cloning's weights exp(beta A)
+    expectile: float = 0.7  # of Q(s, a) over actions, which is V(s): 0.5 is the mean
+    critic_bc: float = 0.01  # penalty in the target: weight of the squared distance to the data's next action
+    policy_noise: float = 0.2  # standard deviation of the noise on the target's action
+    noise_clip: float = 0.5  # bound of that noise
+    policy_delay: int = 2  # critic updates for each update of the actor and of the targets
+    normalize_obs: bool = True  # (obs - mean) / (std + 1e-3)
+    reward_shift: float = -1.0  # added to every reward: -1 for tasks with reward 1 at a goal and 0 elsewhere
+
+
+def load_data(cfg: Config):
+    options = dict(columns=("next_action",), normalize_obs=cfg.normalize_obs, reward_shift=cfg.reward_shift)
+    return load_dataset(cfg.dataset, **options)
+
+
+# --- State: arrays only, so that a whole run can be vmapped, compared and saved -----------------------------
+class Trainable(NamedTuple):
+    params: Any
+    opt_state: optax.OptState
+
+
+class State(NamedTuple):
+    key: jax.Array
+    step: jax.Array
+    actor: Trainable
+    critic: Trainable
+    value: Trainable
+    target_actor: Any
+    target_critic: Any
+
+
+class Agent(NamedTuple):
+    init: Callable  # (key) -> State
+    update: Callable  # (State, Transition) -> (State, metrics)
+    act: Callable  # (State, obs, key) -> action
+    q: Callable  # (State, obs, action) -> value, as the algorithm believes it
+
+
+# --- Algorithm -----------------------------------------------------------------------------------------
+def expectile_loss(diff, expectile):
+    return jnp.where(diff > 0, expectile, 1 - expectile) * diff**2
+
+
+def make_agent(cfg: Config, spec: Spec) -> Agent:
+    if spec.discrete:
+        raise SystemExit("TD3-AWR needs continuous actions and this dataset's are discrete: use IQL or BC.")
+    actor = DeterministicActor(spec.action_dim, cfg.hidden)
+    critic, value = Critic(2, cfg.hidden, initializer="torch"), Value(cfg.hidden, initializer="torch")
+    adam = optax.adam(cfg.learning_rate)
+
+    def critic_loss(params, batch, target):
+        q = critic.apply(params, batch.obs, batch.action)
+        chex.assert_shape(q, (2, *target.shape))
+        return ((q - target[None]) ** 2).sum(axis=0).mean(), {"q": q.mean()}
+
+    def value_loss(params, batch, q):
+        v = value.apply(params, batch.obs)
+        chex.assert_equal_shape([q, v, batch.reward])
+        return expectile_loss(q - v, cfg.expectile).mean(), {"v": v.mean()}
+
+    def actor_loss(params, batch, critic_params, advantage):
+        action = actor.apply(params, batch.obs)
+        q = critic.apply(critic_params, batch.obs, action).min(axis=0)
+        weight = jnp.minimum(jnp.exp(cfg.beta * advantage), cfg.max_weight)
+        chex.assert_equal_shape([action, batch.action])
+        chex.assert_equal_shape([q, weight, batch.reward])
+        scale = cfg.alpha / jax.lax.stop_gradient(jnp.abs(q).mean())
+        bc_loss = (weight * ((action - batch.action) ** 2).mean(axis=-1)).mean()
+        return -scale * q.mean() + bc_loss, {"bc_loss": bc_loss, "weight": weight.mean()}
+
+    def init(key):
+        key, key_actor, key_critic, key_value = jax.random.split(key, 4)
+        obs, action = jnp.zeros((1, spec.obs_dim)), jnp.zeros((1, spec.action_dim))
+        actor_params = actor.init(key_actor, obs)
+        critic_params = critic.init(key_critic, obs, action)
+        value_params = value.init(key_value, obs)
+        return State(
+            key=key,
+            step=jnp.zeros((), int),
+            actor=Trainable(actor_params, adam.init(actor_params)),
+            critic=Trainable(critic_params, adam.init(critic_params)),
+            value=Trainable(value_params, adam.init(value_params)),
+            target_actor=actor_params,
+            target_critic=critic_params,
+        )
+
+    def update(state, batch):
+        key, key_noise = jax.random.split(state.key)
+        noise = cfg.policy_noise * jax.random.normal(key_noise, batch.action.shape)
+        noise = jnp.clip(noise, -cfg.noise_clip, cfg.noise_clip)
+        next_action = jnp.clip(actor.apply(state.target_actor, batch.next_obs) + noise, -1, 1)
+        next_q = critic.apply(state.target_critic, batch.next_obs, next_action).min(axis=0)
+        next_q -= cfg.critic_bc * ((next_action - batch.next_action) ** 2).sum(axis=-1)
+        target = batch.reward + cfg.discount * (1 - batch.terminal) * next_q
+        new_critic, critic_info = descend(adam, critic_loss, state.critic, batch, target)
+        state = state._replace(key=key, step=state.step + 1, critic=new_critic)
+
+        def update_actor(state):
+            q = critic.apply(state.critic.params, batch.obs, batch.action).min(axis=0)
+            new_value, value_info = descend(adam, value_loss, state.value, batch, q)
+            advantage = q - value.apply(new_value.params, batch.obs)
+            new_actor, info = descend(adam, actor_loss, state.actor, batch, state.critic.params, advantage)
+            target_actor = optax.incremental_update(new_actor.params, state.target_actor, cfg.tau)
+            target_critic = optax.incremental_update(state.critic.params, state.target_critic, cfg.tau)
+            targets = dict(target_actor=target_actor, target_critic=target_critic)
+            return state._replace(actor=new_actor, value=new_value, **targets), value_info | info
+
+        def skip(state):
+            return state, dict.fromkeys(("value_loss", "v", "actor_loss", "bc_loss", "weight"), jnp.nan)
+
+        state, actor_info = jax.lax.cond(state.step % cfg.policy_delay == 0, update_actor, skip, state)
+        return state, critic_info | actor_info
+
+    def act(state, obs, key):
+        return actor.apply(state.actor.params, obs)
+
+    def q(state, obs, action):
+        return critic.apply(state.critic.params, obs, action).min(axis=0)
+
+    return Agent(init, update, act, q)
+
+
+# --- Training: the same in every file, and a test keeps it so -----------------------------------------------
+def descend(tx, loss_fn, trainable, *args):
+    """One optimiser step on `loss_fn(params, *args) -> (loss, info)`."""
+    (loss, info), grads = jax.value_and_grad(loss_fn, has_aux=True)(trainable.params, *args)
+    updates, opt_state = tx.update(grads, trainable.opt_state, trainable.params)
+    params = optax.apply_updates(trainable.params, updates)
+    return Trainable(params, opt_state), {loss_fn.__name__: loss, **info}
+
+
+def make_train(cfg: Config, agent: Agent):
+    """`train(state, dataset)`: `cfg.log_interval` updates and the means of their metrics. Pure: jit it, vmap it."""
+
+    def train(state, dataset):
+        if hasattr(agent, "relabel"):  # columns that are functions of the networks and of whole episodes
+            state, dataset = agent.relabel(state, dataset)
+
+        def step(state, _):
+            key, key_batch = jax.random.split(state.key)
+            index = jax.random.randint(key_batch, (cfg.batch_size,), 0, len(dataset.reward))
+            batch = jax.tree.map(lambda x: x[index], dataset)
+            return agent.update(state._replace(key=key), batch)
+
+        state, metrics = jax.lax.scan(step, state, length=cfg.log_interval)
+        return state, jax.tree.map(jnp.nanmean, metrics)  # NaN: not computed in that update
+
+    return train
+
+
+def write(path: Path, content: str | bytes):
+    """Write a file so that a reader, or a kill at any moment, finds the old one or the new one whole."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(content if isinstance(content, bytes) else content.encode())
+    os.replace(temporary, path)
+
+
+def main(cfg: Config, grid: dict[str, list[float]] | None = None):
+    """Train `num_seeds` runs in one program, evaluate and checkpoint them; a killed run goes on where it stopped.
+
+    `grid` maps float fields of Config that `load_data` does not read to values: each combination trains each seed.
+    """
+    for name, value in dataclasses.asdict(cfg).items():
+        if type(value) in (int, tuple) and name != "seed" and not np.all(np.array(value) > 0):
+            raise SystemExit(f"{name} must be positive, not {value}.")
+    pretrain = getattr(cfg, "pretrain_updates", 0)  # of a first phase, whose steps are counted from -pretrain to 0
+    if cfg.num_updates % cfg.eval_interval or pretrain % cfg.eval_interval or cfg.eval_interval % cfg.log_interval:
+        counts = "num_updates and pretrain_updates" if pretrain else "num_updates"
+        raise SystemExit(f"{counts} must be a multiple of eval_interval, and eval_interval one of log_interval.")
+    algo = Path(__file__).stem
+    out = Path(cfg.out or f"runs/{algo}/{cfg.dataset}")
+    config = {"algo": algo, **dataclasses.asdict(cfg), "grid": grid or {}, "out": ""}  # a folder may be moved
+    config = json.loads(json.dumps(config))
+    if (out / "config.json").exists() and json.loads((out / "config.json").read_text())["config"] != config:
+        raise SystemExit(f"{out} holds a run of another configuration: choose another --out, or remove that folder.")
+    if (out / "summary.json").exists():
+        print(f"{out} holds this very run, finished: to train again, choose another --out or remove that folder.")
+        return json.loads((out / "summary.json").read_text())
+
+    points = [dict(zip(config["grid"], values, strict=True)) for values in itertools.product(*config["grid"].values())]
+    runs = [(cfg.seed + i, point) for point in points for i in range(cfg.num_seeds)]
+    with contextlib.suppress(RuntimeError):  # JAX runs already, in a notebook or a test: take the devices it has
+        jax.config.update("jax_num_cpu_devices", math.gcd(len(runs), os.cpu_count()))
+    jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "stitch"))
+    dataset, env = load_data(cfg)
+
+    # Every array of the states has a leading axis of runs, sharded over the devices. Within one device that axis is a
+    # loop on a CPU, whose caches hold the networks of one run at a time, and a vmap on an accelerator.
+    devices = jax.local_devices()[: math.gcd(len(runs), jax.local_device_count())]
+    mesh = jax.sharding.Mesh(devices, "run")
+    by_run, whole = NamedSharding(mesh, PartitionSpec("run")), NamedSharding(mesh, PartitionSpec())
+    seeds = np.array([seed for seed, _ in runs])
+    floats = {name: np.array([point[name] for _, point in runs], np.float32) for name in config["grid"]}
+
+    def agent_of(floats):
+        return make_agent(dataclasses.replace(cfg, **floats), env.spec)
+
+    def compile_train(phase):
+        """`make_train` of all runs, with the agent's `phase`: its update or, in the first phase, its pretrain."""
+
+        def train_one(state, floats, dataset):
+            agent = agent_of(floats)
+            agent = agent._replace(update=getattr(agent, phase))
+            return make_train(dataclasses.replace(cfg, **floats), agent)(state, dataset)
+
+        def train_shard(states, floats, dataset):
+            if devices[0].platform == "cpu":
+                return jax.lax.map(lambda run: train_one(*run, dataset), (states, floats))
+            return jax.vmap(train_one, in_axes=(0, 0, None))(states, floats, dataset)
+
+        in_specs = (by_run.spec, by_run.spec, whole.spec)
+        train = jax.shard_map(train_shard, mesh=mesh, in_specs=in_specs, out_specs=by_run.spec, check_vma=False)
+        return jax.jit(train, donate_argnums=0).lower(states, *arguments).compile()
+
+    @jax.jit
+    def policy(states, obs, t):
+        def act(state, floats, seed, obs):
+            return agent_of(floats).act(state, obs, jax.random.fold_in(jax.random.key(seed), t))
+
+        return jax.vmap(act)(states, floats, seeds, obs)
+
+    @jax.jit
+    def believe(states, obs, action):
+        return jax.vmap(lambda state, floats, *at: agent_of(floats).q(state, *at))(states, floats, obs, action)
+
+    def evaluate(states):
+        """Columns of metrics.jsonl, with a row for each run."""
+        discount = floats.get("discount", getattr(cfg, "discount", 1.0))
+        play = env.evaluate(partial(policy, states), seeds, cfg.eval_episodes, discount)
+        columns = {"score": env.score(play.returns).mean(axis=1), "returns": play.returns}
+        if hasattr(make_agent(cfg, env.spec), "q"):  # is what it believes of its policy true?
+            believed = np.asarray(believe(states, play.obs, play.action)) @ play.weight
+            columns |= {"believed_value": believed, "true_value": play.value}
+        return columns
+
+    started = time.perf_counter()
+    init = jax.jit(jax.vmap(lambda seed, floats: agent_of(floats).init(jax.random.key(seed))))
+    states = jax.device_put(init(seeds, floats), by_run)
+    arguments = jax.device_put(floats, by_run), jax.device_put(dataset, whole)
+    trains = {phase: compile_train(phase) for phase in ("pretrain", "update") if pretrain or phase == "update"}
+    compile_seconds, train_seconds = time.perf_counter() - started, 0.0
+
+    step, lines, score = -pretrain, [], math.nan
+    if (out / "checkpoint.msgpack").exists():
+        saved = step, train_seconds, states._replace(key=jax.random.key_data(states.key))
+        saved = flax.serialization.from_bytes(saved, (out / "checkpoint.msgpack").read_bytes())
+        step, train_seconds, states = saved
+        states = states._replace(key=jax.random.wrap_key_data(states.key))
+        states = jax.device_put(states, by_run)
+        lines = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+        lines = [line for line in lines if line["step"] <= step]  # a kill may have come before their checkpoint
+    packages = ("jax", "flax", "optax", "numpy", "minari", "gymnasium", "gymnasium-robotics", "mujoco")
+    source = {
+        "command": " ".join(sys.argv),
+        "commit": subprocess.getoutput(f"git -C {Path(__file__).parent} describe --always --dirty --abbrev=40"),
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "device": f"{len(devices)} x {devices[0].device_kind}",
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    write(out / "config.json", json.dumps({"config": config, **source}, indent=2))
+
+    with tqdm(total=pretrain + cfg.num_updates, initial=pretrain + step, unit="update") as bar:
+        while step < cfg.num_updates:
+            infos, train = [], trains["pretrain" if step < 0 else "update"]
+            for _ in range(cfg.eval_interval // cfg.log_interval):
+                started = time.perf_counter()
+                states, info = jax.block_until_ready(train(states, *arguments))
+                train_seconds += time.perf_counter() - started
+                infos.append(info)
+                losses = {name: f"{x.mean():.3g}" for name, x in info.items() if name.endswith("loss")}
+                bar.set_postfix(losses, score=f"{score:.1f}")
+                bar.update(cfg.log_interval)
+            step += cfg.eval_interval
+            columns = evaluate(jax.device_put(states, devices[0])) if step > 0 else {}
+            score = columns["score"].mean() if columns else score
+            for i, (seed, point) in enumerate(runs):
+                metrics = {name: float(np.mean([info[name][i] for info in infos])) for name in info}
+                evaluation = {name: column[i].tolist() for name, column in columns.items()}
+                lines.append({"step": step, "seed": seed, "grid": point, **evaluation, **metrics})
+            write(out / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+            saved = step, train_seconds, states._replace(key=jax.random.key_data(states.key))
+            write(out / "checkpoint.msgpack", flax.serialization.to_bytes(jax.device_get(saved)))
+
+    last = [line for line in lines if line["step"] == step]
+    scores = [line["score"] for line in last]
+    summary = {
+        "algo": algo,
+        "dataset": cfg.dataset,
+        "num_updates": step,
+        "seeds": [seed for seed, _ in runs],
+        "grid": [point for _, point in runs],
+        "returns": [line["returns"] for line in last],
+        "score_per_seed": scores,
+        "score_mean": np.mean(scores),
+        "score_std": np.std(scores),
+        "score_kind": env.score_kind,
+        "updates_per_second": (pretrain + step) * len(runs) / train_seconds,  # of all seeds together
+        "compile_seconds": compile_seconds,
+        "train_seconds": train_seconds,
+        **source,
+    }
+    write(out / "summary.json", json.dumps(summary, indent=2))
+    result = f"score {np.mean(scores):.1f} +- {np.std(scores):.1f} over {len(runs)} runs ({env.score_kind})"
+    print(f"{algo} on {cfg.dataset}: {result}, {summary['updates_per_second']:.0f} updates/s")
+    print(f"The run is in {out}; to draw it: python benchmarks/plot.py {out}")
+    return summary
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))
