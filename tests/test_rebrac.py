@@ -90,15 +90,16 @@ def test_the_penalty_is_discounted_and_sums_up():
 
 
 def test_actors_loss_and_what_it_does_not_differentiate():
-    # Critics s + a_1 and s + a_1 + 1: the smaller one is (2, -4) at s = (2, -4) and pi = (0, 0): lambda = 1 / 3, and
-    # -lambda mean Q = 1/3. |pi - a|^2 = 0.09 + 0.16 = 0.25, a sum over the dimensions: L = 1/3 + 2 * 0.25.
-    # dL/db_1 = -1/3 - 2 * 2 * 0.3 and dL/db_2 = -2 * 2 * 0.4; lambda differentiated, Q would add nothing at all.
+    # Critics s + a_1 and s + a_1 + 1: at s = (2, 2, 2, -4) and pi = (0, 0) the smaller one is s: lambda = 1 / 2.5, and
+    # -lambda mean Q = -0.4 * 0.5. |pi - a|^2 = 0.09 + 0.16 = 0.25, a sum over the dimensions: L = -0.2 + 2 * 0.25.
+    # dL/db_1 = -0.4 - 2 * 2 * 0.3 and dL/db_2 = -2 * 2 * 0.4. With lambda differentiated too, -0.4 would be
+    # -(2.5 - 0.5 * 0.5) / 2.5^2 = -0.36, as mean|Q| grows by 0.5 with b_1.
     state = linear_state(critic=(1, 1, 0))
     one_more = fill(state.critic.params, (1, 1, 0), np.array([[0], [1]]))
     state = state._replace(critic=state.critic._replace(params=one_more))
-    after, info = update(LINEAR, {"actor_beta": 2.0}, state, batch_of(obs=(2, -4), action=(0.3, 0.4)))
-    np.testing.assert_allclose([info["actor_loss"], info["bc_loss"]], [1 / 3 + 0.5, 0.25], rtol=1e-5)
-    np.testing.assert_allclose(bias_gradient(after.actor), [-1 / 3 - 1.2, -1.6], rtol=1e-5)
+    after, info = update(LINEAR, {"actor_beta": 2.0}, state, batch_of(obs=(2, 2, 2, -4), action=(0.3, 0.4)))
+    np.testing.assert_allclose([info["actor_loss"], info["bc_loss"]], [-0.2 + 0.5, 0.25], rtol=1e-5)
+    np.testing.assert_allclose(bias_gradient(after.actor), [-0.4 - 1.2, -1.6], rtol=1e-5)
 
 
 def test_actor_climbs_the_smaller_critic_of_each_state():
