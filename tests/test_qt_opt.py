@@ -93,12 +93,12 @@ def test_order_of_the_samples_does_not_matter(monkeypatch):
     np.testing.assert_allclose(*found, rtol=1e-5)
 
 
-def test_states_are_searched_as_each_would_be_alone():
-    keys = jax.random.split(jax.random.key(0), 3)
-    cfg, value = qt_opt.Config(), lambda action: jnp.cos(3 * action[..., 0])
-    one = lambda key: qt_opt.cem(value, jnp.zeros(1), jnp.ones(1), key, cfg)  # noqa: E731
-    together = jax.jit(jax.vmap(one))(keys)
-    np.testing.assert_allclose(together, jnp.stack([jax.jit(one)(key) for key in keys]), rtol=1e-5)
+def test_states_are_searched_as_each_would_be_alone(monkeypatch):
+    fixed_noise(monkeypatch, np.random.default_rng(0).normal(size=64))
+    peak = np.array([[-0.7], [0.1], [0.8]], np.float32)
+    together = search(lambda action: -((action[..., 0] - peak) ** 2), states=3)
+    alone = [search(lambda action, c=c: -((action[..., 0] - c) ** 2), states=1)[0] for c in peak[:, 0]]
+    np.testing.assert_allclose(together, alone, rtol=1e-5)
 
 
 # --- The update --------------------------------------------------------------------------------------------
