@@ -213,6 +213,12 @@ def make_agent(cfg: Config, spec: Spec) -> Agent:
         state = State(key, new_vae, new_critic, new_actor, new_log_alpha, target_critic)
         return state, {"alpha": alpha} | vae_info | critic_info | actor_info | alpha_info
 
+    def update(state, batch):
+        return step(state, batch, q_weight=1.0)
+
+    def pretrain(state, batch):
+        return step(state, batch, q_weight=0.0)
+
     def act(state, obs, key):
         action = sample(actor.apply(state.actor.params, obs), cfg.num_act_samples, key)
         first = jax.tree.map(lambda x: x[:1], state.critic.params)
@@ -223,7 +229,7 @@ def make_agent(cfg: Config, spec: Spec) -> Agent:
     def q(state, obs, action):
         return mix(critic.apply(state.critic.params, obs, action), cfg.min_weight)
 
-    return Agent(init, partial(step, q_weight=1.0), act, partial(step, q_weight=0.0), q)
+    return Agent(init, update, act, pretrain, q)
 
 
 # --- Training: the same in every file, and a test keeps it so -----------------------------------------------
