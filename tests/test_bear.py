@@ -29,7 +29,7 @@ def fill(tree, kernel, bias):
 
 
 def linear_state(agent, actor=(0, 0, -5), decoder=0.0, encoder=(0, 0), critics=((0, 0),) * 2, targets=((0, 0),) * 2):
-    """One observation, one action. The policy (m, c, l) is tanh of N(m * obs + c, exp(l)^2), Q_j = critics[j] @ (obs, a).
+    """One observation, one action. A policy (m, c, l) is tanh of N(m * obs + c, e^2l), Q_j = critics[j] @ (obs, a).
 
     The VAE's posterior has this mean and log standard deviation; its action before the tanh is `decoder` + z_0.
     """
@@ -114,6 +114,14 @@ def test_critics_are_mixed_before_the_maximum():
     np.testing.assert_allclose(bear.mix(jnp.array([[1.0, 5.0], [3.0, 2.0]]), 0.75), [1.5, 2.75])
 
 
+def test_target_mixes_before_its_maximum():
+    # Q'_1 = 1 + 3 a', Q'_2 = 1 - 3 a': every mix is 1 - 1.5 |a'|, at most 1. Samples near both bounds have maxima of 4.
+    agent = bear.make_agent(LINEAR, Spec(1, 1))
+    state = linear_state(agent, actor=(0, 0, 2.0), targets=[[1, 3], [1, -3]])
+    _, info = jax.jit(agent.update)(state, rows(next_obs=1.0, terminal=np.zeros(64)))
+    assert info["critic_loss"] < 2 * 0.99**2
+
+
 def test_target(no_noise):
     # pi(s') = tanh(0.8 * 0.5) = 0.379949, target critics 2 s' + 3 a' = 2.139847 and 2 s' + a' = 1.379949:
     # 0.75 * 1.379949 + 0.25 * 2.139847 = 1.569923, y = 1 + 0.99 * 1.569923 = 2.554224; 1 at the terminal. Q = 0.
@@ -178,7 +186,7 @@ def test_actors_loss_and_its_gradient(no_noise):
 
 
 def test_mmd_of_many_samples():
-    # Policy N(0, 1) before the tanh, behaviour at 0, k = exp(-d^2 / 2): E k(u, 0) = 1 / sqrt(2), and for two samples of n
+    # Policy N(0, 1) before the tanh, behaviour at 0, k = exp(-d^2 / 2): E k(u, 0) = 1 / sqrt(2), and of two samples
     # E k(u, u') = 1 / sqrt(3): MMD^2 = 1/n + (1 - 1/n) 0.577350 - 1.414214 + 1 = 0.169741 with n = 64; n = 1: 0.585786
     cfg = dataclasses.replace(LINEAR, kernel="gaussian", mmd_sigma=1.0, num_mmd_samples=64, latent_clip=0.0)
     agent = bear.make_agent(cfg, Spec(1, 1))
@@ -210,7 +218,8 @@ def test_without_constraint_and_maximum_it_is_brac_without_a_penalty(no_noise):
     batch = rows(obs=-0.5, action=0.1, reward=1.0, next_obs=0.5, terminal=(0.0, 1.0))
     ours, theirs = jax.jit(agent.update)(state, batch)[0], jax.jit(other.update)(other_state, batch)[0]
     for name in ("actor", "critic", "target_critic"):
-        chex.assert_trees_all_close(getattr(ours, name), getattr(theirs, name), rtol=1e-5, atol=1e-7)
+        leaves = (jax.tree.leaves(getattr(state, name)) for state in (ours, theirs))
+        chex.assert_trees_all_close(*leaves, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("phase", ["pretrain", "update"])

@@ -228,34 +228,32 @@ def test_the_fixed_point_of_one_state_stands_still(value_penalty, value):
 
 @pytest.mark.parametrize("divergence", ["kl", "mmd"])
 def test_target(no_noise, divergence):
-    # At s' = 0.5: pi = tanh(0.4), b = tanh(0.2), sigma = e^-1, samples are modes: KL = (0.2 e)^2 / 2 = 0.147781,
-    # MMD^2 = 2 - 2 exp(-(tanh 0.4 - tanh 0.2) / 20) = 0.018088. At s = 0 both are 0.
+    # Samples are modes. At s' = 0.5 pi = tanh of N(0.4, e^-2), b = tanh of N(0.2, e^-1): log pi - log b at 0.4 is
+    # 1 - 0.5 + 0.2^2 e / 2 = 0.554366; at s = 0 it is 0.5. MMD^2 = 2 - 2 exp(-(tanh 0.4 - tanh 0.2) / 20); 0 at s = 0.
     # Q' = min(2 s' + 3 a', 2 s' + a') = 1 + tanh 0.4 = 1.379949. y = 1 + 0.99 (Q' - 2 D), 1 at the terminal; Q = 0.
     # BRAC-v less BRAC-p is -discount (1 - terminal) alpha D(s').
-    d = {"kl": 0.147781, "mmd": 2 - 2 * np.exp(-(np.tanh(0.4) - np.tanh(0.2)) / 20)}[divergence]
+    d = {"kl": 0.554366, "mmd": 2 - 2 * np.exp(-(np.tanh(0.4) - np.tanh(0.2)) / 20)}[divergence]
     for value_penalty in (True, False):
         cfg = dataclasses.replace(LINEAR, divergence=divergence, value_penalty=value_penalty)
         agent = brac.make_agent(cfg, Spec(1, 1))
-        state = linear_state(agent, (0.8, -1), (0.4, -1), target_critics=[[2, 3], [2, 1]])
+        state = linear_state(agent, (0.8, -1), (0.4, -0.5), target_critics=[[2, 3], [2, 1]])
         _, info = jax.jit(agent.update)(state, rows(obs=0.0, reward=1.0, next_obs=0.5, terminal=(0.0, 1.0)))
         y = 1 + 0.99 * (1 + np.tanh(0.4) - value_penalty * 2 * d)
-        np.testing.assert_allclose(
-            info["critic_loss"], 2 * (y**2 + 1) / 2, rtol=1e-4
-        )  # of two critics, mean of two rows
-        np.testing.assert_allclose(info["divergence"], 0, atol=1e-6)
+        np.testing.assert_allclose(info["critic_loss"], 2 * (y**2 + 1) / 2, rtol=1e-4)  # two critics, mean of two rows
+        np.testing.assert_allclose(info["divergence"], {"kl": 0.5, "mmd": 0}[divergence], atol=1e-6)
 
 
 def test_actors_loss_and_its_gradient(no_noise):
-    # At s = 0.5 as above: D = 0.147781. Q = min(a, s + 2 a) at a = tanh 0.4 = 0.379949: the first, and dQ/da = 1.
-    # L = 2 D - 0.379949 = -0.084387. dL/du = 2 * 0.2 / sigma^2 - (1 - a^2) = 0.4 e^2 - 0.855639 = 2.099983, as pi's
-    # density moves with its sample; the mean's kernel has s = 0.5 times it.
+    # At s = 0.5 as above: D = 0.554366. Q = min(a, s + 2 a) at a = tanh 0.4 = 0.379949: the first, and dQ/da = 1.
+    # L = 2 D - 0.379949 = 0.728783. dL/du = 2 * 0.2 e - (1 - a^2) = 0.231674, as pi's density moves with its sample;
+    # the kernel of the mean has s = 0.5 times it, the bias of the log standard deviation has -2.
     agent = brac.make_agent(LINEAR, Spec(1, 1))
-    state = linear_state(agent, (0.8, -1), (0.4, -1), critics=[[0, 1], [1, 2]])
+    state = linear_state(agent, (0.8, -1), (0.4, -0.5), critics=[[0, 1], [1, 2]])
     after, info = jax.jit(agent.update)(state, rows(obs=0.5))
-    np.testing.assert_allclose(info["divergence"], 0.147781, rtol=1e-4)
-    np.testing.assert_allclose(info["actor_loss"], -0.084387, rtol=1e-3)
+    np.testing.assert_allclose(info["divergence"], 0.554366, rtol=1e-4)
+    np.testing.assert_allclose(info["actor_loss"], 0.728783, rtol=1e-4)
     bias, kernel = jax.tree.leaves(gradient(after.actor))
-    np.testing.assert_allclose([bias[0], kernel[0, 0]], [2.099983, 0.5 * 2.099983], rtol=1e-3)
+    np.testing.assert_allclose([*bias, kernel[0, 0]], [0.231674, -2, 0.5 * 0.231674], rtol=1e-3)
 
 
 def random_batch(discrete, n=8):
@@ -335,16 +333,16 @@ def test_uniform_behaviour_is_sac():
 
 
 def test_a_learned_weight_rises_where_the_divergence_is_too_large(no_noise):
-    # D = 0.147781 as above. Adam's first step is the learning rate, 0.1; the weight stays in [0, 500].
+    # D = 0.554366 as above. Adam's first step is the learning rate, 0.1; the weight stays in [0, 500].
     cfg = dataclasses.replace(LINEAR, learning_rate=0.1, target_divergence=0.1)
-    state = linear_state(brac.make_agent(cfg, Spec(1, 1)), (0.8, -1), (0.4, -1))
+    state = linear_state(brac.make_agent(cfg, Spec(1, 1)), (0.8, -1), (0.4, -0.5))
 
     @jax.jit
     def step(target_divergence, alpha):
         agent = brac.make_agent(dataclasses.replace(cfg, target_divergence=target_divergence), Spec(1, 1))
         return agent.update(state._replace(alpha=state.alpha._replace(params=alpha)), rows(obs=0.5))
 
-    for target_divergence, first, second in ((0.1, 2.0, 2.1), (0.2, 2.0, 1.9), (0.2, 0.05, 0.0), (0.1, 499.99, 500.0)):
+    for target_divergence, first, second in ((0.5, 2.0, 2.1), (0.6, 2.0, 1.9), (0.6, 0.05, 0.0), (0.5, 499.99, 500.0)):
         after, info = step(target_divergence, first)
         np.testing.assert_allclose(info["alpha"], first, rtol=1e-6)
         np.testing.assert_allclose(after.alpha.params, second, rtol=1e-4, atol=1e-6)
@@ -353,11 +351,11 @@ def test_a_learned_weight_rises_where_the_divergence_is_too_large(no_noise):
 def test_the_learned_weight_is_the_one_in_use(no_noise):
     cfg = dataclasses.replace(LINEAR, alpha=5.0, target_divergence=0.1)
     agent = brac.make_agent(cfg, Spec(1, 1))
-    state = linear_state(agent, (0.8, -1), (0.4, -1))
+    state = linear_state(agent, (0.8, -1), (0.4, -0.5))
     state = state._replace(alpha=state.alpha._replace(params=jnp.float32(2)))
     _, info = jax.jit(agent.update)(state, rows(obs=0.5, next_obs=0.5))
-    np.testing.assert_allclose(info["actor_loss"], 2 * 0.147781, rtol=1e-3)  # Q = 0
-    np.testing.assert_allclose(info["critic_loss"], 2 * (0.99 * 2 * 0.147781) ** 2, rtol=1e-3)
+    np.testing.assert_allclose(info["actor_loss"], 2 * 0.554366, rtol=1e-3)  # Q = 0
+    np.testing.assert_allclose(info["critic_loss"], 2 * (0.99 * 2 * 0.554366) ** 2, rtol=1e-3)
 
 
 def test_mmd_of_discrete_actions_is_refused_in_one_sentence():

@@ -18,7 +18,7 @@ import numpy as np
 import optax
 import pytest
 
-from algos import awac, bc, crr, iql, td3_bc
+from algos import awac, bc, bear, crr, iql, td3_bc
 from common.datasets import Spec, Transition
 from common.networks import Normal
 
@@ -96,12 +96,30 @@ CASES = {
         ),
         Spec(obs_dim=3, action_dim=2),
     ),
+    "bear": (
+        bear.make_agent,
+        bear.Config(
+            hidden=HIDDEN,
+            vae_hidden=HIDDEN,
+            discount=D3RLPY["bear"]["gamma"],
+            tau=D3RLPY["bear"]["tau"],
+            kl_weight=D3RLPY["bear"]["vae_kl_weight"],
+            kernel=D3RLPY["bear"]["mmd_kernel"],
+            mmd_sigma=D3RLPY["bear"]["mmd_sigma"],
+            mmd_threshold=D3RLPY["bear"]["alpha_threshold"],
+            num_mmd_samples=D3RLPY["bear"]["n_mmd_action_samples"],
+            min_weight=D3RLPY["bear"]["lam"],
+            num_samples=D3RLPY["bear"]["n_target_samples"],
+        ),
+        Spec(obs_dim=3, action_dim=2),
+    ),
 }
 NETWORKS = [(name, network) for name in CASES for network in PROVENANCE["factors"][name]]
 TARGETS = [("iql", "critic"), ("td3_bc", "critic"), ("td3_bc", "actor")]
-TARGETS += [("awac", "critic"), ("crr", "critic"), ("crr", "actor")]
+TARGETS += [("awac", "critic"), ("crr", "critic"), ("crr", "actor"), ("bear", "critic")]
 AFTER = [("iql", "value"), ("iql", "actor")]
 AFTER += [("awac", network) for network in ("actor", "critic", "target_critic")]
+AFTER += [("bear", network) for network in ("vae", "actor", "critic", "log_alpha", "target_critic")]
 AFTER += [(name, n) for name in ("td3_bc", "crr") for n in ("actor", "critic", "target_actor", "target_critic")]
 
 
@@ -113,13 +131,15 @@ def in_tree(like, arrays, prefix):
 
     def leaf(path, old):
         names = [entry.key for entry in path]
+        part = [name for name in names if name in ("encoder", "decoder")]
         layer = [name.removeprefix("Dense_") for name in names if name.startswith("Dense_")]
-        key = "/".join([*layer, names[-1]])  # "0/kernel", or "log_std"
-        if f"{prefix}/0/{key}" in arrays:
-            new = np.stack([arrays[f"{prefix}/{member}/{key}"] for member in range(len(old))])
+        key = "/".join([prefix, *part, *layer, *names[-1:]])  # "actor/0/kernel", "actor/log_std", or "log_alpha"
+        ensemble = key.replace(prefix, f"{prefix}/{{}}", 1)
+        if ensemble.format(0) in arrays:
+            new = np.stack([arrays[ensemble.format(member)] for member in range(len(old))])
         else:
-            new = arrays[f"{prefix}/{key}"]
-        assert new.shape == old.shape, f"{prefix}/{key}: {new.shape} is not {old.shape}"
+            new = arrays[key]
+        assert new.shape == old.shape, f"{key}: {new.shape} is not {old.shape}"
         return jnp.asarray(new)
 
     return jax.tree_util.tree_map_with_path(leaf, like)
@@ -147,13 +167,16 @@ def program(name):
 
     @jax.jit
     def update(learning_rate, tau, state, batch):
-        changes = {"learning_rate": learning_rate, "tau": tau}
-        changes = {key: value for key, value in changes.items() if hasattr(cfg, key)}
+        rates = [field.name for field in dataclasses.fields(cfg) if field.name.endswith("learning_rate")]
+        changes = dict.fromkeys(rates, learning_rate) | ({"tau": tau} if hasattr(cfg, "tau") else {})
         with (
             pytest.MonkeyPatch.context() as monkeypatch
         ):  # while it is traced: the policy's samples have d3rlpy's noise
-            sample = lambda self, key: self.mean + jnp.exp(self.log_std) * arrays["batch/noise"]  # noqa: E731
+            noises = [arrays[key] for key in ("batch/noise", "batch/posterior_noise") if key in arrays]
+            noises = {noise.shape[-1]: noise for noise in noises}
+            sample = lambda self, key: self.mean + jnp.exp(self.log_std) * noises[self.mean.shape[-1]]  # noqa: E731
             monkeypatch.setattr(Normal, "sample", sample)
+            monkeypatch.setattr(jax.random, "normal", lambda key, shape: arrays["batch/prior_noise"].reshape(shape))
             return make_agent(dataclasses.replace(cfg, **changes), spec).update(state, batch)
 
     return arrays, zeros._replace(key=jax.random.key(0)), update
