@@ -18,7 +18,7 @@ import numpy as np
 import optax
 import pytest
 
-from algos import awac, bc, bcq, bcq_discrete, cql_discrete, crr, ddpg, dqn, iql, rebrac, sac_n, td3, td3_bc
+from algos import awac, bc, bcq, bcq_discrete, bear, cql_discrete, crr, ddpg, dqn, iql, rebrac, sac_n, td3, td3_bc
 from common.datasets import Spec, Transition
 from common.networks import Normal
 
@@ -193,16 +193,35 @@ CASES = {
         ),
         Spec(obs_dim=3, action_dim=4, discrete=True),
     ),
+    "bear": (
+        bear.make_agent,
+        bear.Config(
+            hidden=HIDDEN,
+            vae_hidden=HIDDEN,
+            discount=D3RLPY["bear"]["gamma"],
+            tau=D3RLPY["bear"]["tau"],
+            kl_weight=D3RLPY["bear"]["vae_kl_weight"],
+            kernel=D3RLPY["bear"]["mmd_kernel"],
+            mmd_sigma=D3RLPY["bear"]["mmd_sigma"],
+            mmd_threshold=D3RLPY["bear"]["alpha_threshold"],
+            num_mmd_samples=D3RLPY["bear"]["n_mmd_action_samples"],
+            min_weight=D3RLPY["bear"]["lam"],
+            num_samples=D3RLPY["bear"]["n_target_samples"],
+        ),
+        Spec(obs_dim=3, action_dim=2),
+    ),
 }
 COPIED_TARGET = ["dqn", "double_dqn", "bcq_discrete", "cql_discrete", "cql_quantiles"]  # after each update: tau = 1
 NETWORKS = [(name, network) for name in CASES for network in PROVENANCE["factors"][name]]
 TARGETS = [("iql", "critic"), ("td3_bc", "critic"), ("td3_bc", "actor")]
+TARGETS += [("bear", "critic")]
 TARGETS += [(name, "critic") for name in COPIED_TARGET]
 TARGETS += [("awac", "critic"), ("crr", "critic"), ("crr", "actor"), ("bcq", "critic"), ("bcq", "perturbation")]
 TARGETS += [(name, network) for name in ("td3", "ddpg", "rebrac") for network in ("critic", "actor")]
 TARGETS += [("sac_n", "critic")]
 AFTER = [("iql", "value"), ("iql", "actor")]
 AFTER += [("awac", network) for network in ("actor", "critic", "target_critic")]
+AFTER += [("bear", network) for network in ("vae", "actor", "critic", "log_alpha", "target_critic")]
 AFTER += [(name, n) for name in COPIED_TARGET for n in ("critic", "target_critic")] + [("bcq_discrete", "actor")]
 AFTER += [("bcq", n) for n in ("vae", "critic", "perturbation", "target_critic", "target_perturbation")]
 ACTOR_CRITIC = ("td3_bc", "td3", "ddpg", "rebrac", "crr")
@@ -245,14 +264,19 @@ def load(state, arrays):
 def with_its_noise(function, arrays):
     """`function` with d3rlpy's noise in the place of our draws, while it is traced."""
 
+    samples = [arrays[key] for key in ("batch/noise", "batch/posterior_noise") if key in arrays]
+    samples = {noise.shape[-1]: noise for noise in samples}  # a policy's actions and a latent's are of different sizes
+
     def normal(key, shape):
+        if "batch/prior_noise" in arrays:  # BEAR
+            return arrays["batch/prior_noise"].reshape(shape)
         return arrays["batch/latent"] if len(shape) == 3 else arrays["batch/latent"][0]
 
     def traced(*args):
         with pytest.MonkeyPatch.context() as monkeypatch:
-            sample = lambda self, key: self.mean + jnp.exp(self.log_std) * arrays["batch/noise"]  # noqa: E731
+            sample = lambda self, key: self.mean + jnp.exp(self.log_std) * samples[self.mean.shape[-1]]  # noqa: E731
             monkeypatch.setattr(Normal, "sample", sample)
-            if "batch/latent" in arrays:
+            if {"batch/latent", "batch/prior_noise"} & arrays.keys():
                 monkeypatch.setattr(jax.random, "normal", normal)
             return function(*args)
 

@@ -164,11 +164,9 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
     assert path.read_text() == "old"
 
 
-@pytest.mark.parametrize("writes", [2, 4, 5])
-def test_a_kill_between_two_writes_changes_nothing(finished, tmp_path, monkeypatch, writes):
-    """The files are written in this order: config, then metrics and checkpoint of each evaluation, then summary."""
-    iql, write = load("iql"), load("iql").write
-    count = 0
+def kill_after(algo, out, writes, monkeypatch, **changes):
+    """A run that is killed in the middle of the write that follows the first `writes`."""
+    write, count = algo.write, 0
 
     def killed(path, content):
         nonlocal count
@@ -179,11 +177,56 @@ def test_a_kill_between_two_writes_changes_nothing(finished, tmp_path, monkeypat
         write(path, content)
 
     with monkeypatch.context() as context:
-        context.setattr(iql, "write", killed)
+        context.setattr(algo, "write", killed)
         with pytest.raises(KeyboardInterrupt):
-            run(iql, tmp_path)
-    run(iql, tmp_path)
+            run(algo, out, **changes)
+
+
+@pytest.mark.parametrize("writes", [2, 4, 5])
+def test_a_kill_between_two_writes_changes_nothing(finished, tmp_path, monkeypatch, writes):
+    """The files are written in this order: config, then metrics and checkpoint of each evaluation, then summary."""
+    kill_after(load("iql"), tmp_path, writes, monkeypatch)
+    run(load("iql"), tmp_path)
     assert_same(result(tmp_path), result(finished[0]))
+
+
+TWO_PHASES = dict(pretrain_updates=40, target_divergence=0.5)  # BRAC, with every part of its state in use
+
+
+@pytest.fixture(scope="module")
+def finished_in_two_phases(umaze, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "two_phases"
+    run(load("brac"), out, **TWO_PHASES)
+    return out
+
+
+@pytest.mark.parametrize("writes, step", [(3, -20), (5, 0), (7, 20)])
+def test_a_kill_in_either_phase_changes_nothing(finished_in_two_phases, tmp_path, monkeypatch, writes, step):
+    """Steps -20 and 0 are the checkpoints of the first phase, 20 is the first one of the second."""
+    kill_after(load("brac"), tmp_path, writes, monkeypatch, **TWO_PHASES)
+    saved = flax.serialization.msgpack_restore((tmp_path / "checkpoint.msgpack").read_bytes())
+    assert saved["0"] == step
+    run(load("brac"), tmp_path, **TWO_PHASES)
+    assert_same(result(tmp_path), result(finished_in_two_phases))
+
+
+def test_the_second_phase_leaves_the_first_ones_network_alone(finished_in_two_phases, tmp_path, monkeypatch):
+    """Each phase trains its own networks: b the first, critic and actor the second."""
+    before = {}
+    for writes, step in ((3, -20), (5, 0)):
+        kill_after(load("brac"), tmp_path / str(step), writes, monkeypatch, **TWO_PHASES)
+        before[step], _ = result(tmp_path / str(step))
+    after, _ = result(finished_in_two_phases)
+    for name, x in after.items():
+        if name.startswith("behavior/"):
+            np.testing.assert_array_equal(x, before[0][name], err_msg=name)
+            assert not np.array_equal(x, before[-20][name]), name
+        elif name.startswith("critic/params"):
+            np.testing.assert_array_equal(before[0][name], before[-20][name], err_msg=name)
+            assert not np.array_equal(x, before[0][name]), name
+        elif name.startswith("actor/params"):  # it starts as the clone
+            np.testing.assert_array_equal(before[0][name], before[0][name.replace("actor", "behavior", 1)])
+            assert not np.array_equal(x, before[0][name]), name
 
 
 def test_sigkill_and_start_again(umaze, tmp_path):

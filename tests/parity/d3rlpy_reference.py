@@ -12,7 +12,8 @@ Every loss below is a call into d3rlpy, and every gradient is torch's: no formul
     critic/1/0/bias           layer 0 of critic number 1; likewise target_critic/...; value/... and target_actor/...
     critic/1/norm_0/scale     LayerNorm of layer 0 (ReBRAC)
     batch/obs                 16 transitions
-    batch/noise               standard normal, of the policy's samples (AWAC, CRR, SAC-N), or of BCQ's posterior
+    batch/noise               standard normal, of the policy's samples (AWAC, CRR, SAC-N, BEAR), or of BCQ's posterior
+    batch/posterior_noise     of the VAE's reconstruction (BEAR); batch/prior_noise: of its prior samples, on axis 0
     batch/latent              standard normal, of BCQ's prior, for each candidate
     act                       actions of the policy (BCQ)
     loss/critic               one number
@@ -83,6 +84,11 @@ CONFIG = {
     },
     "cql_discrete": {"gamma": 0.9, "target_update_interval": 1, "alpha": 0.7},
     "cql_quantiles": {"gamma": 0.9, "target_update_interval": 1, "alpha": 0.7},
+    "bear": {
+        "gamma": 0.9, "tau": 0.1, "n_critics": 2, "alpha_threshold": 0.7, "lam": 0.6, "n_target_samples": 3,
+        "n_mmd_action_samples": 4, "mmd_kernel": "laplacian", "mmd_sigma": 3.0, "vae_kl_weight": 0.3,
+        "initial_temperature": 1.0, "warmup_steps": 0,
+    },
 }  # fmt: skip
 NUM_QUANTILES = 3
 
@@ -104,6 +110,7 @@ AFTER = {
     "bcq_discrete": {"num_updates": 4, "learning_rate": 0.01, "tau": 1.0},
     "cql_discrete": {"num_updates": 4, "learning_rate": 0.01, "tau": 1.0},
     "cql_quantiles": {"num_updates": 4, "learning_rate": 0.01, "tau": 1.0},
+    "bear": {"num_updates": 4, "learning_rate": 0.01, "tau": 0.1},
 }
 
 # ours = factor * d3rlpy's, for losses and gradients alike.
@@ -126,6 +133,7 @@ FACTORS = {
     "bcq_discrete": {"actor": 1.0, "critic": 1.0},
     "cql_discrete": {"critic": 1.0},
     "cql_quantiles": {"critic": 1.0},
+    "bear": {"vae": 1.0, "actor": 1.0, "critic": 1.0},
 }
 
 DEPARTURES = [
@@ -352,6 +360,42 @@ DEPARTURES = [
         "d3rlpy": "output a n + i of the last layer is quantile i of action a",
         "reference": "ours: output i A + a",
         "handled": "the last layer is written in our order",
+    },
+    {
+        "what": "BEAR, temperature",
+        "where": "algos/qlearning/torch/bear_impl.py:132 and 268-269, algos/qlearning/torch/sac_impl.py:86-104",
+        "d3rlpy": "SAC's entropy term at a learned temperature, from 1 on, in the target and in the actor's loss",
+        "reference": "rlkit/torch/sac/bear.py of rail-berkeley/d4rl_evaluations: none",
+        "handled": "this script sets the log-temperature to -infinity",
+    },
+    {
+        "what": "BEAR, MMD gradient",
+        "where": "algos/qlearning/torch/bear_impl.py:133-137 and 184-191, algos/qlearning/torch/ddpg_impl.py:126-131",
+        "d3rlpy": "the step on log alpha leaves minus the MMD term's gradient in the actor, whose own step adds it "
+        "again: after the warm-up the constraint has no effect on the policy",
+        "reference": "gradients are cleared between the two",
+        "handled": "this script clears the actor's gradients after the step on log alpha",
+    },
+    {
+        "what": "BEAR, squashing of the VAE",
+        "where": "models/torch/imitators.py:86-92",
+        "d3rlpy": "with_squash is inverted: no tanh in the reconstruction; in the MMD one for the VAE, none for pi",
+        "reference": "tanh in the reconstruction, both sides of the MMD before the tanh",
+        "handled": "this script inverts the argument once more",
+    },
+    {
+        "what": "BEAR, alpha",
+        "where": "algos/qlearning/bear.py:241-245, algos/qlearning/torch/bear_impl.py:306-311",
+        "d3rlpy": "Adam for log alpha has the actor's learning rate; no step of it in the warm-up",
+        "reference": "a learning rate of its own, 1e-3, and a step in every update",
+        "handled": "one learning rate for all; no warm-up",
+    },
+    {
+        "what": "BEAR, order",
+        "where": "algos/qlearning/torch/bear_impl.py:302-313",
+        "d3rlpy": "VAE, Q, pi with the new Q, log alpha, target, as ours",
+        "reference": "pi with the Q from before this update",
+        "handled": "nothing to do",
     },
 ]
 
@@ -775,6 +819,129 @@ def crr_binary():
     return crr("crr_binary")
 
 
+@contextlib.contextmanager
+def fixed_noises(out):
+    """As fixed_noise, for the policy and the VAE's posterior, told apart by their sizes, and for the VAE's prior."""
+    noise = {ACTION_DIM: double(out["batch/noise"]), 2 * ACTION_DIM: double(out["batch/posterior_noise"])}
+    prior = double(out["batch/prior_noise"])
+
+    def rsample(self, sample_shape=()):
+        return (self.loc + self.scale * noise[self.loc.shape[-1]]).expand(*sample_shape, *self.loc.shape)
+
+    def randn(shape, device):
+        return prior.reshape(shape)
+
+    normal = unittest.mock.patch.object(torch.distributions.Normal, "rsample", rsample)
+    with normal, unittest.mock.patch.object(torch, "randn", randn):
+        yield
+
+
+@contextlib.contextmanager
+def bear_as_published():
+    """Takes out two departures: the inverted squashing, and the gradient that the step on log alpha leaves behind."""
+    decoder, implementation = d3rlpy.models.torch.VAEDecoder, d3rlpy.algos.qlearning.torch.BEARImpl
+    forward, update_alpha = decoder.forward, implementation.update_alpha
+
+    def unsquash(self, x, latent, with_squash):
+        return forward(self, x, latent, not with_squash)
+
+    def update_alpha_alone(self, mmd_loss):
+        update_alpha(self, mmd_loss)
+        self._modules.actor_optim.zero_grad()
+
+    squash = unittest.mock.patch.object(decoder, "forward", unsquash)
+    with squash, unittest.mock.patch.object(implementation, "update_alpha", update_alpha_alone):
+        yield
+
+
+def build_bear(rng, config, learning_rate=0.0):
+    impl = build(
+        d3rlpy.algos.BEARConfig(
+            actor_encoder_factory=encoder(),
+            critic_encoder_factory=encoder(),
+            imitator_encoder_factory=encoder(),
+            actor_learning_rate=learning_rate,
+            critic_learning_rate=learning_rate,
+            imitator_learning_rate=learning_rate,
+            temp_learning_rate=learning_rate,
+            alpha_learning_rate=learning_rate,
+            **config,
+        )
+    )
+    m = impl.modules
+    for network in (m.policy, m.vae_encoder, m.vae_decoder):
+        fill(rng, network)
+    for network in (m.q_funcs, m.targ_q_funcs):
+        fill(rng, network, 1.3)
+    m.log_alpha._parameter.data.fill_(0.4)
+    m.log_temp._parameter.data.fill_(-np.inf)  # no entropy in the target and in the actor's loss
+    return impl
+
+
+def save_two_heads(out, prefix, module, grad=False):
+    """A network whose last two layers, mean and log-std, are one layer of ours."""
+    *hidden, mean, log_std = linears(module)
+    save_arrays(out, prefix, torch.nn.Sequential(*hidden), grad)
+    for name in ("weight", "bias"):
+        heads = [getattr(head, name) for head in (mean, log_std)]
+        heads = [(head.grad if grad else head.detach()).numpy().T for head in heads]
+        key = {"weight": "kernel", "bias": "bias"}[name]
+        out[f"{prefix}/{len(hidden)}/{key}"] = np.concatenate(heads, axis=-1)
+
+
+def save_bear(out, prefix, impl):
+    m = impl.modules
+    save_two_heads(out, f"{prefix}actor", m.policy)
+    save_two_heads(out, f"{prefix}vae/encoder", m.vae_encoder)
+    save_arrays(out, f"{prefix}vae/decoder", m.vae_decoder)
+    save_arrays(out, f"{prefix}critic", m.q_funcs)
+    save_arrays(out, f"{prefix}target_critic", m.targ_q_funcs)
+    out[f"{prefix}log_alpha"] = m.log_alpha._parameter.detach().numpy()[0, 0].copy()
+
+
+def bear():
+    out, rng = {}, np.random.RandomState(SEED + 20)
+    impl = build_bear(rng, CONFIG["bear"])
+    m = impl.modules
+    save_bear(out, "", impl)
+    batch = make_batch(rng, out)
+    out["batch/noise"] = rng.normal(size=(BATCH, ACTION_DIM))
+    out["batch/posterior_noise"] = rng.normal(size=(BATCH, 2 * ACTION_DIM))
+    out["batch/prior_noise"] = rng.normal(size=(CONFIG["bear"]["n_mmd_action_samples"], BATCH, 2 * ACTION_DIM))
+
+    with fixed_noises(out), bear_as_published():
+        out["loss/vae"] = impl.compute_imitator_grad(batch)["loss"].item()
+        save_two_heads(out, "grad/vae/encoder", m.vae_encoder, grad=True)
+        save_arrays(out, "grad/vae/decoder", m.vae_decoder, grad=True)
+        out["loss/critic"] = impl.compute_critic_grad(batch).critic_loss.item()
+        save_arrays(out, "grad/critic", m.q_funcs, grad=True)
+        out["loss/actor"] = impl.compute_actor_grad(batch).actor_loss.item()
+        save_two_heads(out, "grad/actor", m.policy, grad=True)
+
+        with torch.no_grad():  # the batch must reach every branch of the losses
+            policy = d3rlpy.models.torch.build_squashed_gaussian_distribution
+            action = policy(m.policy(batch.observations)).sample()
+            next_action = policy(m.policy(batch.next_observations)).sample()
+            q = torch.stack([q(batch.observations, action).q_value for q in m.q_funcs])
+            next_q = torch.stack([q(batch.next_observations, next_action).q_value for q in m.targ_q_funcs])
+            mmd = impl._compute_mmd(batch.observations)
+        assert 4 <= (q[0] < q[1]).sum() <= BATCH - 4, "either critic is the smaller one"
+        assert 4 <= (next_q[0] < next_q[1]).sum() <= BATCH - 4, "likewise of the targets"
+        assert 4 <= (mmd > CONFIG["bear"]["alpha_threshold"]).sum() <= BATCH - 4, "constraints violated and not"
+        assert (np.abs(out["batch/prior_noise"]) > 0.5).any(), "clipped latents"
+
+        impl.update_critic_target()
+        save_arrays(out, "polyak/critic", m.targ_q_funcs)
+
+        after = AFTER["bear"]
+        config = {**CONFIG["bear"], "tau": after["tau"]}
+        impl = build_bear(np.random.RandomState(SEED + 20), config, after["learning_rate"])
+        for step in range(after["num_updates"]):
+            impl.update(batch, step)
+    save_bear(out, "after/", impl)
+    return out
+
+
 def build_q(name, rng, learning_rate=0.0):
     """DQN or one of its descendants, whose critic and target critic differ."""
     config = {
@@ -1063,6 +1230,10 @@ def main():
         "departures": DEPARTURES,
     }
     (OUT / "provenance.json").write_text(json.dumps(provenance, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
 
 
 if __name__ == "__main__":
