@@ -316,7 +316,7 @@ def run(name, num_updates, learning_rate, tau):
         batch = batch._replace(action=batch.action.astype(jnp.int32))
     for _ in range(num_updates):
         new, metrics = update(learning_rate, tau, state, batch)
-        state = new._replace(log_alpha=state.log_alpha) if "log_alpha" in state._fields else new  # as d3rlpy's is
+        state = new._replace(log_alpha=state.log_alpha) if name == "sac_n" else new  # d3rlpy's temperature is held
     return arrays, state, metrics
 
 
