@@ -31,6 +31,8 @@ CONTINUOUS, DISCRETE = Spec(3, 2), Spec(3, 4, discrete=True)
 N, B = 64, 16  # rows of the data and of a batch
 # What papers do on purpose, and a test would take for a defect
 RELATIVE = {"marwil", "reps"}  # the actor's weights are relative to the batch's own scale
+PROPOSES = {"cql": {"weight": 0.0}}  # actions of pi(.|s') are proposals in every row, and this leaves them out
+NEEDS = {"cql": {"lagrange": True}}  # options without which a float of theirs does nothing
 ACTS_ON_SAMPLES = {"bcq", "bear", "emaq", "qt_opt"}  # act takes the best of actions that it draws
 GAUSSIAN = {"epsilon_std"}  # floats of a Gaussian policy: a categorical one has no use for them
 
@@ -225,11 +227,11 @@ def test_every_float_of_the_config_vmaps_and_matters(case):
         values[name][row] *= {"max_weight": 0.001, "threshold": 3.0}.get(name, 0.1)
 
     def one(floats):
-        cfg = dataclasses.replace(case.cfg, **floats)
-        state = case.agent.init(jax.random.key(0))
+        cfg = dataclasses.replace(case.cfg, **floats, **NEEDS.get(case.algo.__name__.removeprefix("algos."), {}))
         # rewards and values of a size at which clips such as max_weight bind
         data = case.data._replace(reward=20 * case.data.reward)
         agent = case.algo.make_agent(cfg, case.spec)
+        state = agent.init(jax.random.key(0))
         state = pretrained(case.algo, cfg, agent, state, data)
         return networks(case.algo.make_train(cfg, agent)(state, data)[0])
 
@@ -242,6 +244,9 @@ def test_every_float_of_the_config_vmaps_and_matters(case):
 
 
 def test_what_follows_a_terminal_is_never_read(case):
+    if changes := PROPOSES.get(case.algo.__name__.removeprefix("algos.")):
+        agent = case.algo.make_agent(dataclasses.replace(case.cfg, **changes), case.spec)
+        case = case._replace(agent=agent._replace(update=jax.jit(agent.update)))
     batch = case.batch._replace(terminal=jnp.ones(B))
     garbage = batch._replace(next_obs=1e3 + batch.next_obs, next_action=jnp.zeros_like(batch.next_action))
     a, b = (updated(case, case.state, x, delay(case))[-1] for x in (batch, garbage))

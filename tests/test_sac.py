@@ -4,6 +4,7 @@ Where a policy draws no noise, its action is tanh(mean), and log pi = -log_std -
 """
 
 import dataclasses
+import functools
 
 import chex
 import jax
@@ -15,13 +16,17 @@ from algos import sac
 from common.datasets import Spec, Transition
 from common.networks import Critic, TanhGaussianActor
 
-LINEAR = sac.Config(hidden=(), learning_rate=0.0, discount=0.9)  # networks that stand still
+LINEAR = sac.Config(hidden=(), discount=0.9)
 HALF_LOG_2PI = 0.918939
 
 
-@pytest.fixture
-def no_noise(monkeypatch):
-    monkeypatch.setattr(jax.random, "normal", lambda key, shape=(), *args, **kwargs: jnp.zeros(shape))
+@functools.partial(jax.jit, static_argnames=("cfg", "spec"))
+def update(cfg, spec, learning_rate, state, batch):
+    """One update without noise, compiled once for all learning rates."""
+    cfg = dataclasses.replace(cfg, learning_rate=learning_rate)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(jax.random, "normal", lambda key, shape=(), *args, **kwargs: jnp.zeros(shape))
+        return sac.make_agent(cfg, spec).update(state, batch)
 
 
 def fill(tree, kernel, bias):
@@ -33,13 +38,12 @@ def fill(tree, kernel, bias):
     return jax.tree_util.tree_map_with_path(leaf, tree)
 
 
-def linear_state(cfg, mean=(0.0, 0.0), log_std=-1.0, alpha=0.5, critics=((0.0, 0.0),) * 2, target_critics=None):
+def linear_state(mean=(0.0, 0.0), log_std=-1.0, alpha=0.5, critics=((0.0, 0.0),) * 2, target_critics=None):
     """One observation, one action: mean[0] s + mean[1], a log_std, and critics of weights (s, a)."""
-    agent = sac.make_agent(cfg, Spec(1, 1))
-    shapes = jax.eval_shape(agent.init, jax.random.key(0))
+    shapes = jax.eval_shape(sac.make_agent(LINEAR, Spec(1, 1)).init, jax.random.key(0))
     state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes._replace(key=None))
     target_critics = critics if target_critics is None else target_critics
-    return agent, state._replace(
+    return state._replace(
         key=jax.random.key(0),
         actor=state.actor._replace(params=fill(state.actor.params, [[mean[0], 0.0]], [mean[1], log_std])),
         critic=state.critic._replace(params=fill(state.critic.params, np.array(critics)[..., None], 0.0)),
@@ -63,60 +67,60 @@ def named(tree):
     return {path[-1].key: x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-def test_target_is_the_smaller_critics_value_with_the_entropy(no_noise):
+def test_target_is_the_smaller_critics_value_with_the_entropy():
     # mean = 2 atanh(0.6) s: a' = 0.6 at s' = 0.5, and -0.6 at s = -0.5. log_std = -1, so log pi(a'|s')
     # = 1 - 0.918939 - log(1 - 0.36) = 0.527348. Target critics 2 s' + 3 a' and 2 s' + a': min(2.8, 1.6) = 1.6.
     # y = 1 + 0.9 (1.6 - 0.5 * 0.527348) = 2.202693 where the episode goes on, 1 at a terminal; Q = 0.
     targets = [[2.0, 3.0], [2.0, 1.0]]
-    agent, state = linear_state(LINEAR, mean=(2 * np.arctanh(0.6), 0.0), target_critics=targets)
+    state = linear_state(mean=(2 * np.arctanh(0.6), 0.0), target_critics=targets)
     batch = rows_of(obs=-0.5, action=0.3, reward=1.0, next_obs=0.5, terminal=jnp.array([0.0, 1.0]))
-    _, info = jax.jit(agent.update)(state, batch)
+    _, info = update(LINEAR, Spec(1, 1), 0.0, state, batch)
     np.testing.assert_allclose(info["critic_loss"], 2 * (2.202693**2 + 1) / 2, rtol=1e-5)
 
 
-def test_actor_loss_and_its_gradient(no_noise):
+def test_actor_loss_and_its_gradient():
     # a = 0.6 at s = 1, log_std = -1, critics 3 a and 2 a: L = 0.5 * 0.527348 - 1.2 = -0.936326.
     # dlog pi / dmean = 2 a, dQ / dmean = 2 (1 - a^2): dL / dmean = 0.5 * 1.2 - 1.28 = -0.68.
     # dlog pi / dlog_std = -1, and without noise Q does not feel it: dL / dlog_std = -0.5.
-    agent, state = linear_state(LINEAR, mean=(0.0, np.arctanh(0.6)), critics=[[0.0, 3.0], [0.0, 2.0]])
-    after, info = jax.jit(agent.update)(state, rows_of(obs=1.0, action=0.0, terminal=1.0))
+    state = linear_state(mean=(0.0, np.arctanh(0.6)), critics=[[0.0, 3.0], [0.0, 2.0]])
+    after, info = update(LINEAR, Spec(1, 1), 0.0, state, rows_of(obs=1.0, action=0.0, terminal=1.0))
     np.testing.assert_allclose(info["actor_loss"], -0.936326, rtol=1e-5)
     np.testing.assert_allclose(named(gradient(after.actor))["bias"], [-0.68, -0.5], rtol=1e-5)
 
 
-def test_the_policy_moves_no_critic(no_noise):
+def test_the_policy_moves_no_critic():
     # Q is right at the data's action: the critics have no gradient, whatever the policy does
-    agent, state = linear_state(LINEAR, mean=(0.0, 1.0), critics=[[0.0, 3.0]] * 2)
-    after, info = jax.jit(agent.update)(state, rows_of(obs=1.0, action=0.5, reward=1.5, terminal=1.0))
+    state = linear_state(mean=(0.0, 1.0), critics=[[0.0, 3.0]] * 2)
+    after, info = update(LINEAR, Spec(1, 1), 0.0, state, rows_of(obs=1.0, action=0.5, reward=1.5, terminal=1.0))
     assert info["critic_loss"] == 0 and info["actor_loss"] < -1
     assert all(not g.any() for g in jax.tree.leaves(gradient(after.critic)))
 
 
 @pytest.mark.parametrize("log_std, grows", [(-3.0, True), (0.0, False)])
-def test_alpha_grows_where_the_entropy_is_below_its_target(no_noise, log_std, grows):
+def test_alpha_grows_where_the_entropy_is_below_its_target(log_std, grows):
     # |A| = 1, action 0: the entropy is log_std + 0.918939, its target -1, dL / dlog alpha = entropy - (-1), and
     # L = log alpha times that
-    agent, state = linear_state(dataclasses.replace(LINEAR, learning_rate=0.1), log_std=log_std)
-    after, info = jax.jit(agent.update)(state, rows_of(obs=1.0, action=0.0))
+    state = linear_state(log_std=log_std)
+    after, info = update(LINEAR, Spec(1, 1), 0.1, state, rows_of(obs=1.0, action=0.0))
     np.testing.assert_allclose(info["entropy"], log_std + HALF_LOG_2PI, rtol=1e-5)
     np.testing.assert_allclose(gradient(after.log_alpha), log_std + HALF_LOG_2PI + 1, rtol=1e-5)
     np.testing.assert_allclose(info["alpha_loss"], np.log(0.5) * (log_std + HALF_LOG_2PI + 1), rtol=1e-5)
     assert (after.log_alpha.params > state.log_alpha.params) == grows
 
 
-def test_entropy_and_its_target_are_sums_over_the_actions_dimensions(no_noise):
+def test_entropy_and_its_target_are_sums_over_the_actions_dimensions():
     # three dimensions at action 0 with log_std 0: entropy 3 * 0.918939, target -3 * 0.5
-    agent = sac.make_agent(dataclasses.replace(LINEAR, target_entropy=-0.5), Spec(1, 3))
-    state = jax.jit(agent.init)(jax.random.key(0))
-    state = state._replace(actor=state.actor._replace(params=fill(state.actor.params, 0.0, 0.0)))
-    batch = rows_of(obs=1.0, action=0.0)
-    after, _ = jax.jit(agent.update)(state, batch._replace(action=jnp.zeros((2, 3))))
+    cfg, spec = dataclasses.replace(LINEAR, target_entropy=-0.5), Spec(1, 3)
+    shapes = jax.eval_shape(sac.make_agent(cfg, spec).init, jax.random.key(0))
+    state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes._replace(key=None))
+    batch = rows_of(obs=1.0, action=0.0)._replace(action=jnp.zeros((2, 3)))
+    after, _ = update(cfg, spec, 0.0, state._replace(key=jax.random.key(0)), batch)
     np.testing.assert_allclose(gradient(after.log_alpha), 3 * HALF_LOG_2PI + 1.5, rtol=1e-5)
 
 
-def test_order_of_one_update(no_noise):
+def test_order_of_one_update():
     """Q; then pi with the new Q and the old alpha; then alpha with the old policy's entropy; then the target."""
-    cfg = sac.Config(hidden=(8,), learning_rate=0.1)
+    cfg = sac.Config(hidden=(8,))
     agent = sac.make_agent(cfg, Spec(3, 2))
     k = jax.random.split(jax.random.key(1), 4)
     obs, next_obs = jax.random.uniform(k[0], (8, 3)), jax.random.uniform(k[1], (8, 3))
@@ -126,7 +130,7 @@ def test_order_of_one_update(no_noise):
         target_critic=jax.tree.map(lambda x: 1.1 * x, before.target_critic),
         log_alpha=before.log_alpha._replace(params=jnp.log(0.3)),
     )
-    after, info = jax.jit(agent.update)(before, batch)
+    after, info = update(cfg, Spec(3, 2), 0.1, before, batch)
 
     critic = Critic(2, cfg.hidden)
     pi = TanhGaussianActor(2, cfg.hidden).apply(before.actor.params, obs)
@@ -144,17 +148,18 @@ def test_order_of_one_update(no_noise):
 
 
 @pytest.mark.parametrize("action, growth", [(0.5, 0.9), (1.0, 1.8)])
-def test_extrapolation_diverges(no_noise, action, growth):
+def test_extrapolation_diverges(action, growth):
     """Why SAC fails offline: the policy's action is not in the data, and Q there is a multiple of Q in the data."""
     # One state that follows itself, reward 1, discount 0.9: no return is above 10. The data hold the action 0.5 alone,
     # and Q = w a. Fitted Q-iteration with the policy at 0.5: y_n = 1 + 0.9 y_(n-1) = (1 - 0.9^n) / 0.1 -> 10. With the
     # policy at 1, where Q is twice as large: y_n = 1 + 1.8 y_(n-1) = (1.8^n - 1) / 0.8, for n = 10 445.058.
     # alpha = 0; from Q = 0 the loss is 2 y^2.
-    agent, state = linear_state(LINEAR, mean=(0.0, 9.0 if action == 1 else np.arctanh(0.5)), alpha=0.0)
-    update, y = jax.jit(agent.update), 0.0
+    state = linear_state(mean=(0.0, 9.0 if action == 1 else np.arctanh(0.5)), alpha=0.0)
+    y = 0.0
     for n in range(1, 11):
         target = fill(state.target_critic, np.array([[0.0], [y / 0.5]]), 0.0)
-        _, info = update(state._replace(target_critic=target), rows_of(obs=1.0, action=0.5, reward=1.0, next_obs=1.0))
+        batch = rows_of(obs=1.0, action=0.5, reward=1.0, next_obs=1.0)
+        _, info = update(LINEAR, Spec(1, 1), 0.0, state._replace(target_critic=target), batch)
         y = float(np.sqrt(info["critic_loss"] / 2))
         np.testing.assert_allclose(y, (growth**n - 1) / (growth - 1), rtol=1e-4)
 
