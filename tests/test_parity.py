@@ -18,7 +18,7 @@ import numpy as np
 import optax
 import pytest
 
-from algos import awac, bc, crr, iql, td3_bc
+from algos import awac, bc, cql, crr, iql, sac, td3_bc
 from common.datasets import Spec, Transition
 from common.networks import Normal
 
@@ -97,11 +97,34 @@ CASES = {
         Spec(obs_dim=3, action_dim=2),
     ),
 }
+CASES |= {
+    "sac": (
+        sac.make_agent,
+        sac.Config(hidden=HIDDEN, discount=D3RLPY["sac"]["gamma"], tau=D3RLPY["sac"]["tau"]),
+        Spec(obs_dim=3, action_dim=2),
+    ),
+    "cql": (
+        cql.make_agent,
+        cql.Config(
+            hidden=HIDDEN,
+            discount=D3RLPY["cql"]["gamma"],
+            tau=D3RLPY["cql"]["tau"],
+            weight=D3RLPY["cql"]["conservative_weight"],
+            num_samples=D3RLPY["cql"]["n_action_samples"],
+            lagrange=True,
+            gap_target=D3RLPY["cql"]["alpha_threshold"],
+            backup_entropy=D3RLPY["cql"]["soft_q_backup"],
+        ),
+        Spec(obs_dim=3, action_dim=2),
+    ),
+}
 NETWORKS = [(name, network) for name in CASES for network in PROVENANCE["factors"][name]]
 TARGETS = [("iql", "critic"), ("td3_bc", "critic"), ("td3_bc", "actor")]
 TARGETS += [("awac", "critic"), ("crr", "critic"), ("crr", "actor")]
+TARGETS += [("sac", "critic"), ("cql", "critic")]
 AFTER = [("iql", "value"), ("iql", "actor")]
 AFTER += [("awac", network) for network in ("actor", "critic", "target_critic")]
+AFTER += [(name, n) for name in ("sac", "cql") for n in ("actor", "critic", "target_critic")]
 AFTER += [(name, n) for name in ("td3_bc", "crr") for n in ("actor", "critic", "target_actor", "target_critic")]
 
 
@@ -114,11 +137,11 @@ def in_tree(like, arrays, prefix):
     def leaf(path, old):
         names = [entry.key for entry in path]
         layer = [name.removeprefix("Dense_") for name in names if name.startswith("Dense_")]
-        key = "/".join([*layer, names[-1]])  # "0/kernel", or "log_std"
+        key = "/".join([*layer, *names[-1:]])  # "0/kernel", or "log_std", or "" of a number
         if f"{prefix}/0/{key}" in arrays:
             new = np.stack([arrays[f"{prefix}/{member}/{key}"] for member in range(len(old))])
         else:
-            new = arrays[f"{prefix}/{key}"]
+            new = arrays[f"{prefix}/{key}".removesuffix("/")]
         assert new.shape == old.shape, f"{prefix}/{key}: {new.shape} is not {old.shape}"
         return jnp.asarray(new)
 
@@ -147,13 +170,17 @@ def program(name):
 
     @jax.jit
     def update(learning_rate, tau, state, batch):
-        changes = {"learning_rate": learning_rate, "tau": tau}
+        changes = {"learning_rate": learning_rate, "actor_learning_rate": learning_rate, "tau": tau}
         changes = {key: value for key, value in changes.items() if hasattr(cfg, key)}
         with (
             pytest.MonkeyPatch.context() as monkeypatch
         ):  # while it is traced: the policy's samples have d3rlpy's noise
             sample = lambda self, key: self.mean + jnp.exp(self.log_std) * arrays["batch/noise"]  # noqa: E731
             monkeypatch.setattr(Normal, "sample", sample)
+            if "batch/uniform" in arrays:  # CQL's actions; asked by position, it is flax checking the shape of a layer
+                actions = arrays["batch/uniform"]
+                uniform = lambda key, shape, *args, **range: jnp.broadcast_to(0 if args else actions, shape)  # noqa: E731
+                monkeypatch.setattr(jax.random, "uniform", uniform)
             return make_agent(dataclasses.replace(cfg, **changes), spec).update(state, batch)
 
     return arrays, zeros._replace(key=jax.random.key(0)), update
@@ -204,6 +231,15 @@ def test_gradient(name, network):
     ours = jax.tree.map(lambda x: x / (1 - ADAM_B1), mu)
     theirs = jax.tree.map(lambda x: factor * x, in_tree(mu, arrays, f"grad/{network}"))
     assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name, multiplier", [("sac", "log_alpha"), ("cql", "log_alpha"), ("cql", "log_multiplier")])
+def test_gradient_of_a_multiplier(name, multiplier):
+    arrays, state, _ = one_update(name)
+    ours = getattr(state, multiplier).opt_state[0].mu / (1 - ADAM_B1)
+    # departure "SAC and CQL, loss of the temperature": d3rlpy's is a factor alpha larger
+    factor = np.exp(-arrays["log_alpha"]) if multiplier == "log_alpha" else 1
+    np.testing.assert_allclose(ours, factor * arrays[f"grad/{multiplier}"], rtol=1e-4)
 
 
 @pytest.mark.parametrize("name, network", TARGETS)
