@@ -18,7 +18,24 @@ import numpy as np
 import optax
 import pytest
 
-from algos import awac, bc, bcq, bcq_discrete, bear, cql_discrete, crr, ddpg, dqn, iql, rebrac, sac_n, td3, td3_bc
+from algos import (
+    awac,
+    bc,
+    bcq,
+    bcq_discrete,
+    bear,
+    cql,
+    cql_discrete,
+    crr,
+    ddpg,
+    dqn,
+    iql,
+    rebrac,
+    sac,
+    sac_n,
+    td3,
+    td3_bc,
+)
 from common.datasets import Spec, Transition
 from common.networks import Normal
 
@@ -211,9 +228,31 @@ CASES = {
         Spec(obs_dim=3, action_dim=2),
     ),
 }
+CASES |= {
+    "sac": (
+        sac.make_agent,
+        sac.Config(hidden=HIDDEN, discount=D3RLPY["sac"]["gamma"], tau=D3RLPY["sac"]["tau"]),
+        Spec(obs_dim=3, action_dim=2),
+    ),
+    "cql": (
+        cql.make_agent,
+        cql.Config(
+            hidden=HIDDEN,
+            discount=D3RLPY["cql"]["gamma"],
+            tau=D3RLPY["cql"]["tau"],
+            weight=D3RLPY["cql"]["conservative_weight"],
+            num_samples=D3RLPY["cql"]["n_action_samples"],
+            lagrange=True,
+            gap_target=D3RLPY["cql"]["alpha_threshold"],
+            backup_entropy=D3RLPY["cql"]["soft_q_backup"],
+        ),
+        Spec(obs_dim=3, action_dim=2),
+    ),
+}
 COPIED_TARGET = ["dqn", "double_dqn", "bcq_discrete", "cql_discrete", "cql_quantiles"]  # after each update: tau = 1
 NETWORKS = [(name, network) for name in CASES for network in PROVENANCE["factors"][name]]
 TARGETS = [("iql", "critic"), ("td3_bc", "critic"), ("td3_bc", "actor")]
+TARGETS += [("sac", "critic"), ("cql", "critic")]
 TARGETS += [("bear", "critic")]
 TARGETS += [(name, "critic") for name in COPIED_TARGET]
 TARGETS += [("awac", "critic"), ("crr", "critic"), ("crr", "actor"), ("bcq", "critic"), ("bcq", "perturbation")]
@@ -221,6 +260,7 @@ TARGETS += [(name, network) for name in ("td3", "ddpg", "rebrac") for network in
 TARGETS += [("sac_n", "critic")]
 AFTER = [("iql", "value"), ("iql", "actor")]
 AFTER += [("awac", network) for network in ("actor", "critic", "target_critic")]
+AFTER += [(name, n) for name in ("sac", "cql") for n in ("actor", "critic", "target_critic")]
 AFTER += [("bear", network) for network in ("vae", "actor", "critic", "log_alpha", "target_critic")]
 AFTER += [(name, n) for name in COPIED_TARGET for n in ("critic", "target_critic")] + [("bcq_discrete", "actor")]
 AFTER += [("bcq", n) for n in ("vae", "critic", "perturbation", "target_critic", "target_perturbation")]
@@ -278,6 +318,11 @@ def with_its_noise(function, arrays):
             monkeypatch.setattr(Normal, "sample", sample)
             if {"batch/latent", "batch/prior_noise"} & arrays.keys():
                 monkeypatch.setattr(jax.random, "normal", normal)
+            if "batch/uniform" in arrays:  # CQL's actions; asked by position, it is flax checking the shape of a layer
+                uniform = lambda key, shape, *args, **range: jnp.broadcast_to(  # noqa: E731
+                    0 if args else arrays["batch/uniform"], shape
+                )
+                monkeypatch.setattr(jax.random, "uniform", uniform)
             return function(*args)
 
     return traced
@@ -349,6 +394,15 @@ def test_gradient(name, network):
     ours = jax.tree.map(lambda x: x / (1 - ADAM_B1), mu)
     theirs = jax.tree.map(lambda x: factor * x, in_tree(mu, arrays, f"grad/{network}"))
     assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name, multiplier", [("sac", "log_alpha"), ("cql", "log_alpha"), ("cql", "log_multiplier")])
+def test_gradient_of_a_multiplier(name, multiplier):
+    arrays, state, _ = one_update(name)
+    ours = getattr(state, multiplier).opt_state[0].mu / (1 - ADAM_B1)
+    # departure "SAC and CQL, loss of the temperature": d3rlpy's is a factor alpha larger
+    factor = np.exp(-arrays["log_alpha"]) if multiplier == "log_alpha" else 1
+    np.testing.assert_allclose(ours, factor * arrays[f"grad/{multiplier}"], rtol=1e-4)
 
 
 @pytest.mark.parametrize("name, network", TARGETS)

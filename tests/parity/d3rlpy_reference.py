@@ -12,10 +12,12 @@ Every loss below is a call into d3rlpy, and every gradient is torch's: no formul
     critic/1/0/bias           layer 0 of critic number 1; likewise target_critic/...; value/... and target_actor/...
     critic/1/norm_0/scale     LayerNorm of layer 0 (ReBRAC)
     batch/obs                 16 transitions
-    batch/noise               standard normal, of the policy's samples (AWAC, CRR, SAC-N, BEAR), or of BCQ's posterior
+    batch/noise               standard normal, of a policy's samples (AWAC, CRR, SAC, CQL, BEAR), of BCQ's posterior
     batch/posterior_noise     of the VAE's reconstruction (BEAR); batch/prior_noise: of its prior samples, on axis 0
     batch/latent              standard normal, of BCQ's prior, for each candidate
     act                       actions of the policy (BCQ)
+    batch/uniform             the uniform actions of CQL, the same for each of them
+    log_alpha                 one number; likewise log_multiplier, and grad/ of both
     loss/critic               one number
     grad/critic/1/0/bias      gradient of the loss of the network it names
     polyak/critic/1/0/bias    the target network after one Polyak step
@@ -89,6 +91,11 @@ CONFIG = {
         "n_mmd_action_samples": 4, "mmd_kernel": "laplacian", "mmd_sigma": 3.0, "vae_kl_weight": 0.3,
         "initial_temperature": 1.0, "warmup_steps": 0,
     },
+    "sac": {"gamma": 0.9, "tau": 0.1, "n_critics": 2, "initial_temperature": 0.5},
+    "cql": {
+        "gamma": 0.9, "tau": 0.1, "n_critics": 2, "initial_temperature": 0.5, "initial_alpha": 2.0,
+        "conservative_weight": 0.7, "alpha_threshold": 0.0, "n_action_samples": 3, "soft_q_backup": True,
+    },
 }  # fmt: skip
 NUM_QUANTILES = 3
 
@@ -111,6 +118,8 @@ AFTER = {
     "cql_discrete": {"num_updates": 4, "learning_rate": 0.01, "tau": 1.0},
     "cql_quantiles": {"num_updates": 4, "learning_rate": 0.01, "tau": 1.0},
     "bear": {"num_updates": 4, "learning_rate": 0.01, "tau": 0.1},
+    "sac": {"num_updates": 1, "learning_rate": 0.01, "tau": 0.1},  # one, as the temperature moves in ours
+    "cql": {"num_updates": 1, "learning_rate": 0.01, "tau": 0.1},
 }
 
 # ours = factor * d3rlpy's, for losses and gradients alike.
@@ -134,6 +143,8 @@ FACTORS = {
     "cql_discrete": {"critic": 1.0},
     "cql_quantiles": {"critic": 1.0},
     "bear": {"vae": 1.0, "actor": 1.0, "critic": 1.0},
+    "sac": {"actor": 1.0, "critic": 1.0},
+    "cql": {"actor": 1.0, "critic": 1.0},
 }
 
 DEPARTURES = [
@@ -396,6 +407,48 @@ DEPARTURES = [
         "d3rlpy": "VAE, Q, pi with the new Q, log alpha, target, as ours",
         "reference": "pi with the Q from before this update",
         "handled": "nothing to do",
+    },
+    {
+        "what": "SAC and CQL, loss of the temperature",
+        "where": "algos/qlearning/torch/sac_impl.py:106-114",
+        "d3rlpy": "-alpha mean(log pi + H), a gradient with respect to log(alpha) that is alpha times rlkit's",
+        "reference": "rlkit sac.py: -log(alpha) mean(log pi + H)",
+        "handled": "the gradient is compared after a division by alpha",
+    },
+    {
+        "what": "SAC and CQL, order",
+        "where": "algos/qlearning/torch/sac_impl.py:89-104, algos/qlearning/torch/cql_impl.py:98-105",
+        "d3rlpy": "Q (CQL: after the multiplier), alpha, the policy with the new Q and the new alpha, the target",
+        "reference": "rlkit and CQL: all gradients at the old networks; ours: Q, (multiplier,) policy, alpha, target",
+        "handled": "temperature and multiplier stand still in d3rlpy, and `after/` is of one update",
+    },
+    {
+        "what": "SAC and CQL, samples",
+        "where": "models/torch/distributions.py:125-156, algos/qlearning/torch/cql_impl.py:160",
+        "d3rlpy": "fresh noise for every sample, fresh uniform actions",
+        "reference": "the same",
+        "handled": "both libraries use `batch/noise` and `batch/uniform` for all samples of a transition",
+    },
+    {
+        "what": "CQL, next action",
+        "where": "algos/qlearning/torch/cql_impl.py:217-222, algos/qlearning/cql.py:124",
+        "d3rlpy": "tanh of the mean where y has no entropy (its default)",
+        "reference": "CQL cql.py: sampled, with and without the entropy",
+        "handled": "soft_q_backup, with which both sample; ours: backup_entropy",
+    },
+    {
+        "what": "CQL, max-Q backup",
+        "where": "algos/qlearning/torch/cql_impl.py:207-215",
+        "d3rlpy": "the best action of the smaller critic",
+        "reference": "CQL cql.py: the smaller of each critic's best",
+        "handled": "not compared",
+    },
+    {
+        "what": "CQL, threshold of the multiplier",
+        "where": "algos/qlearning/torch/cql_impl.py:191",
+        "d3rlpy": "alpha weight (gap - threshold) is in the critics' loss",
+        "reference": "CQL cql.py: alpha (weight gap - threshold), likewise; ours leaves the constant out",
+        "handled": "alpha_threshold 0",
     },
 ]
 
@@ -819,6 +872,105 @@ def crr_binary():
     return crr("crr_binary")
 
 
+def build_sac(rng, config, learning_rate=0.0):
+    """SAC, or CQL where the configuration has a weight. Rates that are not 0 give d3rlpy's multipliers an optimiser."""
+    is_cql = "conservative_weight" in config
+    impl = build(
+        (d3rlpy.algos.CQLConfig if is_cql else d3rlpy.algos.SACConfig)(
+            actor_encoder_factory=encoder(),
+            critic_encoder_factory=encoder(),
+            actor_learning_rate=learning_rate,
+            critic_learning_rate=learning_rate,
+            temp_learning_rate=1e-30,
+            **({"alpha_learning_rate": 1e-30} if is_cql else {}),
+            **config,
+        )
+    )
+    m = impl.modules
+    fill(rng, m.policy)
+    fill(rng, m.q_funcs, 1.3)
+    fill(rng, m.targ_q_funcs, 1.3)
+    return impl
+
+
+def save_sac_policy(out, prefix, policy, grad=False):
+    """Mean and log-std are one layer in ours."""
+    layers = linears(policy)
+    save_arrays(out, prefix, torch.nn.Sequential(*layers[:-2]), grad)
+    heads = {}
+    save_arrays(heads, "head", torch.nn.Sequential(policy._mu, policy._logstd), grad)
+    for name in ("kernel", "bias"):
+        both = [heads[f"head/{i}/{name}"] for i in (0, 1)]
+        out[f"{prefix}/{len(layers) - 2}/{name}"] = np.concatenate(both, axis=-1)
+
+
+@contextlib.contextmanager
+def fixed_uniform(actions):
+    """CQL's uniform actions: these (batch, action_dim), repeated for its samples."""
+
+    def uniform_(self, low, high):
+        assert (low, high) == (-1.0, 1.0)
+        return actions.repeat_interleave(len(self) // len(actions), dim=0)
+
+    with unittest.mock.patch.object(torch.Tensor, "uniform_", uniform_):
+        yield
+
+
+def sac(name="sac"):
+    out, rng = {}, np.random.RandomState(SEED + 31)
+    impl = build_sac(rng, CONFIG[name])
+    m = impl.modules
+    save_sac_policy(out, "actor", m.policy)
+    save_arrays(out, "critic", m.q_funcs)
+    save_arrays(out, "target_critic", m.targ_q_funcs)
+    out["log_alpha"] = m.log_temp._parameter.item()
+    batch = make_batch(rng, out)
+    out["batch/noise"] = rng.normal(size=(BATCH, ACTION_DIM))
+    out["batch/uniform"] = rng.uniform(-1, 1, size=(BATCH, ACTION_DIM))
+
+    after = AFTER[name]
+    config = {**CONFIG[name], "tau": after["tau"]}
+    stepped = build_sac(np.random.RandomState(SEED + 31), config, after["learning_rate"])
+
+    with fixed_noise(double(out["batch/noise"])), fixed_uniform(double(out["batch/uniform"])):
+        out["loss/critic"] = impl.compute_critic_grad(batch).critic_loss.item()
+        save_arrays(out, "grad/critic", m.q_funcs, grad=True)
+        out["loss/actor"] = impl.compute_actor_grad(batch).actor_loss.item()
+        save_sac_policy(out, "grad/actor", m.policy, grad=True)
+
+        pi, next_pi = map(m.policy, (batch.observations, batch.next_observations))
+        pi, next_pi = map(d3rlpy.models.torch.build_squashed_gaussian_distribution, (pi, next_pi))
+        action, log_prob = pi.sample_with_log_prob()
+        impl.update_temp(log_prob)
+        out["grad/log_alpha"] = m.log_temp._parameter.grad.item()
+        if name == "cql":
+            columns = batch.observations, batch.actions, batch.next_observations, batch.returns_to_go
+            impl.update_alpha(impl._compute_conservative_loss(*columns).detach())
+            out["log_multiplier"] = m.log_alpha._parameter.item()
+            out["grad/log_multiplier"] = m.log_alpha._parameter.grad.item()
+
+        with torch.no_grad():  # the batch must reach every branch of the losses
+            q = torch.stack([q(batch.observations, action).q_value for q in m.q_funcs])
+            next_q = torch.stack([q(batch.next_observations, next_pi.sample()).q_value for q in m.targ_q_funcs])
+        assert 2 <= (q[0] < q[1]).sum() <= BATCH - 2, "either critic is the smaller one"
+        assert 2 <= (next_q[0] < next_q[1]).sum() <= BATCH - 2, "either critic is the smaller one"
+
+        impl.update_critic_target()
+        save_arrays(out, "polyak/critic", m.targ_q_funcs)
+
+        for step in range(after["num_updates"]):
+            stepped.update(batch, step)
+    save_sac_policy(out, "after/actor", stepped.modules.policy)
+    save_arrays(out, "after/critic", stepped.modules.q_funcs)
+    save_arrays(out, "after/target_critic", stepped.modules.targ_q_funcs)
+    return out
+
+
+def cql():
+    """From the same weights and batch."""
+    return sac("cql")
+
+
 @contextlib.contextmanager
 def fixed_noises(out):
     """As fixed_noise, for the policy and the VAE's posterior, told apart by their sizes, and for the VAE's prior."""
@@ -1230,6 +1382,10 @@ def main():
         "departures": DEPARTURES,
     }
     (OUT / "provenance.json").write_text(json.dumps(provenance, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
 
 
 if __name__ == "__main__":
