@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tyro
 
 from common.datasets import Spec, Transition
 
@@ -396,18 +397,18 @@ def test_the_dataset_is_an_argument_of_the_compiled_program(case):
 # --- The files -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ALGOS)
-def test_import_has_no_side_effects(name):
+def test_import_has_no_side_effects():
     code = f"""
-import os, sys
+import importlib, os, sys
 import chex, flax.linen, jax, optax, tyro  # jax sets a variable of its own
+from jax._src import xla_bridge
 sys.argv = ["x", "--bogus"]
 before = dict(os.environ)
-import algos.{name}
-assert dict(os.environ) == before
-assert "minari" not in sys.modules and "gymnasium" not in sys.modules
-from jax._src import xla_bridge
-assert not xla_bridge._backends, "importing started a device backend"
+for name in {ALGOS}:
+    importlib.import_module("algos." + name)
+    assert dict(os.environ) == before, name
+    assert "minari" not in sys.modules and "gymnasium" not in sys.modules, name
+    assert not xla_bridge._backends, name + " started a device backend"
 """
     env = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME")}  # ours may be spoilt already
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, env=env)
@@ -481,15 +482,23 @@ def test_common_holds_data_and_networks_only():
 
 
 @pytest.mark.parametrize("name", ALGOS)
-def test_help_shows_every_field_and_a_misspelt_option_is_an_error(name):
-    run = [sys.executable, str(ROOT / "algos" / f"{name}.py")]
-    shown = subprocess.run(
-        [*run, "--help"], capture_output=True, text=True, check=True, env=dict(os.environ, COLUMNS="200")
-    )
-    for field in dataclasses.fields(load(name).Config):
-        assert "--" + field.name.replace("_", "-").strip("-") in shown.stdout, field.name
-    bad = subprocess.run([*run, "--lerning-rate", "1"], capture_output=True, text=True)
-    assert bad.returncode != 0 and "lerning" in bad.stdout + bad.stderr
+def test_help_shows_every_field_and_a_misspelt_option_is_an_error(name, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    config = load(name).Config
+    with pytest.raises(SystemExit, match="0"):
+        tyro.cli(config, args=["--help"])
+    shown = capsys.readouterr().out
+    for field in dataclasses.fields(config):
+        assert "--" + field.name.replace("_", "-").strip("-") in shown, field.name
+    with pytest.raises(SystemExit) as error:
+        tyro.cli(config, args=["--lerning-rate", "1"])
+    assert error.value.code not in (None, 0) and "lerning" in "".join(capsys.readouterr())
+
+
+@pytest.mark.parametrize("name", ALGOS)
+def test_a_file_is_a_script(name):
+    last = ast.unparse(ast.parse(source(name)).body[-1])
+    assert last == "if __name__ == '__main__':\n    main(tyro.cli(Config))"
 
 
 def test_config_is_json():
