@@ -74,7 +74,7 @@ class Config:
     bins: int = 40  # of the behaviour model's histogram of one action dimension
     num_critics: int = 4  # members of the ensemble
     min_weight: float = 1.0  # lambda: weight of the smallest critic in the target, against the largest one
-    num_samples: int = 25  # N, actions of the behaviour model that a maximum is over, in the target and in acting
+    num_samples: int = 3  # N, actions of the behaviour model that a maximum is over, in the target and in acting
     reward_shift: float = -1.0  # added to every reward: -1 for tasks with reward 1 at a goal and 0 elsewhere
 
 
