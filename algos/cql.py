@@ -8,7 +8,7 @@ Reference  https://github.com/aviralkumar2907/CQL at d67dbe9 (d4rl/)
 From equation to code
     (4)  gap_j  = log sum_a exp Q_j(s, a) - Q_j(s, a_data), the sum by importance sampling    conservative_gap, propose
          L_Q    = E[ (Q_j(s, a) - y)^2 + weight gap_j ], summed over the critics j            critic_loss
-         L_mult = -multiplier weight (E[ gap ] - gap_target), the dual of appendix F          multiplier_loss
+         L_mult = -multiplier weight (E[ gap ] - gap_target), the dual of the weight          multiplier_loss
          y      = r + discount min_j Qbar_j(s', a'),  a' ~ pi(.|s')                           next_value
          L_pi, L_alpha: those of SAC                                                          actor_loss, alpha_loss
 
@@ -19,7 +19,8 @@ Hyper-parameters      weight, max_q_backup, backup_entropy and no multiplier: th
 Deviations            1. The policy does not clone in its first 40,000 updates (the reference: it hardly matters).
                       2. Two hidden layers of PyTorch's initialisation, log std >= -20 (the reference: three, -5).
                       3. gap_target is the reference's tau / weight, the form of JaxCQL; the multiplier is not clipped.
-                      4. `reward_shift`, and batches drawn on the device, with replacement, as sac.py.
+                      4. As the reference: no 1/2 before the squared error, so that weight is twice the paper's alpha.
+                      5. `reward_shift`, and batches drawn on the device, with replacement, as sac.py.
 Run                   python algos/cql.py --dataset stitch/pointmaze-umaze-v0
 """
 

@@ -6,10 +6,10 @@ Paper      Haarnoja et al. (2018), https://arxiv.org/abs/1812.05905
 Reference  https://github.com/rail-berkeley/rlkit at ac45a9d
 
 From equation to code
-    y       = r + discount (min_j Qbar_j(s', a') - alpha log pi(a'|s')),  a' ~ pi(.|s')    update
-    (5)  L_Q     = E[ (Q_j(s, a) - y)^2 ], summed over the critics j                       critic_loss
-    (7)  L_pi    = E[ alpha log pi(a|s) - min_j Q_j(s, a) ],  a ~ pi(.|s)                  actor_loss
-    (18) L_alpha = -log(alpha) E[ log pi(a|s) + H ]                                        alpha_loss
+         y       = r + discount (min_j Qbar_j(s', a') - alpha log pi(a'|s')), a' ~ pi(.|s')  update
+    (5)  L_Q     = E[ (Q_j(s, a) - y)^2 ], summed over the critics j                         critic_loss
+    (7)  L_pi    = E[ alpha log pi(a|s) - min_j Q_j(s, a) ],  a ~ pi(.|s)                    actor_loss
+    (18) L_alpha = -log(alpha) E[ log pi(a|s) + H ]                                          alpha_loss
 
 Order of one update   Q, pi (with the new Q), alpha, target: one after the other, as in the paper's box; the reference
                       computes all gradients at the old networks.

@@ -39,7 +39,7 @@ def command(out, *options, methods=("bc",), settings=TINY):
 
 
 def start(*args, **kwargs):
-    return subprocess.run(command(*args, **kwargs), cwd=ROOT, capture_output=True, text=True)
+    return subprocess.run(command(*args, **kwargs), cwd=ROOT, capture_output=True, text=True, timeout=600)
 
 
 def results(out):
@@ -114,9 +114,10 @@ def test_two_sweeps_share_a_folder_and_a_killed_one_is_resumed(umaze, tmp_path):
         start_new_session=True,
     )  # fmt: skip
     cell = tmp_path / "pointmaze-umaze-v0" / "bc"
-    deadline = time.time() + 120
+    deadline = time.time() + 300
     while not (cell / "checkpoint.msgpack").exists() and time.time() < deadline:
         time.sleep(0.05)
+    assert (cell / "checkpoint.msgpack").exists()
     second = start(tmp_path, settings=settings)
     assert "another sweep trains it" in second.stdout, second.stdout + second.stderr
     os.killpg(first.pid, signal.SIGKILL)
@@ -128,7 +129,7 @@ def test_two_sweeps_share_a_folder_and_a_killed_one_is_resumed(umaze, tmp_path):
         command(tmp_path, settings=settings), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         start_new_session=True,
     )  # fmt: skip
-    while time.time() < deadline + 120:
+    while time.time() < deadline + 300:
         lines = [json.loads(line)["step"] for line in (cell / "metrics.jsonl").read_text().splitlines()]
         if len(lines) > len(steps):
             break
