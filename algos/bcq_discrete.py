@@ -69,7 +69,7 @@ class Config:
     learning_rate: float = 1e-3  # of Adam (the reference: 3e-4)
     hidden: tuple[int, ...] = (256, 256)  # units of the hidden layers
     discount: float = 0.99  # gamma
-    tau: float = 0.1  # Polyak step of the target critic (the reference: 0.005)
+    tau: float = 0.05  # Polyak step of the target critic (the reference: 0.005)
     # BCQ
     threshold: float = 0.3  # of G(a|s) / max G: 0 is double DQN, 1 acts as cloning does
     absolute: bool = False  # the threshold is one of G(a|s) itself

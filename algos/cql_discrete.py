@@ -66,7 +66,7 @@ class Config:
     learning_rate: float = 1e-3  # of Adam (the reference: 3e-4)
     hidden: tuple[int, ...] = (256, 256)  # units of the hidden layers
     discount: float = 0.99  # gamma
-    tau: float = 0.1  # Polyak step of the target critic (the reference: 0.005)
+    tau: float = 0.05  # Polyak step of the target critic (the reference: 0.005)
     # CQL
     alpha: float = 1.0  # weight of the conservative term: 0 is DQN
     num_quantiles: int = 1  # of the return, whose mean is Q; 1 is DQN, more are QR-DQN (the paper on Atari: 200)

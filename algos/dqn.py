@@ -67,7 +67,7 @@ class Config:
     learning_rate: float = 1e-3  # of Adam (the reference: 3e-4)
     hidden: tuple[int, ...] = (256, 256)  # units of the hidden layers
     discount: float = 0.99  # gamma
-    tau: float = 0.1  # Polyak step of the target critic (the reference: 0.005)
+    tau: float = 0.05  # Polyak step of the target critic (the reference: 0.005)
     # DQN
     double: bool = False  # the online critic chooses the action whose value the target critic gives
     reward_shift: float = 0.0  # added to every reward

@@ -52,11 +52,11 @@ def updated(thresholds, logits=LOGITS, q=(1.0, 2.0, 3.0), target_q=(10.0, 20.0, 
 
 def test_target_and_policy_take_the_best_of_the_likely_actions():
     # G / max G = (1, 0.5, 0.167): threshold 0.3 allows a0 and a1, of which a1 has the larger Q: y = 1 + 0.9 * 20.
-    # Threshold 0 allows a2: y = 1 + 0.9 * 5. Thresholds 0.9 and 1 leave a0 alone: y = 1 + 0.9 * 10.
+    # 0.4 does too. 0 allows a2: y = 1 + 0.9 * 5. 0.9 and 1 leave a0 alone: y = 1 + 0.9 * 10.
     # Q(s, a2) = 3, Huber: y - 3.5. The step is large: G of after it would allow only a2 at 0.3.
-    info, action = updated([0.3, 0.0, 0.9, 1.0], learning_rate=10.0)
-    np.testing.assert_allclose(info["critic_loss"] + 3.5, [19.0, 5.5, 10.0, 10.0], rtol=1e-6)
-    np.testing.assert_array_equal(action, [1, 2, 0, 0])
+    info, action = updated([0.3, 0.4, 0.0, 0.9, 1.0], learning_rate=10.0)
+    np.testing.assert_allclose(info["critic_loss"] + 3.5, [19.0, 19.0, 5.5, 10.0, 10.0], rtol=1e-6)
+    np.testing.assert_array_equal(action, [1, 1, 2, 0, 0])
 
 
 def test_absolute_threshold_is_one_of_the_probability_and_falls_back_to_the_likeliest_action():
@@ -64,6 +64,8 @@ def test_absolute_threshold_is_one_of_the_probability_and_falls_back_to_the_like
     info, action = updated([0.05, 0.25, 0.35, 0.7], absolute=True, learning_rate=10.0)
     np.testing.assert_allclose(info["critic_loss"] + 3.5, [5.5, 19.0, 10.0, 10.0], rtol=1e-6)
     np.testing.assert_array_equal(action, [2, 1, 0, 0])
+    _, action = updated([0.05, 0.7], logits=np.roll(LOGITS, 1), q=(3.0, 2.0, 1.0), absolute=True)  # G = (0.1, 0.6, 0.3)
+    np.testing.assert_array_equal(action, [0, 1])
 
 
 def test_an_unlikely_action_is_not_taken_where_all_others_have_a_negative_q():
