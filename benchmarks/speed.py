@@ -4,7 +4,8 @@
     python benchmarks/speed.py --algos iql --seeds 1 --against d3rlpy --python /tmp/d3/bin/python
     python benchmarks/speed.py --algos sac_n edac --seeds 1 --set num_critics=10,50,500    # a row for each
 
-What is measured, at obs 17, action 6, hidden 256-256, batch 256, float32, on 100,000 random transitions:
+What is measured, at obs 17, action 6 (6 discrete ones, where an algorithm takes no others), hidden 256-256, batch 256,
+float32, on 100,000 random transitions:
 - Updates per second, of all seeds together, of an algorithm file's own `make_train`, with the seeds spread over the
   devices as its `main` does it. Evaluation, checkpoints and data loading are outside.
 - The share of the matrix-product bound. The bound is the rate (FLOP/s) of a 2048 x 2048 x 2048 float32 product, at
@@ -75,28 +76,31 @@ def main(options: Options):
     started, load = time.time(), os.getloadavg()[0]
     if load > 0.5:
         print(f"Other programs are running (load average {load:.1f}): expect low and uneven numbers.", file=sys.stderr)
+    commit = subprocess.getoutput(f"git -C {HERE} describe --always --dirty --abbrev=40")
     results = []
     for algo, setting, seeds in itertools.product(options.algos, settings, options.seeds):
         print(f"{label(algo, setting)}, {seeds} seed{'s' * (seeds > 1)} ...", file=sys.stderr, flush=True)
         about, row = measure(algo, setting, seeds, options)
         results.append(row)
-    report = {
-        "command": " ".join(sys.argv),
-        "commit": subprocess.getoutput(f"git -C {HERE} describe --always --dirty --abbrev=40"),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "device": about["device"],
-        "processor": processor(),
-        "cores": os.cpu_count(),
-        "load_average": {"before": load, "after": os.getloadavg()[0]},  # before: near 0 on a quiet machine
-        "versions": about["versions"],
-        "shape": SHAPE,
-        "seconds": round(time.time() - started),
-        "results": results,
-    }
-    slug = "".join(c if c.isalnum() else "-" for c in about["device"].lower())
-    out = Path(options.out or HERE / "results" / f"speed-{slug}.json")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(report, indent=2) + "\n")
+        report = {
+            "command": " ".join(sys.argv),
+            "commit": commit,
+            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "device": about["device"],
+            "processor": processor(),
+            "cores": os.cpu_count(),
+            "load_average": {"before": load, "after": os.getloadavg()[0]},  # before: near 0 on a quiet machine
+            "versions": about["versions"],
+            "shape": SHAPE,
+            "seconds": round(time.time() - started),
+            "results": results,
+        }
+        slug = "".join(c if c.isalnum() else "-" for c in about["device"].lower())
+        out = Path(options.out or HERE / "results" / f"speed-{slug}.json")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        # After each row and in one step, so that a run that ends early leaves a whole file of what it measured
+        Path(f"{out}.part").write_text(json.dumps(report, indent=2) + "\n")
+        os.replace(f"{out}.part", out)
     print(f"{table(report)}\n\nWritten to {out}")
 
 
@@ -265,16 +269,26 @@ def worker(algo: str, setting: dict, seeds: int, updates: int, cache: str):
                         num_updates=1_000_000, log_interval=log_interval)  # fmt: skip
     setting = {name: tuple(value) if isinstance(value, list) else value for name, value in setting.items()}
     cfg = dataclasses.replace(cfg, **setting)
-    agent = module.make_agent(cfg, spec)
+    try:
+        agent = module.make_agent(cfg, spec)
+    except SystemExit:  # it needs discrete actions
+        spec = Spec(SHAPE["obs_dim"], SHAPE["action_dim"], discrete=True)
+        agent = module.make_agent(cfg, spec)
     rng, rows = np.random.default_rng(0), SHAPE["rows"]
+
+    def actions():
+        if spec.discrete:
+            return rng.integers(spec.action_dim, size=rows, dtype=np.int32)
+        return rng.uniform(-1, 1, (rows, spec.action_dim)).astype(np.float32)
+
     dataset = Transition(
         obs=rng.standard_normal((rows, spec.obs_dim), np.float32),
-        action=rng.uniform(-1, 1, (rows, spec.action_dim)).astype(np.float32),
+        action=actions(),
         reward=rng.standard_normal(rows, np.float32),
         next_obs=rng.standard_normal((rows, spec.obs_dim), np.float32),
         terminal=(rng.random(rows) < 0.001).astype(np.float32),
         # The optional columns, whether the algorithm needs them or not: XLA drops what no update reads
-        next_action=rng.uniform(-1, 1, (rows, spec.action_dim)).astype(np.float32),
+        next_action=actions(),
         episode=np.arange(rows, dtype=np.int32) // 1_000,
         return_to_go=rng.standard_normal(rows, np.float32),
     )

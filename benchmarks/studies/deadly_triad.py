@@ -29,6 +29,7 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
+from provenance import device, provenance  # noqa: E402
 
 from common.datasets import Spec, Transition  # noqa: E402
 
@@ -113,7 +114,7 @@ def draw(weights, beliefs, path):
 
 
 def main():
-    weights, beliefs = linear(), {}
+    about, weights, beliefs = provenance(), linear(), {}
     for label, (name, fields) in METHODS.items():
         beliefs[label] = networks(name, fields)
         final = beliefs[label][:, -1]
@@ -121,7 +122,8 @@ def main():
         print(f"{label:7s} Q after {UPDATES} updates: {spread}", flush=True)
     result = {
         "settings": {**COMMON, "seeds": SEEDS},
-        "jax": jax.__version__,
+        **about,
+        **device(),
         "linear": {label: float(values[-1]) for label, values in weights.items()},
         "networks": {label: values[:, -1].tolist() for label, values in beliefs.items()},
     }

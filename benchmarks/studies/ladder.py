@@ -28,6 +28,7 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
+from provenance import device, provenance  # noqa: E402
 from scipy.optimize import brentq  # noqa: E402
 from scipy.special import expit, rel_entr  # noqa: E402
 
@@ -137,7 +138,7 @@ def draw(results, path):
 
 
 def main():
-    results, cache = {}, {}
+    made_by, results, cache = provenance(), {}, {}
     with tempfile.TemporaryDirectory() as root:
         os.environ["MINARI_DATASETS_PATH"] = root
         for i, (case, (good, bad)) in enumerate(REWARDS.items()):
@@ -155,7 +156,7 @@ def main():
                 }
                 shown = [f"{x:.4f}" if x is not None else "none" for x in (learned, exact)]
                 print(f"{case:10s} {label:11s} learned {shown[0]}, closed form {shown[1]}  {refused}", flush=True)
-    about = {"rewards": REWARDS, "settings": COMMON, "methods": METHODS, "jax": jax.__version__}
+    about = {"rewards": REWARDS, "settings": COMMON, "methods": METHODS} | made_by | device()
     (HERE / "ladder.json").write_text(json.dumps(about | {"results": results}, indent=1))
     draw(results, HERE / "ladder.png")
 

@@ -29,6 +29,7 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
+from provenance import device, provenance  # noqa: E402
 from scipy.sparse import csr_array  # noqa: E402
 
 from common.datasets import load_dataset  # noqa: E402
@@ -47,7 +48,7 @@ METHODS = {  # label: algorithm, fields
     "4 critics": ("sac_n", {"num_critics": 4}),
     "10 critics": ("sac_n", {"num_critics": 10}),
     "20 critics": ("sac_n", {"num_critics": 20}),
-    "BEAR": ("bear", {}),
+    "BEAR": ("bear", {"vae_hidden": (128, 128)}),
 }
 PUBLISHED = {  # CQL's Table 4, on D4RL's v0 data: orders of magnitude only. value.md, section 1: partly second-hand
     "CQL(H)": (-43.2, -10.93, -7.48),
@@ -180,11 +181,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tabular", action="store_true", help="the exact part alone")
     only_tabular = parser.parse_args().tabular
-    result = {"alphas": ALPHAS.tolist(), "tabular": tabular()}
+    result = {**provenance(), "alphas": ALPHAS.tolist(), "tabular": tabular()}
     if not only_tabular:
         result |= {"settings": SETTINGS, "networks": networks()}
         (HERE / "lower_bound.md").write_text(f"# Believed minus true value\n\n{table(result['networks'])}\n")
-    (HERE / "lower_bound.json").write_text(json.dumps(result, indent=1) + "\n")
+    (HERE / "lower_bound.json").write_text(json.dumps(result | device(), indent=1) + "\n")
     draw(result, HERE / "lower_bound.png")
 
 

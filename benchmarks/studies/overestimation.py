@@ -21,6 +21,7 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
+from provenance import device, provenance  # noqa: E402
 
 from algos import sac  # noqa: E402
 
@@ -33,10 +34,10 @@ SETTINGS = dict(num_seeds=4, num_updates=40_000, eval_interval=4_000, log_interv
 def train(size):
     """The evaluations of SAC on that many transitions: a run folder as any other, resumed where it was killed."""
     out = HERE.parents[1] / "runs" / "overestimation" / size
-    summary = sac.main(sac.Config(dataset=f"stitch/halfcheetah-medium-{size}-v0", out=str(out), **SETTINGS))
+    sac.main(sac.Config(dataset=f"stitch/halfcheetah-medium-{size}-v0", out=str(out), **SETTINGS))
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     curves = {name: by_seed(lines, name) for name in ("believed_value", "true_value", "score")}
-    return {"steps": sorted({line["step"] for line in lines}), **curves}, summary
+    return {"steps": sorted({line["step"] for line in lines}), **curves}
 
 
 def by_seed(lines, name):
@@ -79,11 +80,9 @@ def draw(curves, path):
 
 
 def main():
-    curves, about = {}, {}
-    for size in SIZES:
-        curves[size], summary = train(size)
-        about = {name: summary[name] for name in ("commit", "versions", "device")}
-    result = {"settings": SETTINGS, **about, "curves": curves}
+    about = provenance()
+    curves = {size: train(size) for size in SIZES}
+    result = {**about, **device(), "settings": SETTINGS, "curves": curves}
     (HERE / "overestimation.json").write_text(json.dumps(result, indent=1) + "\n")
     draw(curves, HERE / "overestimation.png")
     (HERE / "overestimation.md").write_text(

@@ -27,6 +27,7 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
+from provenance import device, provenance  # noqa: E402
 
 from algos import bear, brac  # noqa: E402
 from common.datasets import Spec, Transition  # noqa: E402
@@ -120,7 +121,7 @@ def draw(results, path):
 
 
 def main():
-    data = make_data()
+    about, data = provenance(), make_data()
     curves = {label: learned(*args, data) for label, args in LEARNED.items()}
     results = {"Exact": exact(), "Learned": {label: expected for label, (expected, _) in curves.items()}}
     acting = {"acting": {label: x for label, (_, x) in curves.items()}}
@@ -134,7 +135,7 @@ def main():
         "share of the best reward in the worse state, at the best strength:", {k: round(v, 2) for k, v in best.items()}
     )
     (HERE / "support.json").write_text(
-        json.dumps({"jax": jax.__version__, "best": best, **results, **acting}, indent=1) + "\n"
+        json.dumps({**about, **device(), "best": best, **results, **acting}, indent=1) + "\n"
     )
     draw(results, HERE / "support.png")
 
