@@ -1,5 +1,6 @@
 """benchmarks/sweep.py: which cells there are, that each ends once, and that no failure stops the others."""
 
+import fnmatch
 import importlib.util
 import json
 import os
@@ -8,8 +9,11 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 
 import pytest
+
+from common.datasets import Spec
 
 ROOT = pathlib.Path(__file__).parents[1]
 UMAZE = "stitch/pointmaze-umaze-v0"
@@ -164,3 +168,23 @@ def test_ray_ends_every_cell_once_though_a_node_dies(umaze, tmp_path):
     assert lines.keys() == {f"pointmaze-umaze-v0/bc,batch_size={size}" for size in (16, 17, 18, 19)}
     assert all(line["num_updates"] == 1500 and len(line["returns"]) == 1 for line in lines.values())
     assert not list(tmp_path.rglob("failed.json")) and not list(tmp_path.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize("name", ["quick", "full"])
+def test_the_protocols_have_every_algorithm_and_no_setting_that_fits_nothing(sweep, name):
+    protocols = tomllib.loads((ROOT / "benchmarks" / "protocols.toml").read_text())
+    cells = sweep.make_cells(sweep.Options(name), protocols)  # refuses a field that an algorithm does not have
+    algos = {path.stem for path in (ROOT / "algos").glob("*.py")} - {"__init__"}
+    assert {cell.algo for cell in cells} == algos
+    for algo, patterns in protocols[name]["tuned"].items():
+        for pattern, settings in patterns.items():
+            assert algo in algos and settings["source"], (algo, pattern)
+            assert any(fnmatch.fnmatchcase(dataset, pattern) for dataset in protocols[name]["datasets"]), pattern
+    # -1 a step is for a reward of 1 at a goal, which only the mazes have: elsewhere it makes death a way out
+    for cell in cells:
+        module = importlib.import_module(f"algos.{cell.algo}")
+        config = module.Config(**cell.config)
+        if getattr(config, "reward_shift", 0) < 0 and "pointmaze" not in config.dataset:
+            assert any(word in config.dataset for word in ("cartpole", "icu")), cell.name
+            with pytest.raises(SystemExit, match="continuous"):
+                module.make_agent(config, Spec(4, 2, discrete=True))
