@@ -54,6 +54,9 @@ def test_the_penalised_values_of_a_chain_are_the_closed_forms(study):
     assert reward.tolist() == [[1, 5], [0, 0]] and behaviour.tolist() == [[0.75, 0.25], [0, 0]]
     policy = study.constrained_greedy(transition, reward, behaviour)
     assert policy[0] == 0  # 1 / (1 - 0.99) = 100, against 5
+    data = two_states()
+    unpleasant = study.empirical_mdp(data._replace(reward=-data.reward), 3)  # the third action, never tried, has 0
+    assert study.constrained_greedy(*unpleasant)[0] == 1
     for push_up, penalty in ((0, 1 / 0.75), (1, 1 / 0.75 - 1)):
         value = study.believed(transition, reward, behaviour, policy, 0.3, push_up)
         assert value == pytest.approx([(1 - 0.3 * penalty) / (1 - study.DISCOUNT), 0])
