@@ -8,7 +8,7 @@
 Tables     The run folders in benchmarks/results/PROTOCOL, as benchmarks/sweep.py leaves them: a row for each method, a
            column for each dataset, and the interquartile mean (IQM) of all. They go between the marks
            `<!-- report:PROTOCOL:begin -->` and `<!-- report:PROTOCOL:end -->`: of README.md the whole table, of a page
-           algos/x.md the rows of that algorithm.
+           algos/x.md the rows of that algorithm, and what its critic believes beside what is true.
 Pictures   benchmarks/results/PROTOCOL/*.png: learning curves of each dataset; IQM, performance profiles and probability
            of improvement, as in Agarwal et al. (2021), https://arxiv.org/abs/2108.13264
 Intervals  95 %, percentiles of a bootstrap over seeds, stratified by dataset. Estimators and intervals are rliable's;
@@ -73,6 +73,7 @@ class Run(NamedTuple):
     place: str  # its folder, below that of the results
     scores: np.ndarray  # (seeds,) of the last evaluation
     summary: dict
+    values: np.ndarray  # (seeds, 2): its believed and true value; (0, 2) of a method without a Q-function
 
 
 def read_runs(folder: Path) -> list[Run]:
@@ -87,10 +88,16 @@ def read_runs(folder: Path) -> list[Run]:
             print(f"{run} was not scored: it is in no table.")
         else:
             place = run.relative_to(folder).as_posix()
-            runs.append(Run(run.name, summary["algo"], summary["dataset"], place, scores, summary))
+            runs.append(Run(run.name, summary["algo"], summary["dataset"], place, scores, summary, read_values(run)))
     if not runs:
         raise SystemExit(f"{folder} holds no finished run: python benchmarks/sweep.py {folder.name}")
     return sorted(runs, key=lambda run: (run.dataset, run.method))
+
+
+def read_values(run: Path) -> np.ndarray:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    last = [line for line in lines if line["step"] == lines[-1]["step"] and "believed_value" in line]
+    return np.array([[line["believed_value"], line["true_value"]] for line in last]).reshape(-1, 2)
 
 
 def short(dataset_id: str) -> str:
@@ -186,6 +193,10 @@ def table(runs: list[Run], protocol: str, algo: str | None = None, up: str = "")
                 cells[run.dataset] = with_interval(mean, [run.scores], f"{results}/{run.place}")
         total = with_interval(iqm, rows[method]) if method in rows else "–"
         lines.append([f"[{method}]({up}algos/{name}.md)", *cells.values(), total])
+        values = {run.dataset: run.values for run in runs if run.method == method and len(run.values)}
+        if algo and values:  # on its page
+            cells = [over_estimation(values[dataset]) if dataset in values else "–" for dataset in kinds]
+            lines.append(["believed − true value", *cells, "–"])
     seeds = spread([len(run.scores) for run in runs])
     episodes = spread([len(returns) for run in runs for returns in run.summary["returns"]])
     updates = spread([run.summary["num_updates"] for run in runs])
@@ -193,6 +204,11 @@ def table(runs: list[Run], protocol: str, algo: str | None = None, up: str = "")
         f"Score of the last evaluation ({episodes} episodes) after {updates} updates: mean over {seeds} seeds and, in "
         "brackets, the 95 % interval of a bootstrap over them, which is too narrow with few seeds."
     )
+    if any("believed" in line[0] for line in lines):
+        foot += (
+            " Below it: what the critic believes of the policy at the start states, less what the policy gets there "
+            "(in brackets), with rewards as the method sees them; means over the seeds."
+        )
     if aggregated:
         foot += f" IQM: interquartile mean over {', '.join(map(short, aggregated))}."
     if all(dataset.startswith("stitch/") for dataset in kinds):
@@ -207,6 +223,16 @@ def with_interval(statistic, row, link=""):
         return value  # one seed: nothing is known of the spread
     low, high = interval(statistic, row)
     return f"{value} ({low:.1f} to {high:.1f})"
+
+
+def over_estimation(values):
+    believed, true = values.mean(axis=0)
+    return f"{number(believed - true, '+')} ({number(true)})"
+
+
+def number(x, sign=""):
+    """Three digits, and whole numbers in full up to a million."""
+    return f"{x:{sign},.0f}" if 100 <= abs(x) < 1e6 else f"{x:{sign}.3g}"
 
 
 def spread(counts):

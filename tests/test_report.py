@@ -131,6 +131,19 @@ def test_table_shows_means_intervals_and_links(root):
         assert (root / link).is_dir() or link.endswith((".md", ".png")), link
 
 
+def test_a_page_shows_what_the_critic_believes_and_what_is_true(root):
+    """Of the last evaluation of each seed; README does not show it, nor a page of a method without a critic."""
+    run = root / "benchmarks" / "results" / "quick" / "maze-v0" / "iql"
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    values = [{"believed_value": 1000.0 * line["step"] + line["seed"], "true_value": 2.0} for line in lines]
+    text = "".join(json.dumps(line | value) + "\n" for line, value in zip(lines, values, strict=True))
+    (run / "metrics.jsonl").write_text(text)
+    runs = report.read_runs(root / "benchmarks" / "results" / "quick")
+    page = report.table(runs, "quick", "iql")
+    assert "| believed − true value | – | – | +499,999 (2) | – |" in page and "less what the policy gets" in page
+    assert all("believe" not in text for text in (report.table(runs, "quick"), report.table(runs, "quick", "bc")))
+
+
 def test_a_second_report_changes_nothing(root):
     report.main(report.Options())
     first = files(root)

@@ -1,6 +1,7 @@
 """What naive actor-critic believes offline, and what is true; then the same for every algorithm that learns a Q.
 
-    python benchmarks/studies/overestimation.py     # half an hour on two cores; killed, it goes on where it stopped
+    python benchmarks/studies/overestimation.py           # half an hour on two cores; a killed one goes on
+    python benchmarks/studies/overestimation.py --table   # at once: the table alone, after new quick results
 
 Claims (LECTURES L3 to L5): trained on recorded HalfCheetah data alone, SAC fails however many transitions there are, so
 that this is no over-fitting; what it believes of its policy lies orders of magnitude above what the policy gets, since
@@ -12,7 +13,10 @@ Writes overestimation.json and overestimation.png beside it: SAC on 1k to 1M tra
 training; and overestimation.md: believed minus true value at the last evaluation of every run of the quick protocol.
 """
 
+import argparse
+import itertools
 import json
+import sys
 from pathlib import Path
 
 import matplotlib
@@ -26,6 +30,10 @@ from provenance import device, provenance  # noqa: E402
 from algos import sac  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+from report import number, over_estimation, read_runs, short  # noqa: E402
+
 SIZES = ("1k", "10k", "100k", "1m")
 SETTINGS = dict(num_seeds=4, num_updates=40_000, eval_interval=4_000, log_interval=1_000, eval_episodes=5,
                 learning_rate=3e-4, tau=0.005, reward_shift=0.0)  # fmt: skip  # the reference's step sizes
@@ -47,18 +55,16 @@ def by_seed(lines, name):
 
 def quick_table():
     """Markdown: believed minus true value, and in brackets the true one, of the last evaluation of each quick run."""
-    cells = {}
-    for path in sorted((HERE.parent / "results" / "quick").glob("*/*/metrics.jsonl")):
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
-        last = [line for line in lines if line["step"] == lines[-1]["step"] and "believed_value" in line]
-        if last:
-            believed, true = (np.array([line[name] for line in last]) for name in ("believed_value", "true_value"))
-            error = believed - true
-            shown = f"{error.mean():+.3g} ({true.mean():.3g}); {error.min():+.2g} to {error.max():+.2g}"
-            cells[path.parent.name, path.parent.parent.name] = shown
-    methods, datasets = ({key[i] for key in cells} for i in (0, 1))
-    rows = [["method", *sorted(datasets)], ["---"] * (1 + len(datasets))]
-    rows += [[m, *(cells.get((m, d), "–") for d in sorted(datasets))] for m in sorted(methods)]
+    runs = [run for run in read_runs(HERE.parent / "results" / "quick") if len(run.values)]
+    datasets, methods = sorted({run.dataset for run in runs}), sorted({run.method for run in runs})
+    cells = dict.fromkeys(itertools.product(methods, datasets), "–")
+    for run in runs:
+        error = run.values[:, 0] - run.values[:, 1]
+        cells[run.method, run.dataset] = (
+            f"{over_estimation(run.values)}; {number(error.min(), '+')} to {number(error.max(), '+')}"
+        )
+    rows = [["method", *map(short, datasets)], ["---"] * (1 + len(datasets))]
+    rows += [[method, *(cells[method, dataset] for dataset in datasets)] for method in methods]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
@@ -80,16 +86,20 @@ def draw(curves, path):
 
 
 def main():
-    about = provenance()
-    curves = {size: train(size) for size in SIZES}
-    result = {**about, **device(), "settings": SETTINGS, "curves": curves}
-    (HERE / "overestimation.json").write_text(json.dumps(result, indent=1) + "\n")
-    draw(curves, HERE / "overestimation.png")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--table", action="store_true", help="overestimation.md alone, from the quick results")
+    if not parser.parse_args().table:
+        about = provenance()
+        curves = {size: train(size) for size in SIZES}
+        result = {**about, **device(), "settings": SETTINGS, "curves": curves}
+        (HERE / "overestimation.json").write_text(json.dumps(result, indent=1) + "\n")
+        draw(curves, HERE / "overestimation.png")
     (HERE / "overestimation.md").write_text(
         "# Believed minus true value\n\nOf every method of the quick protocol that learns a Q-function, at the last "
         "evaluation: mean over the seeds (in brackets the true value), then the lowest and the highest seed. Positive "
         "is over-estimation. Rewards are scaled and shifted as each method sees them, so compare within a cell. "
-        f"Made by `overestimation.py` from the runs in benchmarks/results/quick.\n\n{quick_table()}\n"
+        "Made by `overestimation.py --table` from the runs in benchmarks/results/quick.\n\n"
+        f"{quick_table()}\n"
     )
 
 
