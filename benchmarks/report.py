@@ -108,12 +108,12 @@ def short(dataset_id: str) -> str:
 def comparable(runs: list[Run]) -> tuple[list[str], dict[str, list[np.ndarray]]]:
     """What aggregates are over: the datasets, and for each method its scores on each of them, [(seeds,)].
 
-    These are the datasets with normalised scores that more than half of the methods have (some take only discrete
-    actions, others only continuous ones), and the methods that have all of them.
+    These are the datasets with normalised scores that two thirds of the methods or more have (some take only discrete
+    actions, more take only continuous ones), and the methods that have all of them.
     """
     methods = sorted({run.method for run in runs})
     count = Counter(run.dataset for run in runs if run.summary["score_kind"].startswith("normalised"))
-    datasets = sorted(dataset for dataset in count if count[dataset] > len(methods) / 2)
+    datasets = sorted(dataset for dataset in count if count[dataset] >= 2 / 3 * len(methods))
     rows = {m: [run.scores for run in runs if run.method == m and run.dataset in datasets] for m in methods}
     return datasets, {method: row for method, row in rows.items() if datasets and len(row) == len(datasets)}
 

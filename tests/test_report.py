@@ -204,7 +204,7 @@ def test_one_seed_has_no_interval():
 def test_aggregates_are_over_what_most_methods_have(root):
     results = root / "benchmarks" / "results" / "quick"
     make_run(results / "own-v0" / "bc", "own-v0", [1500.0, 2500.0, 2000.0], "bc", kind="raw return")
-    make_run(results / "rare-v0" / "bc", "stitch/rare-v0", [1.0, 2.0, 3.0], "bc")  # one method of three
+    make_run(results / "rare-v0" / "bc", "stitch/rare-v0", [1.0, 2.0, 3.0], "bc")  # one method of three; others: two
     datasets, rows = report.comparable(report.read_runs(results))
     assert datasets == ["D4RL/door/human-v2", "stitch/maze-v0"]
     assert rows.keys() == {"iql", "bc"}  # bc-top-10 lacks one

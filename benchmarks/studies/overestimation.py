@@ -35,7 +35,7 @@ sys.path.insert(0, str(HERE.parent))
 from report import number, over_estimation, read_runs, short  # noqa: E402
 
 SIZES = ("1k", "10k", "100k", "1m")
-SETTINGS = dict(num_seeds=4, num_updates=40_000, eval_interval=4_000, log_interval=1_000, eval_episodes=5,
+SETTINGS = dict(num_seeds=4, num_updates=20_000, eval_interval=2_000, log_interval=1_000, eval_episodes=5,
                 learning_rate=3e-4, tau=0.005, reward_shift=0.0)  # fmt: skip  # the reference's step sizes
 
 
