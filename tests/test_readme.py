@@ -4,8 +4,13 @@ import importlib.util
 import json
 import pathlib
 import re
+import sys
 
 ROOT = pathlib.Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))  # scripts that import each other as they do when they are run
+
+import report  # noqa: E402
+
 README = (ROOT / "README.md").read_text()
 RESULTS = ROOT / "benchmarks" / "results"
 UMAZE = RESULTS / "pointmaze-umaze-v0"
@@ -54,3 +59,19 @@ def test_links_and_pictures_exist():
 def test_default_run_reaches_the_required_score_and_cloning_does_not():
     score = {p.name: json.loads((p / "summary.json").read_text())["score_mean"] for p in UMAZE.iterdir() if p.is_dir()}
     assert score["iql"] >= 90 and score["bc"] <= 20
+
+
+def test_trials_on_the_pages_are_those_of_the_result_files():
+    """A page's cell [SCORE, believes B, true T](.../trials/...): means over the seeds of the last evaluation."""
+    runs = {run.place: run for run in report.read_runs(RESULTS / "trials")}
+    cells = [
+        cell
+        for page in (ROOT / "algos").glob("*.md")
+        for cell in re.findall(r"\[([^]]*)\]\(\.\./benchmarks/results/trials/([^)]*)\)", page.read_text())
+    ]
+    assert {place for _, place in cells} == runs.keys()  # none is left unshown
+    for shown, place in cells:
+        run, (believed, true) = runs[place], runs[place].values.mean(axis=0)
+        score = f"{run.scores.mean():.1f}"
+        assert shown == f"{score}, believes {report.number(believed)}, true {report.number(true)}", place
+        assert "dirty" not in run.summary["commit"]
