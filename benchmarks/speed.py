@@ -239,7 +239,8 @@ def table(report):
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n\n" + foot
 
 
-def spread(values, form=",.0f"):
+def spread(values, form=None):
+    form = form or (",.0f" if min(values) >= 10 else ",.1f")
     return f"{statistics.median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
 
 

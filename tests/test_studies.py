@@ -71,6 +71,15 @@ def test_a_bound_starts_after_the_last_alpha_that_over_estimates(study):
     assert study.first_below(gaps + 2) == np.inf
 
 
+@pytest.mark.parametrize("study", ["lower_bound"], indirect=True)
+def test_the_committed_table_of_bounds_is_that_of_the_committed_result(study):
+    result = json.loads((STUDIES / "lower_bound.json").read_text())
+    assert study.table(result["networks"]) in (STUDIES / "lower_bound.md").read_text()
+    conservative, two = result["networks"]["CQL(H)"], result["networks"]["2 critics"]
+    for dataset in study.DATASETS:  # the claim: below the truth, where the smaller of two critics is far above it
+        assert max(conservative[dataset]) < 0 < 1_000 < min(two[dataset])
+
+
 @pytest.mark.parametrize("study", ["overestimation"], indirect=True)
 def test_the_committed_table_of_over_estimation_is_that_of_the_quick_results(study):
     """report.py reads the values, and test_report.py tests that."""
