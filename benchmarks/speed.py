@@ -272,7 +272,9 @@ def worker(algo: str, setting: dict, seeds: int, updates: int, cache: str):
     cfg = dataclasses.replace(cfg, **setting)
     try:
         agent = module.make_agent(cfg, spec)
-    except SystemExit:  # it needs discrete actions
+    except SystemExit as refusal:
+        if "needs discrete actions" not in str(refusal):
+            raise
         spec = Spec(SHAPE["obs_dim"], SHAPE["action_dim"], discrete=True)
         agent = module.make_agent(cfg, spec)
     rng, rows = np.random.default_rng(0), SHAPE["rows"]

@@ -204,10 +204,14 @@ def test_one_seed_has_no_interval():
 def test_aggregates_are_over_what_most_methods_have(root):
     results = root / "benchmarks" / "results" / "quick"
     make_run(results / "own-v0" / "bc", "own-v0", [1500.0, 2500.0, 2000.0], "bc", kind="raw return")
-    make_run(results / "rare-v0" / "bc", "stitch/rare-v0", [1.0, 2.0, 3.0], "bc")  # one method of three; others: two
+    for method in ("x", "y"):
+        make_run(results / "maze-v0" / method, "stitch/maze-v0", [1.0, 2.0, 3.0])
+        make_run(results / "D4RL" / "door" / "human-v2" / method, "D4RL/door/human-v2", [1.0, 2.0, 3.0])
+    for method in ("bc", "x", "y"):  # three methods of five, where four have the door and five the maze
+        make_run(results / "rare-v0" / method, "stitch/rare-v0", [1.0, 2.0, 3.0])
     datasets, rows = report.comparable(report.read_runs(results))
     assert datasets == ["D4RL/door/human-v2", "stitch/maze-v0"]
-    assert rows.keys() == {"iql", "bc"}  # bc-top-10 lacks one
+    assert rows.keys() == {"iql", "bc", "x", "y"}  # bc-top-10 lacks one
     np.testing.assert_array_equal(rows["bc"], [[5, 5, 5], [10, 20, 0]])
 
 

@@ -1,7 +1,10 @@
 """benchmarks/speed.py: which rows it measures, and how it names them. The numbers themselves need a quiet machine."""
 
+import json
+import sys
+
 import pytest
-from test_readme import load_speed
+from test_readme import ROOT, load_speed
 
 speed = load_speed()
 
@@ -23,3 +26,17 @@ def test_a_setting_without_a_field_or_a_value_is_refused(bad):
 def test_a_field_that_the_algorithm_does_not_have_is_refused(tmp_path):
     with pytest.raises(SystemExit, match="bc has no setting num_critics."):
         speed.worker("bc", {"num_critics": 10}, 1, 10, str(tmp_path))
+
+
+def test_what_an_algorithm_refuses_for_another_reason_stays_refused(tmp_path):
+    with pytest.raises(SystemExit, match="num_critics must be at least 2"):
+        speed.worker("edac", {"num_critics": 1}, 1, 10, str(tmp_path))
+
+
+def test_algorithms_for_discrete_actions_are_measured_on_those(tmp_path):
+    job = {"algo": "dqn", "setting": {}, "seeds": 1, "updates": 2, "cache": str(tmp_path)}
+    command = [sys.executable, str(ROOT / "benchmarks" / "speed.py"), "worker", json.dumps(job)]
+    worker = speed.Worker(command)
+    assert worker.ask("about")["flops_per_update"] > 0
+    worker.close()
+    assert worker.process.returncode == 0
