@@ -1,6 +1,7 @@
 """benchmarks/speed.py: which rows it measures, and how it names them. The numbers themselves need a quiet machine."""
 
 import json
+import subprocess
 import sys
 
 import pytest
@@ -28,15 +29,20 @@ def test_a_field_that_the_algorithm_does_not_have_is_refused(tmp_path):
         speed.worker("bc", {"num_critics": 10}, 1, 10, str(tmp_path))
 
 
+def worker_process(algo, setting, cache):
+    """One of speed.py's own processes: a worker sets the number of devices, which must come before JAX starts."""
+    job = {"algo": algo, "setting": setting, "seeds": 1, "updates": 2, "cache": str(cache)}
+    return [sys.executable, str(ROOT / "benchmarks" / "speed.py"), "worker", json.dumps(job)]
+
+
 def test_what_an_algorithm_refuses_for_another_reason_stays_refused(tmp_path):
-    with pytest.raises(SystemExit, match="num_critics must be at least 2"):
-        speed.worker("edac", {"num_critics": 1}, 1, 10, str(tmp_path))
+    command = worker_process("edac", {"num_critics": 1}, tmp_path)
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1 and "num_critics must be at least 2" in done.stderr
 
 
 def test_algorithms_for_discrete_actions_are_measured_on_those(tmp_path):
-    job = {"algo": "dqn", "setting": {}, "seeds": 1, "updates": 2, "cache": str(tmp_path)}
-    command = [sys.executable, str(ROOT / "benchmarks" / "speed.py"), "worker", json.dumps(job)]
-    worker = speed.Worker(command)
+    worker = speed.Worker(worker_process("dqn", {}, tmp_path))
     assert worker.ask("about")["flops_per_update"] > 0
     worker.close()
     assert worker.process.returncode == 0
