@@ -65,7 +65,7 @@ class Config:
     learning_rate: float = 1e-3  # of every Adam; the actor's decays to 0 along a cosine (the reference: 3e-4)
     hidden: tuple[int, ...] = (256, 256)  # units of the hidden layers
     discount: float = 0.99  # gamma
-    tau: float = 0.02  # Polyak step of the target critic (the reference: 0.005)
+    tau: float = 0.05  # Polyak step of the target critic (the reference: 0.005)
     # IQL
     expectile: float = 0.9  # tau of eq. 5: 0.5 is SARSA, 1 the in-sample maximum
     beta: float = 10.0  # inverse temperature of eq. 7: 0 is behaviour cloning

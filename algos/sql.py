@@ -66,7 +66,7 @@ class Config:
     learning_rate: float = 1e-3  # of every Adam; the actor's decays to 0 along a cosine (the reference: 3e-4)
     hidden: tuple[int, ...] = (256, 256)  # units of the hidden layers
     discount: float = 0.99  # gamma
-    tau: float = 0.02  # Polyak step of the target critic (the reference: 0.005)
+    tau: float = 0.05  # Polyak step of the target critic (the reference: 0.005)
     # SQL
     alpha: float = 0.1  # weight of the penalty: towards 0 V is the in-sample maximum, towards infinity SARSA's
     max_weight: float = 100.0  # clip of the weights
