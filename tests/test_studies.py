@@ -3,6 +3,7 @@
 import importlib
 import json
 import pathlib
+import re
 
 import numpy as np
 import pytest
@@ -11,6 +12,12 @@ from common.datasets import Transition
 
 STUDIES = pathlib.Path(__file__).parents[1] / "benchmarks" / "studies"
 NAMES = ("deadly_triad", "ladder", "lower_bound", "overestimation", "support")
+
+
+def section(title):
+    """Of the studies' page, as one line."""
+    (text,) = re.findall(rf"^## {title}:.*\n([^#]*)", (STUDIES / "README.md").read_text(), flags=re.MULTILINE)
+    return " ".join(text.split())
 
 
 @pytest.fixture
@@ -88,6 +95,30 @@ def test_the_committed_table_of_bounds_is_that_of_the_committed_result(study):
 def test_the_committed_table_of_over_estimation_is_that_of_the_quick_results(study):
     """report.py reads the values, and test_report.py tests that."""
     assert study.quick_table() in (STUDIES / "overestimation.md").read_text()
+
+
+@pytest.mark.parametrize("study", ["overestimation"], indirect=True)
+def test_the_text_names_every_method_that_over_estimates_on_hopper(study):
+    naive = {"ddpg", "td3", "sac", "qt_opt", "mpo"}
+    runs = [run for run in study.read_runs(STUDIES.parent / "results" / "quick") if len(run.values)]
+    errors = [
+        np.subtract(*run.values.mean(axis=0))
+        for run in runs
+        if run.dataset.startswith("stitch/hopper") and run.method not in naive
+    ]
+    shown = set(re.findall(r"\+[\d,.]*\d", section("Over-estimation")))
+    assert shown == {study.number(error, "+") for error in errors if error > 0}
+    assert len(shown) < len(errors) / 2  # "most" believe too little
+
+
+def test_what_the_text_says_of_sac_is_in_its_result():
+    text, curves = section("Over-estimation"), json.loads((STUDIES / "overestimation.json").read_text())["curves"]
+    believed = {size: np.array(curve["believed_value"])[:, -1] for size, curve in curves.items()}
+    true = np.array([curve["true_value"] for curve in curves.values()])[..., -1]
+    small, large = believed["1k"], np.array([believed[size] for size in ("10k", "100k", "1m")])
+    assert f"{small.min():,.0f} to {small.max():,.0f} on 1k, and {large.min():,.0f} to {large.max():,.0f} on" in text
+    assert f"{true.min():.0f} to {true.max():.0f}.".replace("-", "−") in text
+    assert 45 < np.median(small) / np.median(believed["10k"]) < 55  # README's "some 50 times"
 
 
 @pytest.mark.parametrize("name", NAMES)
