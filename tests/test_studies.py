@@ -37,6 +37,22 @@ def test_one_weight_grows_only_where_the_three_come_together(study):
     assert ends["no approximation"] == pytest.approx(2 * discount)
 
 
+@pytest.mark.parametrize("study", ["deadly_triad"], indirect=True)
+def test_of_networks_too_the_batch_constrained_backup_is_the_cure(study):
+    assert study.METHODS["BCQ, phi 0"][1]["phi"] == 0
+    ends = json.loads((STUDIES / "deadly_triad.json").read_text())["networks"]
+    assert ends.keys() == {f"reward {reward}" for reward in study.REWARDS}
+    assert np.abs(ends["reward 0"]["BCQ, phi 0"]).max() < 1 < 1e6 < max(ends["reward 0"]["DDPG"])
+    constrained, naive = ends["reward 1"]["BCQ, phi 0"], [ends["reward 1"][label] for label in study.NAIVE]
+    assert 80 < min(constrained) and max(constrained) <= 100 and 1e5 < np.min(naive)  # 100 is true
+    text = section("The deadly triad")
+    diverged = {label: f"{np.sum(np.array(x) > 1e4)} of {study.SEEDS}" for label, x in ends["reward 0"].items()}
+    assert f"DDPG diverges on {diverged['DDPG']} seeds" in text and f"diverges on {diverged['SAC']}; TD3" in text
+    assert diverged["TD3"] == diverged["BCQ, phi 0"] == f"0 of {study.SEEDS}"
+    assert f"about {np.median(constrained):.0f} and {np.median(ends['reward 1']['IQL']):.0f} after" in text
+    assert f"({min(ends['reward 1']['BCQ']):.0f} to {max(ends['reward 1']['BCQ']):.0f})" in text
+
+
 @pytest.mark.parametrize("study", ["support"], indirect=True)
 def test_samples_of_a_kl_constraint_are_not_good_in_both_states_but_its_mode_and_a_support_constraint_are(study):
     points = study.exact()
@@ -49,6 +65,12 @@ def test_samples_of_a_kl_constraint_are_not_good_in_both_states_but_its_mode_and
     on_bridge = mean <= study.WIDTH  # the mode is the mean, to half a step of the grid
     assert points["KL"]["acting"][:, 1] == pytest.approx(np.where(on_bridge, 5 * mean, -1), abs=0.002)
     assert points["KL"]["acting"][:, 0] == pytest.approx(1)
+
+
+def test_the_text_on_the_bridge_gives_the_shares_of_samples_and_of_the_mode():
+    text, best = section("The narrow bridge"), json.loads((STUDIES / "support.json").read_text())["best"]
+    for share in [share for shares in best.values() for share in shares.values()]:
+        assert f"{100 * share:.0f} %" in text
 
 
 def two_states():

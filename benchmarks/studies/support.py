@@ -119,8 +119,8 @@ def draw(results, path):
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.4), dpi=120, sharex=True, sharey=True, layout="constrained")
     for axis, (title, curves) in zip(axes, results.items(), strict=True):
         for i, (label, rewards) in enumerate(curves.items()):
-            axis.plot(*rewards["acting"].T, "s--", color=f"C{i}", markersize=3, lw=1, alpha=0.7)
             axis.plot(*rewards["expected"].T, "o-", color=f"C{i}", markersize=4, label=label)
+            axis.plot(*rewards["acting"].T, "s--", color=f"C{i}", markersize=7, markerfacecolor="none", lw=1, zorder=3)
         axis.set(title=title, xlabel="reward in the field (at most 1)")
         axis.axhline(SLOPE * WIDTH, color="0.85", zorder=0)
         axis.legend(frameon=False)
