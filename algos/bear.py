@@ -167,8 +167,8 @@ def make_agent(cfg: Config, spec: Spec) -> Agent:
         policy = sample(Normal(*actor.apply(params, batch.obs)), cfg.num_mmd_samples, key_policy)  # before the tanh
         z = jax.random.normal(key_latent, (cfg.num_mmd_samples, *batch.reward.shape, latent_dim))
         z = jnp.clip(z, -cfg.latent_clip, cfg.latent_clip)
-        behavior = vae.apply(vae_params, repeat(batch.obs, cfg.num_mmd_samples), z, method="decode_unsquashed")
-        divergence = mmd(behavior, policy, cfg.kernel, cfg.mmd_sigma)
+        behaviour = vae.apply(vae_params, repeat(batch.obs, cfg.num_mmd_samples), z, method="decode_unsquashed")
+        divergence = mmd(behaviour, policy, cfg.kernel, cfg.mmd_sigma)
         q = critic.apply(critic_params, batch.obs, jnp.tanh(policy[0])).min(axis=0)
         chex.assert_equal_shape([divergence, q, batch.reward])
         loss = alpha * (divergence - cfg.mmd_threshold) - q_weight * q
