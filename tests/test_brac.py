@@ -168,6 +168,13 @@ def test_the_clones_entropy_is_kept_at_minus_one(no_noise, log_std, weight, slop
     np.testing.assert_allclose(jax.tree.leaves(gradient(after.behaviour))[0][1], slope, rtol=1e-4)
 
 
+def test_the_clones_entropy_is_that_of_its_own_actions(no_noise):
+    # b = tanh of N(0, 1) with the sample 0, of density 1 / sqrt(2 pi), wherever the data's action is
+    agent = brac.make_agent(LINEAR, Spec(1, 1))
+    _, info = jax.jit(agent.pretrain)(linear_state(agent, (0, 0), (0, 0)), rows(action=0.5))
+    np.testing.assert_allclose(info["entropy"], 0.918939, rtol=1e-5)
+
+
 def test_data_on_the_bounds_are_cloned_inside_them():
     # b = tanh of N(0, 1), a = 1: its density at 0.999
     agent = brac.make_agent(LINEAR, Spec(1, 1))
@@ -254,6 +261,34 @@ def test_actors_loss_and_its_gradient(no_noise):
     np.testing.assert_allclose(info["actor_loss"], 0.728783, rtol=1e-4)
     bias, kernel = jax.tree.leaves(gradient(after.actor))
     np.testing.assert_allclose([*bias, kernel[0, 0]], [0.231674, -2, 0.5 * 0.231674], rtol=1e-3)
+
+
+def test_q_is_asked_for_samples_of_the_policy():
+    # alpha = 0, Q = Q' = a, pi = tanh of N(s, 1), s' = 0 and s = 1; the data's action is 0. L_Q = 2 (0.99^2 E[t^2]),
+    # t = tanh(eps), and L_pi = -E[t], t = tanh(1 + eps), of the slope -E[(1 - t^2) eps] in log std. At the mode L_Q and
+    # that slope are 0.
+    eps = np.random.default_rng(0).normal(size=1_000_000)
+    t = np.tanh(1 + eps)
+    agent = brac.make_agent(dataclasses.replace(LINEAR, alpha=0.0), Spec(1, 1))
+    state = linear_state(agent, (1, 0), (0, 0), [[0, 1], [0, 1]], [[0, 1], [0, 1]])
+    after, info = jax.jit(agent.update)(state, rows(obs=1.0, terminal=np.zeros(16384)))
+    np.testing.assert_allclose(info["critic_loss"], 2 * 0.99**2 * (np.tanh(eps) ** 2).mean(), rtol=0.03)
+    np.testing.assert_allclose(info["actor_loss"], -t.mean(), rtol=0.03)
+    slope = jax.tree.leaves(gradient(after.actor))[0][1]
+    np.testing.assert_allclose(slope, -((1 - t**2) * eps).mean(), atol=0.02)  # 0.266
+
+
+def test_the_policys_log_std_is_at_least_minus_five(no_noise):
+    # log pi(0) - log b(0), of standard deviations e^-5 and 1
+    agent = brac.make_agent(LINEAR, Spec(1, 1))
+    _, info = jax.jit(agent.update)(linear_state(agent, (0, -9), (0, 0)), rows())
+    np.testing.assert_allclose(info["divergence"], 5, rtol=1e-5)
+
+
+def test_what_it_believes_is_the_smaller_critic():
+    agent = brac.make_agent(LINEAR, Spec(1, 1))
+    state = linear_state(agent, (0, 0), (0, 0), critics=[[0, 1], [0, 2]])
+    np.testing.assert_allclose(agent.q(state, jnp.zeros((1, 1)), jnp.ones((1, 1))), [1])
 
 
 def random_batch(discrete, n=8):

@@ -177,6 +177,13 @@ def test_bandit(optimised):
     np.testing.assert_allclose(entropy, -1, atol=0.15)
 
 
+def test_it_acts_by_the_squashed_mean():
+    act = sac.make_agent(LINEAR, Spec(1, 1)).act
+    for mean in (0.5, 2.0):
+        action = act(linear_state(mean=(mean, 0.0)), jnp.ones((1, 1)), jax.random.key(0))
+        np.testing.assert_allclose(action, [[np.tanh(mean)]], rtol=1e-5)
+
+
 def test_discrete_actions_are_refused_in_one_sentence():
     with pytest.raises(SystemExit, match="continuous actions"):
         sac.make_agent(sac.Config(), Spec(3, 4, discrete=True))
