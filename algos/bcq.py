@@ -116,7 +116,7 @@ def mix(q, min_weight):
 
 def make_agent(cfg: Config, spec: Spec) -> Agent:
     if spec.discrete:
-        raise SystemExit("This BCQ needs continuous actions and this dataset's are discrete: use EMaQ, IQL or BC.")
+        raise SystemExit("This BCQ needs continuous actions and this dataset's are discrete: use bcq_discrete.py.")
     latent_dim = 2 * spec.action_dim
     vae = VAE(spec.action_dim, latent_dim, cfg.vae_hidden)
     perturbation = DeterministicActor(spec.action_dim, cfg.hidden)
