@@ -19,7 +19,8 @@ Hyper-parameters      bear_hdf5_d4rl.py and the README of the reference (hopper,
 Deviations            1. The policy's loss has the Q of this update; the reference's has the one from before.
                       2. From the paper, as the reference: no target policy, no variance of an ensemble in L_pi.
                       3. One Adam step size for Q and the VAE.
-                      4. Batches are drawn on the device, with replacement.
+                      4. PyTorch's initialisation of every layer; the reference has rlkit's.
+                      5. Batches are drawn on the device, with replacement.
 Run                   python algos/bear.py --dataset stitch/pointmaze-umaze-v0
 """
 
