@@ -348,10 +348,10 @@ def test_it_acts_and_believes_by_the_networks_it_trains(case):
     name, rng = case.algo.__name__.removeprefix("algos."), np.random.default_rng(0)
 
     def depends(function, network, *args):
-        x = getattr(case.state, network)
-        other = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(x.dtype), params(x))
-        other = x._replace(params=other) if hasattr(x, "params") else other
-        return differ(function(case.state, *args), function(case.state._replace(**{network: other}), *args))
+        old = getattr(case.state, network)
+        new = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(x.dtype), params(old))
+        new = old._replace(params=new) if hasattr(old, "params") else new
+        return differ(function(case.state, *args), function(case.state._replace(**{network: new}), *args))
 
     trained = networks(case.state).keys()
     targets = {network for network in trained if network.startswith("target_")}
