@@ -20,7 +20,9 @@ Deviations            1. The policy starts as the clone; the reference's starts 
                       2. No dual forms of D, which train a network in an inner loop; no entropy term (there 0 too).
                       3. The clone's entropy bonus starts at weight 0, not 1, and is found by plain dual ascent.
                       4. log std is clipped to [-5, 2], not squashed into [-5, 0].
-                      5. Batches are drawn on the device, with replacement.
+                      5. A learned alpha moves by D from before the policy's step; the reference's by D after it.
+                      6. PyTorch's initialisation of every layer; the reference has Keras's.
+                      7. Batches are drawn on the device, with replacement.
 Run                   python algos/brac.py --dataset stitch/pointmaze-umaze-v0
 """
 
@@ -73,7 +75,7 @@ class Config:
     discount: float = 0.99  # gamma
     tau: float = 0.05  # Polyak step of the target critic (the reference: 0.005)
     # BRAC
-    pretrain_updates: int = 2_000  # gradient steps of the first phase, the cloning of b (the reference: 300,000)
+    pretrain_updates: int = 2_000  # gradient steps of the first phase, the cloning of b (the reference: 1,000,000)
     divergence: Literal["kl", "mmd"] = "kl"  # D: KL divergence, or squared maximum mean discrepancy
     value_penalty: bool = True  # D is a part of the value (BRAC-v), or of the actor's loss alone (BRAC-p)
     alpha: float = 1.0  # weight of D: 0 is an actor-critic without it; where it is learned, its first value
