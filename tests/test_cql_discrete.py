@@ -157,6 +157,15 @@ def test_target_of_the_quantiles_is_of_the_action_with_the_largest_mean(double, 
     np.testing.assert_allclose(info["q"], 0.5)
 
 
+def test_acts_by_the_mean_of_the_quantiles():
+    # Z(s, a0) = (0, 10), Z(s, a1) = (4, 5): means 5 and 4.5, where the first quantile alone prefers a1
+    agent = cql_discrete.make_agent(cql_discrete.Config(hidden=(), num_quantiles=2), Spec(1, 2, True))
+    state = jax.jit(agent.init)(jax.random.key(0))
+    state = state._replace(critic=state.critic._replace(params=constant([0.0, 4.0, 10.0, 5.0])))
+    assert not agent.act(state, jnp.zeros((3, 1)), jax.random.key(0)).any()
+    np.testing.assert_allclose(agent.q(state, jnp.zeros((2, 1)), jnp.arange(2)), [5.0, 4.5])
+
+
 def test_continuous_actions_are_refused_in_one_sentence():
     with pytest.raises(SystemExit, match="discrete actions"):
         cql_discrete.make_agent(cql_discrete.Config(), Spec(3, 2))
