@@ -15,8 +15,8 @@ From equation to code
 Order of one update   Q, (multiplier,) pi (with the new Q), alpha, target, as sac.py; the reference computes all
                       gradients at the old networks, with the new alpha.
 Hyper-parameters      weight, max_q_backup, backup_entropy and no multiplier: the reference's README for MuJoCo. Its
-                      AntMaze: `lagrange`, gap_target 1. As there, actor and alpha have a learning rate of their own,
-                      which sac.py has not. Steps are larger than its 3e-4, 1e-4 (actor) and 0.005.
+                      AntMaze: `lagrange`, gap_target 1. As in both, actor and alpha have a learning rate of their
+                      own, which sac.py has not. Steps are larger than its 3e-4, 1e-4 (actor) and 0.005.
 Deviations            1. The policy does not clone in its first 40,000 updates (the reference: it hardly matters).
                       2. Two hidden layers of PyTorch's initialisation, log std >= -20 (the reference: three, -5).
                       3. gap_target is the reference's tau / weight, the form of JaxCQL; the multiplier is not clipped.
