@@ -195,11 +195,13 @@ def test_a_critics_term_does_not_depend_on_the_other_critic():
     assert not np.array_equal(*(jax.tree.leaves(g)[0][1] for g in grads))
 
 
-def test_proposals_estimate_the_integral_of_exp_q():
+@pytest.mark.parametrize("mean", [(0.2, 0.0), (0.0, 0.5)])
+def test_proposals_estimate_the_integral_of_exp_q(mean):
     # Q = 2 a: log of the integral of e^(2a) over [-1, 1] = log sinh 2 = 1.288365; each of the three proposals estimates
-    # it, so the sum over 3 n has log(3 n) more. The data's action is 0, with Q = 0.
+    # it, so the sum over 3 n has log(3 n) more. The data's action is 0, with Q = 0. Were actions paired with the
+    # densities of others, a proposal of mean 0.5 would estimate 1.74 times the integral.
     cfg = dataclasses.replace(LINEAR, num_samples=2000)
-    state = linear_state(mean=(0.2, 0.0), log_std=0.3, critics=[[0.0, 2.0]] * 2)
+    state = linear_state(mean=mean, log_std=0.3, critics=[[0.0, 2.0]] * 2)
     _, info = update(cfg, Spec(1, 1), {}, state, rows_of(obs=1.0, action=0.0, next_obs=-1.0))
     np.testing.assert_allclose(info["gap"] - np.log(6000), 1.288365, atol=0.03)
 
