@@ -18,7 +18,8 @@ Hyper-parameters      The reference's examples/sac.py, but learning_rate and tau
 Deviations            1. As the reference: log(alpha), not alpha, multiplies the constraint.
                       2. PyTorch's initialisation of every layer; the reference has its own.
                       3. `reward_shift` is not in the paper: -1 for 0/1 rewards, as CORL does on AntMaze.
-                      4. Batches are drawn on the device, with replacement.
+                      4. The target critics start as copies; those of the reference are draws of their own.
+                      5. Batches are drawn on the device, with replacement.
 Run                   python algos/sac.py --dataset stitch/pointmaze-umaze-v0
 """
 
@@ -70,7 +71,7 @@ class Config:
     discount: float = 0.99  # gamma
     tau: float = 0.02  # Polyak step of the target critic (the reference: 0.005)
     # SAC
-    target_entropy: float = -1.0  # H of eq. 18, for each dimension of the action
+    target_entropy: float = -1.0  # H in L_alpha, for each dimension of the action
     reward_shift: float = -1.0  # added to every reward: -1 for tasks with reward 1 at a goal and 0 elsewhere
 
 
