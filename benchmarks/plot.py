@@ -102,9 +102,10 @@ def read_scores(run: Path):
     lines = [line for line in lines if "score" in line]  # a first phase is not evaluated
     if not lines:
         raise SystemExit(f"{run} has no evaluation yet: draw it after its first.")
-    steps = sorted({line["step"] for line in lines})
     seeds = sorted({line["seed"] for line in lines})
     score = {(line["seed"], line["step"]): line["score"] for line in lines}
+    # A run that is being written, or was cut short, lacks some seeds of its last one
+    steps = [step for step in sorted({line["step"] for line in lines}) if all((seed, step) in score for seed in seeds)]
     return np.array(steps), np.array([[score[seed, step] for step in steps] for seed in seeds], float)
 
 

@@ -57,7 +57,8 @@ def root(tmp_path, monkeypatch):
 
 def write_tables(root):
     """What a report writes, without its pictures."""
-    report.write_tables(root, "quick", report.read_runs(root / "benchmarks" / "results" / "quick"), check=False)
+    folder = root / "benchmarks" / "results" / "quick"
+    report.write_tables(root, "quick", report.read_runs(folder), report.read_failures(folder), check=False)
 
 
 def files(folder):
@@ -108,25 +109,23 @@ def test_table_shows_means_intervals_and_links(root):
     readme = (root / "README.md").read_text()
     assert readme.startswith("above\n<!-- report:quick:begin -->\n| method |")
     (row,) = [line for line in readme.splitlines() if line.startswith("| [iql]")]
-    assert row.startswith(
-        "| [iql](algos/iql.md) | [60.0](benchmarks/results/quick/D4RL/door/human-v2/iql) (50.0 to 70.0)"
-    )
+    cell = "[60.0](benchmarks/results/quick/D4RL/door/human-v2/iql) (50.0 to 70.0); published 3.3"
+    assert row.startswith(f"| [iql](algos/iql.md) | {cell} |")
     assert "[90.0](benchmarks/results/quick/maze-v0/iql) (80.0 to 100.0) | 75.0 (" in row
     # 75: of 50 60 70 80 90 100 without the lowest and the highest. The raw returns are not in it
     assert "| [2000.0](benchmarks/results/quick/own-v0/iql) (1500.0 to 2500.0) | [90.0]" in row
     (row,) = [line for line in readme.splitlines() if line.startswith("| [bc-top-10]")]
-    assert row.startswith("| [bc-top-10](algos/bc.md) | – | – | [40.0]") and row.endswith(" | – |")
+    assert row.startswith("| [bc-top-10](algos/bc.md) | not run | not run | [40.0]") and row.endswith(" | – |")
     assert "(2 episodes) after 500 updates: mean over 3 seeds" in readme
-    assert readme.endswith(
-        " IQM: interquartile mean over D4RL-door-human-v2, maze-v0.\n<!-- report:quick:end -->\nbelow\n"
-    )
+    assert " IQM: interquartile mean over D4RL-door-human-v2, maze-v0." in readme
+    assert readme.endswith(f" Published: {report.PUBLISHED['source']}.\n<!-- report:quick:end -->\nbelow\n")
     page = (root / "algos" / "bc.md").read_text()
-    assert "[5.0](../benchmarks/results/quick/D4RL/door/human-v2/bc) (5.0 to 5.0)" in page
+    assert "[5.0](../benchmarks/results/quick/D4RL/door/human-v2/bc) (5.0 to 5.0); published 2.3 |" in page
     assert "| [bc](../algos/bc.md)" in page and "| [bc-top-10](../algos/bc.md)" in page and "iql" not in page
     assert "own-v0" not in page  # no run of bc
     runs = report.read_runs(root / "benchmarks" / "results" / "quick")
-    assert "not comparable" in report.table([run for run in runs if run.dataset == "stitch/maze-v0"], "quick")
-    assert report.table(runs, "quick", "cql") == "No run yet."
+    assert "not comparable" in report.table([run for run in runs if run.dataset == "stitch/maze-v0"], [], ".")
+    assert report.table(runs, [], ".", "cql") == "No run yet."
     for link in [part.split(")")[0] for part in readme.split("](")[1:]]:
         assert (root / link).is_dir() or link.endswith((".md", ".png")), link
 
@@ -139,9 +138,9 @@ def test_a_page_shows_what_the_critic_believes_and_what_is_true(root):
     text = "".join(json.dumps(line | value) + "\n" for line, value in zip(lines, values, strict=True))
     (run / "metrics.jsonl").write_text(text)
     runs = report.read_runs(root / "benchmarks" / "results" / "quick")
-    page = report.table(runs, "quick", "iql")
+    page = report.table(runs, [], ".", "iql")
     assert "| believed − true value | – | – | +499,999 (2) | – |" in page and "less what the policy gets" in page
-    assert all("believe" not in text for text in (report.table(runs, "quick"), report.table(runs, "quick", "bc")))
+    assert all("believe" not in text for text in (report.table(runs, [], "."), report.table(runs, [], ".", "bc")))
 
 
 def test_a_second_report_changes_nothing(root):
@@ -159,7 +158,8 @@ def test_a_second_report_changes_nothing(root):
 
 
 @pytest.mark.parametrize("page", ["README.md", "algos/bc.md"])
-def test_check_fails_where_a_table_is_not_the_files_and_writes_nothing(root, page):
+def test_check_fails_where_a_table_is_not_the_files_and_writes_nothing(root, page, monkeypatch):
+    monkeypatch.setattr(report, "stale_pictures", lambda *_: [])  # a test of its own
     write_tables(root)
     text = (root / page).read_text()
     (root / page).write_text(text.replace("[5.0]", "[6.0]"))
@@ -209,7 +209,7 @@ def test_aggregates_are_over_what_most_methods_have(root):
         make_run(results / "D4RL" / "door" / "human-v2" / method, "D4RL/door/human-v2", [1.0, 2.0, 3.0])
     for method in ("bc", "x", "y"):  # three methods of five, where four have the door and five the maze
         make_run(results / "rare-v0" / method, "stitch/rare-v0", [1.0, 2.0, 3.0])
-    datasets, rows = report.comparable(report.read_runs(results))
+    datasets, rows = report.comparable(report.read_runs(results), [])
     assert datasets == ["D4RL/door/human-v2", "stitch/maze-v0"]
     assert rows.keys() == {"iql", "bc", "x", "y"}  # bc-top-10 lacks one
     np.testing.assert_array_equal(rows["bc"], [[5, 5, 5], [10, 20, 0]])
@@ -288,7 +288,7 @@ def test_selection_report_pools_the_folders_of_an_algorithm(tmp_path, capsys):
     assert cells[1:3] == ["iql", "3"] and cells[5:] == ["50.0", "50.0", "50.0 |"]
     np.testing.assert_allclose([float(cells[3]), float(cells[4])], 30, atol=2)
     assert (tmp_path / "out" / "selection_maze-v0.png").exists()
-    with pytest.raises(SystemExit, match="no finished run"):
+    with pytest.raises(SystemExit, match="finished run"):
         report.report_selection([tmp_path / "nowhere"], 8, tmp_path)
     make_run(tmp_path / "blind", "stitch/maze-v0", [float("nan")])
     with pytest.raises(SystemExit, match="not all runs were scored"):
