@@ -48,9 +48,8 @@ ROOT = Path(__file__).resolve().parents[1]
 RESAMPLES = 5_000  # of the bootstrap
 BUDGETS = (0, 1, 10, 100)  # evaluation episodes, in the table of --selection
 PUBLISHED = tomllib.loads((Path(__file__).parent / "published.toml").read_text())
-NARROW = (
-    "with 3 seeds it holds a dataset's true mean in about 75 % of cases"  # 1 - 2 / 2^3, where the scores are symmetric
-)
+# 1 - 2 / 2^3, where the scores are symmetric: then it is from the lowest of the three to the highest
+NARROW = "with 3 seeds it holds a dataset's true mean in about 75 % of cases"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,6 +139,8 @@ def read_run(run: Path, folder: Path, summary: dict, scores: np.ndarray) -> Run:
     steps, curve = read_scores(run)
     if not np.array_equal(curve[:, -1], scores):
         raise ValueError("metrics.jsonl does not end with the scores of summary.json")
+    if missing := {"returns", "num_updates", "score_kind"} - summary.keys():
+        raise ValueError(f"summary.json lacks {', '.join(sorted(missing))}")
     digest = hashlib.sha256(b"".join(contents)).hexdigest()
     place = run.relative_to(folder).as_posix()
     return Run(run.name, summary["algo"], summary["dataset"], place, scores, summary, values, steps, curve, digest)
@@ -290,7 +291,8 @@ def table(runs: list[Run], failures: list[Failure], results: str, algo: str | No
         link = f"[{short(dataset)}]({join(results, curves_of(dataset))})"
         lines[0].append(link if kind.startswith("normalised") else f"{link}, {kind}")
     lines[0].append("IQM")
-    for method, name in sorted({(x.method, x.algo) for x in [*runs, *failures]}):
+    failed = [failure for failure in failures if not failure.refused]
+    for method, name in sorted({(x.method, x.algo) for x in [*runs, *failed]}):
         cells = dict.fromkeys(kinds, "not run")
         for failure in failures:
             if failure.method == method and failure.dataset in kinds:
@@ -334,9 +336,8 @@ def table(runs: list[Run], failures: list[Failure], results: str, algo: str | No
         foot += f" IQM: interquartile mean over {', '.join(map(short, aggregated))}."
     if any(failure.refused for failure in failures):
         foot += " A dash: the method does not take that dataset's actions."
-    for failure in failures:
-        if not failure.refused:
-            foot += f" Failed: {failure.method} on {short(failure.dataset)} ({failure.reason})."
+    for failure in failed:
+        foot += f" Failed: {failure.method} on {short(failure.dataset)} ({failure.reason})."
     if published:
         foot += f" Published: {PUBLISHED['source']}."
     if all(dataset.startswith("stitch/") for dataset in kinds):
@@ -444,7 +445,7 @@ def draw_panels(curves, path, source, title, xlabel, ylabel, **settings):
     """A panel for each of {name: (x, middle, low, high)}, before the others in grey: many lines stay readable so."""
     width = min(4, len(curves))
     height = math.ceil(len(curves) / width)
-    size = (3 * width, 2.2 * height + 0.9)
+    size = (max(5, 3 * width), 2.2 * height + 0.9)
     axes_of = {"sharex": True, "sharey": True, "squeeze": False, "layout": "constrained"}
     figure, axes = plt.subplots(height, width, figsize=size, **axes_of)
     for i, (panel, (name, (x, middle, low, high))) in enumerate(zip(axes.flat, curves.items(), strict=False)):
@@ -458,7 +459,7 @@ def draw_panels(curves, path, source, title, xlabel, ylabel, **settings):
         panel.set(**settings)
     for panel in axes.flat[len(curves) :]:
         panel.set_visible(False)
-    figure.suptitle(textwrap.fill(title, 36 * width), fontsize=11)
+    figure.suptitle(textwrap.fill(title, 12 * size[0]), fontsize=11)
     figure.supxlabel(xlabel, fontsize=11)
     figure.supylabel(ylabel, fontsize=11)
     save(figure, path, source)

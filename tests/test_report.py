@@ -264,11 +264,15 @@ def test_a_failed_cell_is_shown_and_costs_only_its_own_method_the_aggregates(roo
     fail(
         results / "own-v0" / "cql", "own-v0", "status 1: CQL needs continuous actions and this dataset's are discrete."
     )
+    fail(
+        results / "own-v0" / "sac", "own-v0", "status 1: SAC needs continuous actions and this dataset's are discrete."
+    )
     write_tables(root)
     readme = (root / "README.md").read_text()
     (row,) = [line for line in readme.splitlines() if line.startswith("| [cql]")]
     assert row.startswith("| [cql](algos/cql.md) | failed | – | [2.0]") and row.endswith(" (1.0 to 3.0) | – |")
     assert "Failed: cql on D4RL-door-human-v2 (status -9: killed)." in readme and "needs continuous" not in readme
+    assert "| [sac]" not in readme  # it takes none of these datasets
     # Three of four methods would do without the failure; two of four would not
     shutil.rmtree(results / "D4RL" / "door" / "human-v2" / "bc")
     datasets, rows = report.comparable(report.read_runs(results), report.read_failures(results))
@@ -295,12 +299,19 @@ def lose_a_line(run):
     (run / "metrics.jsonl").write_text("".join(lines[:-1]))
 
 
-def lose_a_field(run):
+def lose_a_field(run, field="algo"):
     summary = json.loads((run / "summary.json").read_text())
-    (run / "summary.json").write_text(json.dumps({key: summary[key] for key in summary if key != "algo"}))
+    (run / "summary.json").write_text(json.dumps({key: summary[key] for key in summary if key != field}))
 
 
-@pytest.mark.parametrize("damage", [break_summary, break_metrics, lose_metrics, lose_a_line, lose_a_field])
+def lose_the_returns(run):
+    lose_a_field(run, "returns")
+
+
+DAMAGES = [break_summary, break_metrics, lose_metrics, lose_a_line, lose_a_field, lose_the_returns]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_broken_run_is_named_and_left_out(root, capsys, damage):
     results = root / "benchmarks" / "results" / "quick"
     damage(results / "maze-v0" / "bc")
@@ -378,6 +389,16 @@ def figures(monkeypatch):
     monkeypatch.setattr(report, "save", lambda figure, path, source="": drawn.update({path.name: figure}))
     yield drawn
     plt.close("all")
+
+
+def test_scores_of_a_run_that_is_being_written_are_those_that_every_seed_has(tmp_path):
+    make_run(tmp_path / "run", "stitch/maze-v0", [10.0, 20.0, 30.0])
+    lose_a_line(tmp_path / "run")
+    steps, scores = report.read_scores(tmp_path / "run")
+    assert steps.tolist() == [250] and scores.tolist() == [[5], [10], [15]]
+    (tmp_path / "run" / "metrics.jsonl").write_text("")
+    with pytest.raises(SystemExit, match="no evaluation yet"):
+        report.read_scores(tmp_path / "run")
 
 
 def last_line(panel):
