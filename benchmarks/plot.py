@@ -100,11 +100,12 @@ def read_scores(run: Path):
     file = run / "metrics.jsonl"
     lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     lines = [line for line in lines if "score" in line]  # a first phase is not evaluated
-    if not lines:
-        raise SystemExit(f"{run} has no evaluation yet: draw it after its first.")
-    steps = sorted({line["step"] for line in lines})
     seeds = sorted({line["seed"] for line in lines})
     score = {(line["seed"], line["step"]): line["score"] for line in lines}
+    # A run that is being written, or was cut short, lacks some seeds of its last one
+    steps = [step for step in sorted({line["step"] for line in lines}) if all((seed, step) in score for seed in seeds)]
+    if not steps:
+        raise SystemExit(f"{run} has no evaluation yet: draw it after its first.")
     return np.array(steps), np.array([[score[seed, step] for step in steps] for seed in seeds], float)
 
 

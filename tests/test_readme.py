@@ -50,7 +50,9 @@ def test_speed_tables_are_those_of_the_result_files():
     assert files
     for file in files:
         report = json.loads(file.read_text())
-        assert speed.table(report) in README, f"README does not show {file.name} as it is"
+        mark = f"<!-- report:speed:{file.stem.removeprefix('speed-')}"
+        shown = f"{mark}:begin -->\n{speed.table(report)}\n{mark}:end -->"
+        assert shown in README, f"README does not show {file.name} as it is: python benchmarks/report.py"
         assert "dirty" not in report["commit"]
 
 

@@ -185,6 +185,19 @@ def test_actions_are_noisy(episodes):
 # --- The other mazes --------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("walk_cells, away", [(2, 0.75), (None, 0.5)])
+def test_only_short_walks_prefer_to_lead_away_from_the_goal(monkeypatch, walk_cells, away):
+    """From (2, 3), the middle of the U, as many targets are nearer to the goal as farther: all weigh the same in long
+    walks, and a farther one three times as much in short ones."""
+    to_goal = pointmaze.bfs_distances(UMAZE, GOAL)
+    monkeypatch.setattr(pointmaze, "walk", lambda env, maze_map, start, target, **_: (start, target))
+    rng = np.random.default_rng(0)
+    drawn = [pointmaze.random_walk(None, UMAZE, walk_cells, rng) for _ in range(6000)]
+    farther = [to_goal[target] > to_goal[start] for start, target in drawn if start == (2, 3)]
+    assert len(farther) > 800
+    assert abs(np.mean(farther) - away) < 2 / len(farther) ** 0.5  # four deviations
+
+
 @pytest.mark.parametrize(
     "name, maze, distance, time_limit",
     [

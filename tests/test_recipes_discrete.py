@@ -1,5 +1,7 @@
 """Datasets of discrete actions, and the exact evaluation of policies in a finite MDP, on numbers worked by hand."""
 
+from pathlib import Path
+
 import gymnasium
 import minari
 import numpy as np
@@ -148,6 +150,8 @@ def test_sepsis_reference_scores(sepsis):
     _, env, dataset = sepsis
     low, high = (dataset.storage.metadata[name] for name in ("ref_min_score", "ref_max_score"))
     assert low == pytest.approx(0.780071, abs=1e-6) and high == pytest.approx(0.875142, abs=1e-6)
+    card = Path(__file__).parents[1] / "benchmarks" / "cards" / "icu-sepsis-v0.md"
+    assert f"\n\n{dataset.storage.metadata['description']}\n\n" in card.read_text()
     assert "0.7818" in dataset.storage.metadata["description"] and dataset.storage.metadata["requirements"]
     # The best policy of infinitely many steps loses nothing in 500
     value = np.zeros(716)

@@ -117,6 +117,29 @@ def test_actions_are_drawn_from_the_policy():
     assert abs(residual.std() - 1) < 4 / (2 * len(residual)) ** 0.5
 
 
+def test_exploration_noise_has_the_policys_deviation():
+    """HalfCheetah's is small, so that thousands of action components are far from the bounds."""
+    policy = locomotion.policy("halfcheetah", int(locomotion.load("halfcheetah")["medium"]))
+    env = locomotion.make_env("halfcheetah")
+    episode = locomotion.rollout(env, policy, (0, 0))
+    env.close()
+    mean = policy.mean(episode.observations[:-1])
+    residual = ((episode.actions - mean) / policy.std)[np.abs(mean) + 4 * policy.std < 1]
+    assert len(residual) > 2000
+    assert abs(residual.std() - 1) < 4 / (2 * len(residual)) ** 0.5 < 0.07
+
+
+def test_the_actions_in_the_file_are_those_that_were_executed():
+    """Executed again, they lead through the same states to the last bit; rounded from others, they would not."""
+    env = locomotion.make_env("hopper")
+    episode = locomotion.rollout(env, locomotion.policy("hopper", 1), (0, 0))
+    observations = [env.reset(seed=episode.seed)[0]]
+    for action in episode.actions:
+        observations.append(env.step(action)[0])
+    env.close()
+    np.testing.assert_array_equal(np.stack(observations), episode.observations)
+
+
 def test_random_actions_are_uniform():
     env = locomotion.make_env("hopper")
     actions = np.concatenate([locomotion.rollout(env, None, (0, k)).actions for k in range(20)]).ravel()

@@ -100,6 +100,41 @@ def test_play_can_be_replayed_and_labels_are_the_environments(task, number, num_
         assert set(np.abs(presses).sum(axis=1)) <= {0, 3, 4, 5}
 
 
+def test_plans_are_noisy(monkeypatch):
+    """The same state, target and seed, with the noise of the recipe and without."""
+    play_env = manipulation.simulators("cube-single")[0]
+
+    def actions():
+        oracles = manipulation.make_oracles("cube-single", play_env)
+        monkeypatch.setattr(manipulation, "simulators", lambda task: (play_env, None, oracles))
+        np.random.seed(0)
+        return manipulation.play("cube-single", 0, 0.0, 30)[1]
+
+    noisy = actions()
+    monkeypatch.setattr(manipulation, "PLAN_NOISE", 0.0)
+    plan = actions()
+    assert np.abs(noisy - plan).max() > 0.05
+    np.testing.assert_array_equal(plan, actions())
+
+
+def test_cubes_are_stacked_with_a_probability_of_each_episode(monkeypatch):
+    """It is drawn from 0 to a quarter, and every further target of the episode with it."""
+    sim = manipulation.simulators("cube-double")[0].unwrapped
+    set_new_target, asked = sim.set_new_target, []
+
+    def watch(p_stack=None, **fields):
+        if p_stack is None:  # the first target, of a reset, has OGBench's own probability
+            return set_new_target(**fields)
+        asked[-1].append(p_stack)
+        return set_new_target(p_stack=p_stack, **fields)
+
+    monkeypatch.setattr(sim, "set_new_target", watch)
+    for number in range(2):
+        asked.append([])
+        manipulation.rollout("cube-double", (0, number), 150)
+    assert all(len(set(values)) == 1 and 0 < values[0] < 0.25 for values in asked) and asked[0][0] != asked[1][0]
+
+
 @pytest.mark.parametrize("task", ["cube-single", "puzzle-3x3"])
 def test_solved_is_terminal(task):
     """On made-up states: r(s) counts what is not in place."""

@@ -4,10 +4,17 @@ import json
 import pathlib
 import shutil
 import sys
+import tomllib
+import unittest.mock
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import tyro
+
+from common import recipes
+from common.datasets import D4RL_REFERENCE_SCORES
+from common.recipes import manipulation, pointmaze, storage
 
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))  # scripts that import each other as they do when they are run
@@ -57,7 +64,8 @@ def root(tmp_path, monkeypatch):
 
 def write_tables(root):
     """What a report writes, without its pictures."""
-    report.write_tables(root, "quick", report.read_runs(root / "benchmarks" / "results" / "quick"), check=False)
+    folder = root / "benchmarks" / "results" / "quick"
+    report.write_tables(root, "quick", report.read_runs(folder), report.read_failures(folder), check=False)
 
 
 def files(folder):
@@ -100,6 +108,22 @@ def test_improvement_counts_a_tie_as_half():
     assert report.improvement([np.array([1.0, 3.0])], [np.array([2.0, 2.0, 2.0])]) == 0.5
 
 
+def test_datasets_weigh_the_same_whatever_their_numbers_of_seeds():
+    row = [np.zeros(3), np.full(12, 100.0)]
+    assert report.iqm(row) == report.mean(row) == 50
+    assert report.profile(row, np.array([50.0])) == 0.5
+    assert (
+        report.iqm([np.array([0.0, 30.0]), np.array([60.0, 60.0, 90.0])]) == 45
+    )  # of 0 0 0 30 30 30 60 60 60 60 90 90
+
+
+def test_one_seed_has_no_interval():
+    one, two = [np.array([12.34])], [np.array([1.0, 2.0])]
+    assert report.with_interval(report.mean, one) == "12.3"
+    assert np.isnan(report.interval(report.improvement, one, two)).all()
+    assert np.isnan(report.interval(report.mean, [*one, *two])).all()
+
+
 # --- Tables ----------------------------------------------------------------------------------------------
 
 
@@ -108,25 +132,23 @@ def test_table_shows_means_intervals_and_links(root):
     readme = (root / "README.md").read_text()
     assert readme.startswith("above\n<!-- report:quick:begin -->\n| method |")
     (row,) = [line for line in readme.splitlines() if line.startswith("| [iql]")]
-    assert row.startswith(
-        "| [iql](algos/iql.md) | [60.0](benchmarks/results/quick/D4RL/door/human-v2/iql) (50.0 to 70.0)"
-    )
+    cell = "[60.0](benchmarks/results/quick/D4RL/door/human-v2/iql) (50.0 to 70.0); published 3.3"
+    assert row.startswith(f"| [iql](algos/iql.md) | {cell} |")
     assert "[90.0](benchmarks/results/quick/maze-v0/iql) (80.0 to 100.0) | 75.0 (" in row
     # 75: of 50 60 70 80 90 100 without the lowest and the highest. The raw returns are not in it
     assert "| [2000.0](benchmarks/results/quick/own-v0/iql) (1500.0 to 2500.0) | [90.0]" in row
     (row,) = [line for line in readme.splitlines() if line.startswith("| [bc-top-10]")]
-    assert row.startswith("| [bc-top-10](algos/bc.md) | – | – | [40.0]") and row.endswith(" | – |")
+    assert row.startswith("| [bc-top-10](algos/bc.md) | not run | not run | [40.0]") and row.endswith(" | – |")
     assert "(2 episodes) after 500 updates: mean over 3 seeds" in readme
-    assert readme.endswith(
-        " IQM: interquartile mean over D4RL-door-human-v2, maze-v0.\n<!-- report:quick:end -->\nbelow\n"
-    )
+    assert " IQM: interquartile mean over D4RL-door-human-v2, maze-v0." in readme
+    assert readme.endswith(f" Published: {report.PUBLISHED['source']}.\n<!-- report:quick:end -->\nbelow\n")
     page = (root / "algos" / "bc.md").read_text()
-    assert "[5.0](../benchmarks/results/quick/D4RL/door/human-v2/bc) (5.0 to 5.0)" in page
+    assert "[5.0](../benchmarks/results/quick/D4RL/door/human-v2/bc) (5.0 to 5.0); published 2.3 |" in page
     assert "| [bc](../algos/bc.md)" in page and "| [bc-top-10](../algos/bc.md)" in page and "iql" not in page
     assert "own-v0" not in page  # no run of bc
     runs = report.read_runs(root / "benchmarks" / "results" / "quick")
-    assert "not comparable" in report.table([run for run in runs if run.dataset == "stitch/maze-v0"], "quick")
-    assert report.table(runs, "quick", "cql") == "No run yet."
+    assert "not comparable" in report.table([run for run in runs if run.dataset == "stitch/maze-v0"], [], ".")
+    assert report.table(runs, [], ".", "cql") == "No run yet."
     for link in [part.split(")")[0] for part in readme.split("](")[1:]]:
         assert (root / link).is_dir() or link.endswith((".md", ".png")), link
 
@@ -139,9 +161,9 @@ def test_a_page_shows_what_the_critic_believes_and_what_is_true(root):
     text = "".join(json.dumps(line | value) + "\n" for line, value in zip(lines, values, strict=True))
     (run / "metrics.jsonl").write_text(text)
     runs = report.read_runs(root / "benchmarks" / "results" / "quick")
-    page = report.table(runs, "quick", "iql")
+    page = report.table(runs, [], ".", "iql")
     assert "| believed − true value | – | – | +499,999 (2) | – |" in page and "less what the policy gets" in page
-    assert all("believe" not in text for text in (report.table(runs, "quick"), report.table(runs, "quick", "bc")))
+    assert all("believe" not in text for text in (report.table(runs, [], "."), report.table(runs, [], ".", "bc")))
 
 
 def test_a_second_report_changes_nothing(root):
@@ -159,7 +181,8 @@ def test_a_second_report_changes_nothing(root):
 
 
 @pytest.mark.parametrize("page", ["README.md", "algos/bc.md"])
-def test_check_fails_where_a_table_is_not_the_files_and_writes_nothing(root, page):
+def test_check_fails_where_a_table_is_not_the_files_and_writes_nothing(root, page, monkeypatch):
+    monkeypatch.setattr(report, "stale_pictures", lambda *_: [])  # a test of its own
     write_tables(root)
     text = (root / page).read_text()
     (root / page).write_text(text.replace("[5.0]", "[6.0]"))
@@ -197,8 +220,140 @@ def test_what_is_no_row_of_the_table(root, tmp_path, capsys):
         report.read_runs(tmp_path / "nothing")
 
 
-def test_one_seed_has_no_interval():
-    assert report.with_interval(report.mean, [np.array([12.34])]) == "12.3"
+def test_foot_with_one_seed_promises_no_interval(tmp_path):
+    make_run(tmp_path / "maze-v0" / "iql", "stitch/maze-v0", [80.0])
+    shown = report.table(report.read_runs(tmp_path), [], ".")
+    assert "updates: 1 seed, of whose spread nothing is known." in shown and "interval" not in shown
+
+
+def test_foot_says_how_exact_an_exact_evaluation_is(tmp_path):
+    make_run(
+        tmp_path / "iql", "stitch/icu-v0", [80.0, 90.0], kind="normalised by the dataset's reference scores, exact"
+    )
+    shown = report.table(report.read_runs(tmp_path), [], ".")
+    assert "On icu-v0 no episode is played" in shown and "the frequencies of 2 draws in each state" in shown
+
+
+def test_published_scores_are_shown_only_beside_the_data_they_are_of(tmp_path):
+    for dataset in ("D4RL/pen/human-v2", "mujoco/hopper/medium-v0", "stitch/maze-v0"):
+        make_run(tmp_path / dataset / "iql", dataset, [60.0, 70.0])
+        make_run(tmp_path / dataset / "dqn", dataset, [60.0, 70.0], "dqn")  # no published score
+    runs = report.read_runs(tmp_path)
+    shown = report.table(runs, [], ".")
+    assert shown.count("; published") == 1 and "(60.0 to 70.0); published 78.5 |" in shown and "CORL" in shown
+    assert "ublished" not in report.table([run for run in runs if run.dataset == "mujoco/hopper/medium-v0"], [], ".")
+
+
+def test_published_scores_are_of_methods_and_normalisations_that_are_ours():
+    protocols = tomllib.loads((ROOT / "benchmarks" / "protocols.toml").read_text())
+    for dataset, scores in report.PUBLISHED["scores"].items():
+        assert any(dataset.startswith(prefix) for prefix in D4RL_REFERENCE_SCORES), dataset
+        assert scores.keys() <= protocols["full"]["methods"].keys()
+
+
+def fail(folder, dataset, reason, algo="cql"):
+    folder.mkdir(parents=True)
+    cell = {"name": folder.name, "algo": algo, "config": {"dataset": dataset}, "grid": {}, "reason": reason}
+    (folder / "failed.json").write_text(json.dumps(cell))
+
+
+def test_a_failed_cell_is_shown_and_costs_only_its_own_method_the_aggregates(root):
+    results = root / "benchmarks" / "results" / "quick"
+    make_run(results / "maze-v0" / "cql", "stitch/maze-v0", [1.0, 2.0, 3.0], "cql")
+    fail(results / "D4RL" / "door" / "human-v2" / "cql", "D4RL/door/human-v2", "status -9: killed")
+    fail(
+        results / "own-v0" / "cql", "own-v0", "status 1: CQL needs continuous actions and this dataset's are discrete."
+    )
+    fail(
+        results / "own-v0" / "sac", "own-v0", "status 1: SAC needs continuous actions and this dataset's are discrete."
+    )
+    write_tables(root)
+    readme = (root / "README.md").read_text()
+    (row,) = [line for line in readme.splitlines() if line.startswith("| [cql]")]
+    assert row.startswith("| [cql](algos/cql.md) | failed | – | [2.0]") and row.endswith(" (1.0 to 3.0) | – |")
+    assert "Failed: cql on D4RL-door-human-v2 (status -9: killed)." in readme and "needs continuous" not in readme
+    assert "| [sac]" not in readme  # it takes none of these datasets
+    # Three of four methods would do without the failure; two of four would not
+    shutil.rmtree(results / "D4RL" / "door" / "human-v2" / "bc")
+    datasets, rows = report.comparable(report.read_runs(results), report.read_failures(results))
+    assert datasets == ["stitch/maze-v0"]
+    fail(results / "D4RL" / "door" / "human-v2" / "bc", "D4RL/door/human-v2", "status -9: killed", "bc")
+    datasets, rows = report.comparable(report.read_runs(results), report.read_failures(results))
+    assert datasets == ["D4RL/door/human-v2", "stitch/maze-v0"] and rows.keys() == {"iql"}
+
+
+def break_summary(run):
+    (run / "summary.json").write_text((run / "summary.json").read_text()[:-20])
+
+
+def break_metrics(run):
+    (run / "metrics.jsonl").write_text((run / "metrics.jsonl").read_text()[:-20])
+
+
+def lose_metrics(run):
+    (run / "metrics.jsonl").unlink()
+
+
+def lose_a_line(run):
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(lines[:-1]))
+
+
+def lose_a_field(run, field="algo"):
+    summary = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").write_text(json.dumps({key: summary[key] for key in summary if key != field}))
+
+
+def lose_the_returns(run):
+    lose_a_field(run, "returns")
+
+
+DAMAGES = [break_summary, break_metrics, lose_metrics, lose_a_line, lose_a_field, lose_the_returns]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_broken_run_is_named_and_left_out(root, capsys, damage):
+    results = root / "benchmarks" / "results" / "quick"
+    damage(results / "maze-v0" / "bc")
+    fail(results / "maze-v0" / "cql", "stitch/maze-v0", "")
+    (results / "maze-v0" / "cql" / "failed.json").write_text("{")
+    write_tables(root)
+    said = capsys.readouterr().out
+    assert "maze-v0/bc cannot be read" in said and "failed.json cannot be read" in said
+    assert "maze-v0/bc)" not in (root / "README.md").read_text()
+
+
+def test_speed_tables_stand_between_their_marks(root):
+    results = root / "benchmarks" / "results"
+    shutil.copy(ROOT / "benchmarks" / "results" / "speed-cpu.json", results / "speed-cpu.json")
+    mark = "<!-- report:speed:cpu:{} -->\n"
+    (root / "README.md").write_text(
+        (root / "README.md").read_text() + mark.format("begin") + mark.format("end") + "end"
+    )
+    write_tables(root)
+    readme = (root / "README.md").read_text()
+    shown = readme.partition(mark.format("begin"))[2].partition("\n" + mark.format("end"))
+    assert shown[0] == report.speed.table(json.loads((results / "speed-cpu.json").read_text())) and shown[2] == "end"
+    write_tables(root)
+    assert (root / "README.md").read_text() == readme
+
+
+def test_a_folder_of_ones_own_gets_its_report_in_it(root, tmp_path, monkeypatch):
+    (root / "README.md").unlink()  # not asked for
+    before = {path.name for path in tmp_path.iterdir()}
+    shutil.move(root / "benchmarks" / "results" / "quick", tmp_path / "mine")
+    monkeypatch.chdir(tmp_path)
+    report.main(report.Options("mine"))
+    assert {path.name for path in tmp_path.iterdir()} == before | {"mine"}
+    text = (tmp_path / "mine" / "report.md").read_text()
+    assert "| [iql](../algos/iql.md) | [60.0](D4RL/door/human-v2/iql) (50.0 to 70.0)" in text
+    targets = [part.split(")")[0] for part in text.split("](")[1:]]
+    assert sum(target.endswith(".png") for target in targets) == 3 + 6  # of the columns, and shown
+    pages = {"../algos/bc.md", "../algos/iql.md"}
+    assert all((tmp_path / "mine" / target).exists() for target in targets) and pages < set(targets)
+    first = files(tmp_path / "mine")
+    report.main(report.Options(str(tmp_path / "mine"), check=True))
+    assert files(tmp_path / "mine") == first
 
 
 def test_aggregates_are_over_what_most_methods_have(root):
@@ -209,7 +364,7 @@ def test_aggregates_are_over_what_most_methods_have(root):
         make_run(results / "D4RL" / "door" / "human-v2" / method, "D4RL/door/human-v2", [1.0, 2.0, 3.0])
     for method in ("bc", "x", "y"):  # three methods of five, where four have the door and five the maze
         make_run(results / "rare-v0" / method, "stitch/rare-v0", [1.0, 2.0, 3.0])
-    datasets, rows = report.comparable(report.read_runs(results))
+    datasets, rows = report.comparable(report.read_runs(results), [])
     assert datasets == ["D4RL/door/human-v2", "stitch/maze-v0"]
     assert rows.keys() == {"iql", "bc", "x", "y"}  # bc-top-10 lacks one
     np.testing.assert_array_equal(rows["bc"], [[5, 5, 5], [10, 20, 0]])
@@ -221,6 +376,116 @@ def test_committed_tables_are_those_of_the_committed_result_files():
     else:
         between = (ROOT / "README.md").read_text().partition("<!-- report:quick:begin -->")[2]
         assert between.partition("<!-- report:quick:end -->")[0].strip() == ""
+
+
+# --- Pictures -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """{name of the file: figure} of what is drawn; no file is written."""
+    drawn = {}
+    monkeypatch.setattr(report, "RESAMPLES", 500)
+    monkeypatch.setattr(report, "save", lambda figure, path, source="": drawn.update({path.name: figure}))
+    yield drawn
+    plt.close("all")
+
+
+def test_scores_of_a_run_that_is_being_written_are_those_that_every_seed_has(tmp_path):
+    make_run(tmp_path / "run", "stitch/maze-v0", [10.0, 20.0, 30.0])
+    lose_a_line(tmp_path / "run")
+    steps, scores = report.read_scores(tmp_path / "run")
+    assert steps.tolist() == [250] and scores.tolist() == [[5], [10], [15]]
+    (tmp_path / "run" / "metrics.jsonl").write_text("")
+    with pytest.raises(SystemExit, match="no evaluation yet"):
+        report.read_scores(tmp_path / "run")
+
+
+def last_line(panel):
+    return panel.lines[-1].get_ydata()
+
+
+def test_panels_show_the_mean_of_the_seeds_under_the_name_of_their_method(root, figures):
+    results = root / "benchmarks" / "results" / "quick"
+    report.draw(report.read_runs(results), [], results)
+    panels = {panel.get_title(): panel for panel in figures["learning_curves_maze-v0.png"].axes}
+    means = {"iql": [45, 90], "bc": [5, 10], "bc-top-10": [20, 40]}  # half of the last score at the first evaluation
+    for name, expected in means.items():
+        np.testing.assert_allclose(last_line(panels[name]), expected)
+    low_and_high = panels["iql"].collections[0].get_paths()[0].vertices[:, 1]
+    np.testing.assert_allclose([low_and_high.min(), low_and_high.max()], [40, 100])
+    panels = {panel.get_title(): panel for panel in figures["performance_profiles.png"].axes}
+    np.testing.assert_allclose([last_line(panels[name])[50] for name in ("iql", "bc")], [5 / 6, 0])  # above 50
+    assert panels.keys() == {"iql", "bc"}  # bc-top-10 lacks a dataset
+
+
+def test_picture_of_the_iqm_shows_the_iqm_of_each_method(root, figures):
+    results = root / "benchmarks" / "results" / "quick"
+    report.draw(report.read_runs(results), [], results)
+    axes = figures["iqm.png"].axes[0]
+    dots = {y: x for line in axes.lines for x, y in [line.get_xydata()[-1]] if line.get_marker() == "o"}
+    names = {tick: label.get_text() for tick, label in zip(axes.get_yticks(), axes.get_yticklabels(), strict=True)}
+    # Of 50 60 70 80 90 100 and 5 5 5 10 20 0 the middle four, and three of four
+    np.testing.assert_allclose([dots[y] for y in sorted(names)], [6.25, 75])
+    assert [names[y] for y in sorted(names)] == ["bc", "iql"]
+
+
+def test_probability_of_improvement_is_of_the_row_and_bold_where_it_is_sure(figures):
+    noise = np.array([0.0, 1.0, 2.0])
+    rows = {"low": [noise], "high": [noise + 10], "any": [np.array([-0.5, 11.5, 1.5])]}
+    report.draw_improvement(rows, "a dataset", pathlib.Path("p.png"), "")
+    axes = figures["p.png"].axes[0]
+    names = [label.get_text() for label in axes.get_yticklabels()]
+    assert names == [label.get_text() for label in axes.get_xticklabels()]
+    cells = {(names[round(t.get_position()[1])], names[round(t.get_position()[0])]): t for t in axes.texts}
+    image = axes.images[0].get_array()
+    assert cells["high", "low"].get_text() == "1.00" and cells["low", "high"].get_text() == "0.00"
+    assert image[names.index("high"), names.index("low")] == 1 and image[names.index("low"), names.index("high")] == 0
+    bold = {pair for pair, text in cells.items() if text.get_weight() == "bold"}
+    assert bold == {("high", "low"), ("low", "high")}
+
+
+def test_with_one_seed_nothing_is_bold(figures):
+    report.draw_improvement({"x": [np.array([1.0])], "y": [np.array([0.0])]}, "", pathlib.Path("p.png"), "")
+    assert {text.get_weight() for text in figures["p.png"].axes[0].texts} == {"normal"}
+
+
+def test_titles_name_the_data_and_the_band(root, figures):
+    results = root / "benchmarks" / "results" / "quick"
+    report.draw(report.read_runs(results), [], results)
+    for name in ("iqm.png", "performance_profiles.png", "learning_curves_maze-v0.png"):
+        title = figures[name].get_suptitle() or figures[name].axes[0].get_title()
+        title = " ".join(title.split())
+        assert "maze-v0" in title and "95 % bootstrap interval over 3 seeds, too narrow" in title and "75 %" in title
+    title = " ".join(figures["probability_of_improvement.png"].axes[0].get_title().split())
+    assert "D4RL-door-human-v2, maze-v0" in title and "9 % of pairs that do not differ" in title
+
+
+@pytest.mark.parametrize("count", [1, 32])
+def test_title_of_panels_is_within_the_picture_and_touches_none(figures, count):
+    line = np.array([0.0, 1.0])
+    curves = {f"method-{i}": (line, line, line, line) for i in range(count)}
+    title = f"stitch/hopper-medium-expert-100k-v0: mean of the seeds. Band: {report.band([line] * 3)}"
+    report.draw_panels(curves, pathlib.Path("p.png"), "", title, "updates", "score")
+    figure = figures["p.png"]
+    figure.draw_without_rendering()
+    shown = figure._suptitle.get_window_extent()
+    assert 0 <= shown.x0 and shown.x1 <= figure.bbox.width
+    assert all(panel.title.get_window_extent().y1 < shown.y0 for panel in figure.axes)
+
+
+def test_check_finds_pictures_of_other_result_files(root):
+    """Another score in the middle of a run stands in no table."""
+    results = root / "benchmarks" / "results" / "quick"
+    report.main(report.Options())
+    runs = report.read_runs(results)
+    assert report.stale_pictures(runs, [], results) == []
+    metrics = results / "maze-v0" / "bc" / "metrics.jsonl"
+    metrics.write_text(metrics.read_text().replace('"score": 5.0', '"score": 6.0'))
+    with pytest.raises(SystemExit, match="learning_curves_maze-v0.png: not as the result files"):
+        report.main(report.Options(check=True))
+    (results / "learning_curves_own-v0.png").unlink()
+    assert report.stale_pictures(runs, [], results) == ["learning_curves_own-v0.png"]
 
 
 # --- Model selection ------------------------------------------------------------------------------------
@@ -274,6 +539,48 @@ def test_selection_does_not_waste_episodes_on_policies_that_are_plainly_worse():
     assert chosen[400].mean() > 0.98
 
 
+def test_selection_of_equal_policies_promises_nothing():
+    """Twenty coins of 1/2, ten flips each: whichever is chosen scores 50. By the flips that chose it, it has 67."""
+    rng = np.random.default_rng(0)
+    chosen = []
+    for _ in range(40):
+        returns = (rng.random((20, 10)) < 0.5).astype(float)
+        for part in report.halves(returns, 100 * returns.mean(axis=1)):
+            chosen.append(report.selection_curve(*part, 100, num_trials=50).mean(axis=1)[[0, 1, 10, 100]])
+    np.testing.assert_allclose(np.mean(chosen, axis=0), 50, atol=6)
+
+
+def test_halves_are_apart_and_scored_as_the_whole():
+    """Scores are 10 + 2 x the mean return; of four episodes two choose and two score, and the other way round."""
+    returns = [[1.0, 2.0, 3.0, 4.0], [5.0, 0.0, 7.0, 0.0]]
+    (a, score_a), (b, score_b) = report.halves(returns, [15.0, 16.0])
+    np.testing.assert_array_equal(a, [[1, 3], [5, 7]])
+    np.testing.assert_array_equal(b, [[2, 4], [0, 0]])
+    np.testing.assert_allclose(score_a, [16, 10])
+    np.testing.assert_allclose(score_b, [14, 22])
+    (_, score), _ = report.halves([[1.0, 0.0], [0.0, 1.0]], [7.0, 7.0])  # nothing tells the scale
+    np.testing.assert_allclose(score, 7)
+
+
+def test_selection_has_as_many_candidates_as_asked_for(tmp_path, capsys):
+    """Among one candidate there is nothing to choose: its score is the mean however long one looks."""
+    make_run(tmp_path / "grid", "stitch/maze-v0", [0.0, 50.0, 100.0])
+    report.main(report.Options(selection=(tmp_path / "grid",), candidates=1, out=tmp_path))
+    cells = capsys.readouterr().out.splitlines()[2].split(" | ")
+    np.testing.assert_allclose([float(cell) for cell in cells[3:7]], 50, atol=5)
+
+
+def test_selection_leaves_out_what_is_not_finished_and_draws_beside_its_runs(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(report.STYLE, "figure.dpi", 20)
+    make_run(tmp_path / "mine" / "maze-v0" / "iql", "stitch/maze-v0", [10.0, 30.0])
+    make_run(tmp_path / "mine" / "door-v0" / "iql", "stitch/door-v0", [10.0, 30.0])
+    fail(tmp_path / "mine" / "maze-v0" / "cql", "stitch/maze-v0", "status -9: killed")
+    report.main(report.Options(selection=tuple(tmp_path.glob("mine/*/*"))))
+    assert "cql holds no finished run" in capsys.readouterr().out
+    pictures = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.png")}
+    assert pictures == {"mine/selection_maze-v0.png", "mine/selection_door-v0.png"}
+
+
 def test_selection_report_pools_the_folders_of_an_algorithm(tmp_path, capsys):
     grid = [{"beta": 1.0}, {"beta": 3.0}]
     make_run(tmp_path / "grid", "stitch/maze-v0", [10.0, 30.0], grid=grid)
@@ -288,7 +595,7 @@ def test_selection_report_pools_the_folders_of_an_algorithm(tmp_path, capsys):
     assert cells[1:3] == ["iql", "3"] and cells[5:] == ["50.0", "50.0", "50.0 |"]
     np.testing.assert_allclose([float(cells[3]), float(cells[4])], 30, atol=2)
     assert (tmp_path / "out" / "selection_maze-v0.png").exists()
-    with pytest.raises(SystemExit, match="no finished run"):
+    with pytest.raises(SystemExit, match="finished run"):
         report.report_selection([tmp_path / "nowhere"], 8, tmp_path)
     make_run(tmp_path / "blind", "stitch/maze-v0", [float("nan")])
     with pytest.raises(SystemExit, match="not all runs were scored"):
@@ -348,3 +655,60 @@ def test_card_of_a_dataset(tmp_path, monkeypatch):
     assert files(tmp_path / "cards") == first and len(first) == 2
     with pytest.raises(SystemExit, match="is not in Minari's folder"):
         report.write_card("own/other-v0", tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:minari")
+def test_card_of_play_that_goes_on_after_a_terminal_row(tmp_path, monkeypatch):
+    """Of two episodes one has two terminal rows within it and is cut off, and the other ends in one."""
+    import gymnasium
+    import minari
+    from minari.data_collector import EpisodeBuffer
+
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+    episodes = [
+        EpisodeBuffer(
+            observations=np.zeros((4, 2), np.float32),
+            actions=np.zeros((3, 1), np.float32),
+            rewards=np.ones(3),
+            terminations=np.array(terminations),
+            truncations=np.array([False, False, not terminations[-1]]),
+        )
+        for terminations in ([True, True, False], [False, False, True])
+    ]
+    box = gymnasium.spaces.Box(-1, 1, (2,)), gymnasium.spaces.Box(-1, 1, (1,))
+    minari.create_dataset_from_buffers(
+        "own/play-v0", buffer=episodes, observation_space=box[0], action_space=box[1], description="Play."
+    )
+    (tmp_path / "README.md").write_text("Cards\n<!-- report:cards:begin -->\n<!-- report:cards:end -->\n")
+    report.write_card("own/play-v0", tmp_path)
+    card = (tmp_path / "own-play-v0.md").read_text()
+    assert "| ends | 1 terminated, 1 only cut off |\n| terminal rows within episodes | 2 |\n" in card
+    row = "| [own-play-v0](own-play-v0.md) | 2 episodes, 6 transitions | 3 ± 0 |"
+    assert row in (tmp_path / "README.md").read_text().splitlines()
+
+
+def test_list_of_the_committed_cards_is_what_they_say():
+    cards = ROOT / "benchmarks" / "cards"
+    readme = cards / "README.md"
+    assert report.fill(readme.read_text(), "cards", report.list_of_cards(cards), readme) == readme.read_text()
+    assert all(card.with_suffix(".png").exists() for card in cards.glob("*-v0.md"))
+
+
+CARDS = [card for card in sorted((ROOT / "benchmarks" / "cards").glob("*-v0.md")) if "sepsis" not in card.stem]
+
+
+@pytest.mark.parametrize("card", CARDS, ids=lambda card: card.stem)
+def test_committed_cards_are_those_of_the_recipes(card, monkeypatch):
+    """What a recipe says of its dataset, without collecting it. Not of icu-sepsis, whose text takes a minute."""
+    said = {}
+    monkeypatch.setattr(storage, "write", lambda *args, **fields: said.update(fields))
+    monkeypatch.setattr(pointmaze, "collect_walks", lambda *args, **fields: [])
+    monkeypatch.setattr(manipulation, "simulators", lambda task: [unittest.mock.MagicMock()] * 3)  # seconds each
+    dataset_id = f"stitch/{card.stem}"
+    recipes.find(dataset_id).write(dataset_id, pathlib.Path("nowhere"), 0)
+    text = card.read_text()
+    assert f"\n\n{said['description']}\n\n" in text
+    assert f"| made by | {said['algorithm_name']} ({said['code_permalink']}) |" in text
+    low, high = said["reference_scores"]
+    if "-play-" not in card.stem:
+        assert f"return {low:.6g} scores 0, {high:.6g} scores 100 |" in text

@@ -1,7 +1,7 @@
 """Hopper, Walker2d and HalfCheetah (Gymnasium's MuJoCo tasks, v5), each at D4RL's five qualities of data.
 
     random          uniform actions
-    medium          the first snapshot whose return is a third of the expert's
+    medium          the first snapshot whose return, over 20 episodes, is a third of the expert's or more
     medium-replay   the snapshots from the untrained to the medium one, in this order: as many transitions of each
     medium-expert   medium, then expert: half of the transitions each
     expert          the last snapshot
@@ -19,6 +19,9 @@ What differs from D4RL (https://arxiv.org/abs/2004.07219), whose names these are
   of the experts' action components lie on a bound. Mean returns of medium and expert: hopper 676 and 1567 (D4RL's
   expert: 3234), walker2d 1381 and 4193 (4592), halfcheetah 1994 and 5035 (12135).
 - Scores 0 and 100 are the mean returns of the random and of this expert policy, so they compare with no score of D4RL.
+  The expert is the last snapshot and not the best: an earlier one of hopper's has 1822, which scores 116.
+- medium has more than a third of the expert's return where the training was steep: 43 % in hopper, 40 % in
+  halfcheetah, 33 % in walker2d.
 - medium-replay is not a replay buffer, in which every step has a policy of its own, but roll-outs of a few snapshots.
 - Every dataset has a million transitions, unless its name asks for another number. D4RL's medium-expert has two
   million, its medium-replay as many as the training took to reach the medium policy.
