@@ -27,6 +27,8 @@ import sys
 import tempfile
 import time
 import tomllib
+import types
+import typing
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -55,7 +57,7 @@ class Options:
     methods: tuple[str, ...] = ()  # of the protocol, or any algorithm file; by default all of the protocol
     datasets: tuple[str, ...] = ()  # by default all of the protocol
     set: tuple[str, ...] = ()  # FIELD=VALUE[,VALUE...]: overrides the protocol for every cell
-    out: str = ""  # by default benchmarks/results/PROTOCOL
+    out: str = ""  # by default benchmarks/results/PROTOCOL; --set needs one of its own
     ray: str = ""  # "local" or the address of a Ray cluster
     cpus: float = 2  # of one cell, on Ray
     gpus: float = 0  # of one cell, on Ray
@@ -76,7 +78,15 @@ def make_cells(options: Options, protocols: dict) -> list[Cell]:
     if options.protocol not in protocols:
         raise SystemExit(f"{options.protocol} is no protocol: choose one of {', '.join(protocols)}.")
     protocol = protocols[options.protocol]
-    chosen = [parse_setting(setting) for setting in options.set]
+    chosen = {}
+    for setting in options.set:
+        name, _, values = setting.partition("=")
+        name = name.replace("-", "_")
+        if not (name and values):
+            raise SystemExit(f"--set takes FIELD=VALUE[,VALUE...], not {setting}.")
+        if name in chosen:
+            raise SystemExit(f"--set has {name} twice: give all its values at once, {name}={chosen[name]},{values}.")
+        chosen[name] = values
     cells = []
     for dataset in options.datasets or protocol["datasets"]:
         for method in options.methods or protocol["methods"]:
@@ -84,7 +94,7 @@ def make_cells(options: Options, protocols: dict) -> list[Cell]:
             algo = settings.pop("algo", method)
             # From the most general to the most special: the later one counts.
             general = protocol["common"] | protocol["datasets"].get(dataset, {}) | tuned(protocol, algo, dataset)
-            cells += make_cell_grid(method, algo, dataset, general | settings, dict(chosen))
+            cells += make_cell_grid(method, algo, dataset, general | settings, chosen)
     return cells
 
 
@@ -95,17 +105,27 @@ def tuned(protocol, algo, dataset):
     return {name: value for settings in fitting for name, value in settings.items() if name != "source"}
 
 
-def parse_setting(setting):
-    """("beta", [1.0, 3.0]) of "beta=1.0,3.0"; values are JSON or, where they cannot be read as such, words."""
-    name, separator, values = setting.partition("=")
-    if not (name and separator and values):
-        raise SystemExit(f"--set takes FIELD=VALUE[,VALUE...], not {setting}.")
-
+def read_values(name, values, kind):
+    """[1, 3] of "1,3": words where the field is a Literal, else JSON, and of the field's type."""
     try:
-        values = json.loads(f"[{values}]")
-    except json.JSONDecodeError:  # words
-        values = values.split(",")
-    return name.replace("-", "_"), values
+        read = values.split(",") if typing.get_origin(kind) is typing.Literal else json.loads(f"[{values}]")
+    except json.JSONDecodeError:
+        read = []
+    if not read or not all(fits(value, kind) for value in read):
+        kind = inspect.formatannotation(kind)
+        raise SystemExit(f"--set {name} takes {kind}, not {values}: write true, 3, 0.5, [64,64], or a Literal's word.")
+    return read
+
+
+def fits(value, kind) -> bool:
+    """Whether a JSON value is one of a type that Configs have."""
+    if typing.get_origin(kind) is typing.Literal:
+        return value in typing.get_args(kind)
+    if typing.get_origin(kind) is tuple:
+        return isinstance(value, list) and all(fits(v, typing.get_args(kind)[0]) for v in value)
+    if typing.get_origin(kind) is types.UnionType:
+        return any(fits(value, k) for k in typing.get_args(kind))
+    return type(value) is kind or kind is float and type(value) is int  # True is no int
 
 
 def make_cell_grid(method, algo, dataset, settings, chosen):
@@ -114,9 +134,14 @@ def make_cell_grid(method, algo, dataset, settings, chosen):
         raise SystemExit(f"{algo} is no file in algos/ and no method of the protocol.")
     module = importlib.import_module(f"algos.{algo}")
     fields = {field.name: field.type for field in dataclasses.fields(module.Config)}
+    fields = {name: kind for name, kind in fields.items() if name not in ("dataset", "out")}  # options of a sweep
     unknown = sorted((settings.keys() | chosen.keys()) - fields.keys())
     if unknown:
-        raise SystemExit(f"{algo} has no setting {', '.join(unknown)}; it has {', '.join(fields)}.")
+        raise SystemExit(
+            f"{algo} has no setting {', '.join(unknown)}: correct it, or leave {algo} out of --methods. "
+            f"It has {', '.join(fields)}; data and folder are --datasets and --out."
+        )
+    chosen = {name: read_values(name, values, fields[name]) for name, values in chosen.items()}
     read_by_data = inspect.getsource(module.load_data)
     traced = {name for name, values in chosen.items() if fields[name] is float and f"cfg.{name}" not in read_by_data}
     grid = {name: [float(v) for v in values] for name, values in chosen.items() if name in traced and len(values) > 1}
@@ -126,7 +151,11 @@ def make_cell_grid(method, algo, dataset, settings, chosen):
         point = dict(zip(static, values, strict=True))
         several = [f"{name}={value}" for name, value in point.items() if len(static[name]) > 1]
         name = "/".join([dataset.removeprefix("stitch/"), ",".join([method, *several])])
-        cells.append(Cell(name, algo, settings | point | {"dataset": dataset}, grid))
+        config = {
+            name: float(v) if type(v) is int and fields[name] is not int else v
+            for name, v in (settings | point).items()
+        }
+        cells.append(Cell(name, algo, config | {"dataset": dataset}, grid))
     return cells
 
 
@@ -232,6 +261,8 @@ def run_on_ray(cells, out, command, options):
 def main(options: Options):
     protocols = tomllib.loads((HERE / "protocols.toml").read_text())
     cells = make_cells(options, protocols)
+    if options.set and not options.out:
+        raise SystemExit("--set departs from the protocol, whose results benchmarks/results keeps: give another --out.")
     out = Path(options.out or HERE / "results" / options.protocol).resolve()
     missing = [cell for cell in cells if not is_finished(cell, out / cell.name)]
     print(f"{len(cells)} cells, {len(cells) - len(missing)} of them finished before, in {out}")

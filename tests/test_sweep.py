@@ -80,13 +80,60 @@ def test_floats_share_a_program_and_other_settings_are_cells(sweep):
     [
         (dict(protocol="fast"), "fast is no protocol: choose one of p"),
         (dict(protocol="p", methods=("sarsa",)), "sarsa is no file in algos/"),
-        (dict(protocol="p", set=("betta=1",)), "bc has no setting betta; it has dataset"),
+        (
+            dict(protocol="p", set=("betta=1",)),
+            "bc has no setting betta: correct it, or leave bc out of --methods",
+        ),
         (dict(protocol="p", set=("beta",)), "--set takes FIELD=VALUE"),
+        (dict(protocol="p", set=("dataset=stitch/a-v0",)), "data and folder are --datasets and --out"),
+        (dict(protocol="p", set=("out=runs",)), "data and folder are --datasets and --out"),
+        (dict(protocol="p", set=("seed=1", "seed=3")), "--set has seed twice: give all its values at once, seed=1,3"),
     ],
 )
 def test_bad_input_is_one_sentence(sweep, options, sentence):
     with pytest.raises(SystemExit, match=sentence):
         sweep.make_cells(sweep.Options(**options), PROTOCOLS)
+
+
+@pytest.mark.parametrize(
+    "setting, kind",
+    [
+        ("normalize_reward=False", "bool"),  # a word, and words are true
+        ("normalize_reward=1", "bool"),
+        ("num_updates=2e1", "int"),
+        ("num_seeds=abc", "int"),
+        ("num_seeds=true", "int"),
+        ("beta=1,high", "float"),
+        ("beta=true", "float"),
+        ("hidden=8", r"tuple\[int, ...\]"),
+        ("hidden=[8,8", r"tuple\[int, ...\]"),
+        ("hidden=[8,0.5]", r"tuple\[int, ...\]"),
+        ("divergence=js", r"Literal\['kl', 'mmd'\]"),
+        ("target_divergence=off", r"float \| None"),
+    ],
+)
+def test_a_value_of_another_type_is_refused(sweep, setting, kind):
+    method = "brac" if "divergence" in setting else "iql"
+    with pytest.raises(SystemExit, match=f"--set {setting.partition('=')[0]} takes {kind}, not"):
+        sweep.make_cells(sweep.Options("p", (method,), set=(setting,)), PROTOCOLS)
+
+
+def test_values_are_of_the_field_s_type(sweep):
+    settings = ("value_penalty=false", "hidden=[8,8],[16]", "reward_shift=-1", "divergence=kl,mmd")
+    settings += ("target_divergence=null",)
+    cells = sweep.make_cells(sweep.Options("p", ("brac",), ("stitch/a-v0",), settings), PROTOCOLS)
+    configs = [cell.config for cell in cells]
+    assert [(c["hidden"], c["divergence"]) for c in configs] == [
+        ([8, 8], "kl"), ([8, 8], "mmd"), ([16], "kl"), ([16], "mmd")
+    ]  # fmt: skip
+    # A float that is written as an integer is a float: `main` takes only positive integers
+    assert configs[0]["value_penalty"] is False and type(configs[0]["reward_shift"]) is float
+    assert configs[0]["target_divergence"] is None
+
+
+def test_settings_beside_the_protocol_need_a_folder_of_their_own(sweep):
+    with pytest.raises(SystemExit, match="give another --out"):
+        sweep.main(sweep.Options("quick", ("bc",), (UMAZE,), ("num_updates=20",)))
 
 
 def test_a_failed_cell_is_recorded_and_a_second_sweep_does_what_is_missing(umaze, tmp_path):
