@@ -331,6 +331,16 @@ def test_ray_ends_every_cell_once_though_a_node_dies(umaze, tmp_path):
     assert [path.parent for path in tmp_path.rglob("failed.json")] == [other]
 
 
+def test_what_failed_in_the_committed_results_is_of_today_s_protocol(sweep):
+    folder = ROOT / "benchmarks" / "results" / "quick"
+    cells = sweep.make_cells(sweep.Options("quick"), tomllib.loads((ROOT / "benchmarks/protocols.toml").read_text()))
+    cells = {cell.name: cell for cell in cells}
+    for path in folder.rglob("failed.json"):
+        failed, cell = json.loads(path.read_text()), cells[path.parent.relative_to(folder).as_posix()]
+        assert not (path.parent / "summary.json").exists() and "dirty" not in failed["commit"]
+        assert failed["config"] | cell.config == failed["config"] and sweep.does_not_apply(failed["reason"]), path
+
+
 @pytest.mark.parametrize("name", ["quick", "full"])
 def test_the_protocols_have_every_algorithm_and_no_setting_that_fits_nothing(sweep, name):
     protocols = tomllib.loads((ROOT / "benchmarks" / "protocols.toml").read_text())
