@@ -60,7 +60,7 @@ class Config:
     dataset: str = "stitch/pointmaze-umaze-v0"  # a Minari dataset: on this machine, built by a recipe, or downloaded
     seed: int = 0  # of the first run: its networks, batches and evaluation
     num_seeds: int = 3  # runs trained in one program, with seeds seed, seed + 1, ...
-    num_updates: int = 6_000  # gradient steps (the paper: 1,000,000)
+    num_updates: int = 6_000  # gradient steps (published runs: some 1,000,000)
     eval_interval: int = 2_000  # gradient steps between two evaluations, each with a checkpoint
     eval_episodes: int = 20  # episodes of one evaluation, for each seed
     log_interval: int = 250  # gradient steps of one compiled call; the progress line moves after each
@@ -116,7 +116,7 @@ def mix(q, min_weight):
 
 def make_agent(cfg: Config, spec: Spec) -> Agent:
     if spec.discrete:
-        raise SystemExit("This BCQ needs continuous actions and this dataset's are discrete: use EMaQ, IQL or BC.")
+        raise SystemExit("This BCQ needs continuous actions and this dataset's are discrete: use bcq_discrete.py.")
     latent_dim = 2 * spec.action_dim
     vae = VAE(spec.action_dim, latent_dim, cfg.vae_hidden)
     perturbation = DeterministicActor(spec.action_dim, cfg.hidden)

@@ -8,7 +8,7 @@ Reference  https://github.com/sfujim/BCQ at 4876f7e, discrete_BCQ/discrete_BCQ.p
 
 From equation to code
     A(s) = { a: G(a|s) >= threshold max_a' G(a'|s) }                       likely
-    A(s) = { a: G(a|s) > rho }, or where that is empty, the likeliest      likely, with --absolute
+    A(s) = { a: G(a|s) >= rho }, or where that is empty, the likeliest     likely, with --absolute
     pi   = argmax_{a in A(s)} Q(s, a)                                      policy
     y    = r + discount Qbar(s', pi(s'))                                   update
     L_Q  = E[ huber(Q(s, a) - y) ]                                         critic_loss
@@ -17,7 +17,8 @@ From equation to code
 
 Order of one update   Q and G, both from the networks before this update; target.
 Hyper-parameters      threshold, logit_penalty: the reference; the rest as dqn.py.
-Deviations            1. >= where paper and reference have >, so that a threshold of 1 leaves an action in each state.
+Deviations            1. >= where paper and reference have > (the reference has the first form alone), so that a
+                         threshold of 1 leaves an action in each state; a larger one is as 1.
                       2. The target moves by a Polyak step, as in the reference on vectors; the paper copies it.
                       3. Batches are drawn on the device, with replacement.
 Run                   python algos/bcq_discrete.py --dataset stitch/cartpole-mixed-v0 --num-seeds 3
@@ -59,7 +60,7 @@ class Config:
     dataset: str = "stitch/cartpole-mixed-v0"  # a Minari dataset: on this machine, built by a recipe, or downloaded
     seed: int = 0  # of the first run: its networks, batches and evaluation
     num_seeds: int = 3  # runs trained in one program, with seeds seed, seed + 1, ...
-    num_updates: int = 6_000  # gradient steps (the paper: 1,000,000)
+    num_updates: int = 6_000  # gradient steps (published runs: some 1,000,000)
     eval_interval: int = 2_000  # gradient steps between two evaluations, each with a checkpoint
     eval_episodes: int = 20  # episodes of one evaluation, for each seed
     log_interval: int = 250  # gradient steps of one compiled call; the progress line moves after each
@@ -105,7 +106,7 @@ class Agent(NamedTuple):
 def likely(probs, threshold, absolute):
     """Which actions may be taken, by their probabilities under the clone. (..., actions) -> bool, at least one True."""
     largest = probs.max(axis=-1, keepdims=True)
-    return probs >= (jnp.minimum(threshold, largest) if absolute else threshold * largest)
+    return probs >= jnp.minimum(threshold if absolute else threshold * largest, largest)
 
 
 def make_agent(cfg: Config, spec: Spec) -> Agent:

@@ -19,7 +19,8 @@ Hyper-parameters      bear_hdf5_d4rl.py and the README of the reference (hopper,
 Deviations            1. The policy's loss has the Q of this update; the reference's has the one from before.
                       2. From the paper, as the reference: no target policy, no variance of an ensemble in L_pi.
                       3. One Adam step size for Q and the VAE.
-                      4. Batches are drawn on the device, with replacement.
+                      4. PyTorch's initialisation of every layer; the reference has rlkit's.
+                      5. Batches are drawn on the device, with replacement.
 Run                   python algos/bear.py --dataset stitch/pointmaze-umaze-v0
 """
 
@@ -59,7 +60,7 @@ class Config:
     dataset: str = "stitch/pointmaze-umaze-v0"  # a Minari dataset: on this machine, built by a recipe, or downloaded
     seed: int = 0  # of the first run: its networks, batches and evaluation
     num_seeds: int = 3  # runs trained in one program, with seeds seed, seed + 1, ...
-    num_updates: int = 6_000  # gradient steps (the paper: 1,000,000)
+    num_updates: int = 6_000  # gradient steps (published runs: some 1,000,000)
     eval_interval: int = 2_000  # gradient steps between two evaluations, each with a checkpoint
     eval_episodes: int = 20  # episodes of one evaluation, for each seed
     log_interval: int = 250  # gradient steps of one compiled call; the progress line moves after each
@@ -167,8 +168,8 @@ def make_agent(cfg: Config, spec: Spec) -> Agent:
         policy = sample(Normal(*actor.apply(params, batch.obs)), cfg.num_mmd_samples, key_policy)  # before the tanh
         z = jax.random.normal(key_latent, (cfg.num_mmd_samples, *batch.reward.shape, latent_dim))
         z = jnp.clip(z, -cfg.latent_clip, cfg.latent_clip)
-        behavior = vae.apply(vae_params, repeat(batch.obs, cfg.num_mmd_samples), z, method="decode_unsquashed")
-        divergence = mmd(behavior, policy, cfg.kernel, cfg.mmd_sigma)
+        behaviour = vae.apply(vae_params, repeat(batch.obs, cfg.num_mmd_samples), z, method="decode_unsquashed")
+        divergence = mmd(behaviour, policy, cfg.kernel, cfg.mmd_sigma)
         q = critic.apply(critic_params, batch.obs, jnp.tanh(policy[0])).min(axis=0)
         chex.assert_equal_shape([divergence, q, batch.reward])
         loss = alpha * (divergence - cfg.mmd_threshold) - q_weight * q

@@ -6,7 +6,7 @@ Paper      Wu, Tucker & Nachum (2019), https://arxiv.org/abs/1911.11361
 Reference  https://github.com/rail-berkeley/d4rl_evaluations at c93b9d2, folder brac (brac_primal_agent.py)
 
 From equation to code
-    b    = argmax_b E[ log b(a|s) ], of an entropy of at least -|A|              behavior_loss, pretrain
+    b    = argmax_b E[ log b(a|s) ], of an entropy of at least -|A|              behaviour_loss, pretrain
     D(s) = KL(pi, b) or MMD^2(pi, b), by samples; discrete KL exactly            kl, mmd, exact_kl
     y    = r + discount E_pi[ min_j Qbar_j(s', a') - alpha D(s') ]               update
            BRAC-p (value_penalty off): without D in y
@@ -20,7 +20,9 @@ Deviations            1. The policy starts as the clone; the reference's starts 
                       2. No dual forms of D, which train a network in an inner loop; no entropy term (there 0 too).
                       3. The clone's entropy bonus starts at weight 0, not 1, and is found by plain dual ascent.
                       4. log std is clipped to [-5, 2], not squashed into [-5, 0].
-                      5. Batches are drawn on the device, with replacement.
+                      5. A learned alpha moves by D from before the policy's step; the reference's by D after it.
+                      6. PyTorch's initialisation of every layer; the reference has Keras's.
+                      7. Batches are drawn on the device, with replacement.
 Run                   python algos/brac.py --dataset stitch/pointmaze-umaze-v0
 """
 
@@ -60,7 +62,7 @@ class Config:
     dataset: str = "stitch/pointmaze-umaze-v0"  # a Minari dataset: on this machine, built by a recipe, or downloaded
     seed: int = 0  # of the first run: its networks, batches and evaluation
     num_seeds: int = 3  # runs trained in one program, with seeds seed, seed + 1, ...
-    num_updates: int = 6_000  # gradient steps (the paper: 1,000,000)
+    num_updates: int = 6_000  # gradient steps (published runs: some 1,000,000)
     eval_interval: int = 2_000  # gradient steps between two evaluations, each with a checkpoint
     eval_episodes: int = 20  # episodes of one evaluation, for each seed
     log_interval: int = 250  # gradient steps of one compiled call; the progress line moves after each
@@ -73,7 +75,7 @@ class Config:
     discount: float = 0.99  # gamma
     tau: float = 0.05  # Polyak step of the target critic (the reference: 0.005)
     # BRAC
-    pretrain_updates: int = 2_000  # gradient steps of the first phase, the cloning of b (the reference: 300,000)
+    pretrain_updates: int = 2_000  # gradient steps of the first phase, the cloning of b (the reference: 1,000,000)
     divergence: Literal["kl", "mmd"] = "kl"  # D: KL divergence, or squared maximum mean discrepancy
     value_penalty: bool = True  # D is a part of the value (BRAC-v), or of the actor's loss alone (BRAC-p)
     alpha: float = 1.0  # weight of D: 0 is an actor-critic without it; where it is learned, its first value
@@ -94,7 +96,7 @@ class Trainable(NamedTuple):
 
 class State(NamedTuple):
     key: jax.Array
-    behavior: Trainable  # b, of the first phase
+    behaviour: Trainable  # b, of the first phase
     entropy_weight: jax.Array  # of b's entropy in that phase
     actor: Trainable
     critic: Trainable
@@ -155,9 +157,9 @@ def make_agent(cfg: Config, spec: Spec) -> Agent:
         critic = Critic(2, cfg.hidden, initializer="torch")
     adam, actor_adam = optax.adam(cfg.learning_rate), optax.adam(cfg.actor_learning_rate)
 
-    def q_and_divergence(actor_params, critic_params, behavior_params, obs, key):
+    def q_and_divergence(actor_params, critic_params, behaviour_params, obs, key):
         """E[ min_j Q_j(s, a) ], a ~ pi(.|s), and D(s): sums over discrete actions, samples of others."""
-        pi, b = actor.apply(actor_params, obs), actor.apply(behavior_params, obs)
+        pi, b = actor.apply(actor_params, obs), actor.apply(behaviour_params, obs)
         if spec.discrete:
             q = critic.apply(critic_params, obs).min(axis=0)  # (batch, actions)
             return (jax.nn.softmax(pi.logits) * q).sum(axis=-1), exact_kl(pi, b)
@@ -165,7 +167,7 @@ def make_agent(cfg: Config, spec: Spec) -> Agent:
         q = critic.apply(critic_params, obs, pi.sample(key_action)).min(axis=0)
         return q, {"kl": kl, "mmd": mmd}[cfg.divergence](pi, b, key_divergence, cfg.num_samples)
 
-    def behavior_loss(params, batch, entropy_weight, key):
+    def behaviour_loss(params, batch, entropy_weight, key):
         b = actor.apply(params, batch.obs)
         log_prob = b.log_prob(batch.action if spec.discrete else inside(batch.action))
         entropy = b.entropy() if spec.discrete else -b.sample_and_log_prob(key)[1]
@@ -178,8 +180,8 @@ def make_agent(cfg: Config, spec: Spec) -> Agent:
         chex.assert_shape(q, (2, *target.shape))
         return ((q - target[None]) ** 2).sum(axis=0).mean(), {"q": q.mean()}
 
-    def actor_loss(params, batch, critic_params, behavior_params, alpha, key):
-        q, divergence = q_and_divergence(params, critic_params, behavior_params, batch.obs, key)
+    def actor_loss(params, batch, critic_params, behaviour_params, alpha, key):
+        q, divergence = q_and_divergence(params, critic_params, behaviour_params, batch.obs, key)
         chex.assert_equal_shape([q, divergence, batch.reward])
         return (alpha * divergence - q).mean(), {"divergence": divergence.mean()}
 
@@ -187,16 +189,16 @@ def make_agent(cfg: Config, spec: Spec) -> Agent:
         return -alpha * (divergence - cfg.target_divergence), {"alpha": alpha}
 
     def init(key):
-        key, key_behavior, key_actor, key_critic = jax.random.split(key, 4)
+        key, key_behaviour, key_actor, key_critic = jax.random.split(key, 4)
         obs = jnp.zeros((1, spec.obs_dim))
         action = jnp.zeros(1, int) if spec.discrete else jnp.zeros((1, spec.action_dim))
-        behavior_params = actor.init(key_behavior, obs)
+        behaviour_params = actor.init(key_behaviour, obs)
         actor_params = actor.init(key_actor, obs)
         critic_params = critic.init(key_critic, obs, action)
         alpha = jnp.float32(cfg.alpha)
         return State(
             key=key,
-            behavior=Trainable(behavior_params, adam.init(behavior_params)),
+            behaviour=Trainable(behaviour_params, adam.init(behaviour_params)),
             entropy_weight=jnp.zeros(()),
             actor=Trainable(actor_params, actor_adam.init(actor_params)),
             critic=Trainable(critic_params, adam.init(critic_params)),
@@ -207,15 +209,15 @@ def make_agent(cfg: Config, spec: Spec) -> Agent:
     def pretrain(state, batch):
         key, key_entropy = jax.random.split(state.key)
         weight = state.entropy_weight
-        new_behavior, info = descend(adam, behavior_loss, state.behavior, batch, weight, key_entropy)
+        new_behaviour, info = descend(adam, behaviour_loss, state.behaviour, batch, weight, key_entropy)
         # dual ascent; the entropy of discrete actions, never negative, has no weight
         weight = jnp.maximum(weight + cfg.learning_rate * (-spec.action_dim - info["entropy"]), 0)
-        new_actor = state.actor._replace(params=new_behavior.params)
-        return state._replace(key=key, behavior=new_behavior, entropy_weight=weight, actor=new_actor), info
+        new_actor = state.actor._replace(params=new_behaviour.params)
+        return state._replace(key=key, behaviour=new_behaviour, entropy_weight=weight, actor=new_actor), info
 
     def update(state, batch):
         key, key_next, key_actor = jax.random.split(state.key, 3)
-        b, alpha = state.behavior.params, cfg.alpha if state.alpha is None else state.alpha.params
+        b, alpha = state.behaviour.params, cfg.alpha if state.alpha is None else state.alpha.params
         next_q, next_divergence = q_and_divergence(state.actor.params, state.target_critic, b, batch.next_obs, key_next)
         next_v = next_q - alpha * next_divergence if cfg.value_penalty else next_q
         target = batch.reward + cfg.discount * (1 - batch.terminal) * next_v

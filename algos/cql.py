@@ -15,12 +15,14 @@ From equation to code
 Order of one update   Q, (multiplier,) pi (with the new Q), alpha, target, as sac.py; the reference computes all
                       gradients at the old networks, with the new alpha.
 Hyper-parameters      weight, max_q_backup, backup_entropy and no multiplier: the reference's README for MuJoCo. Its
-                      AntMaze: `lagrange`, gap_target 1. Steps are larger than its 3e-4, 1e-4 (actor) and 0.005.
+                      AntMaze: `lagrange`, gap_target 1. As in both, actor and alpha have a learning rate of their
+                      own, which sac.py has not. Steps are larger than its 3e-4, 1e-4 (actor) and 0.005.
 Deviations            1. The policy does not clone in its first 40,000 updates (the reference: it hardly matters).
                       2. Two hidden layers of PyTorch's initialisation, log std >= -20 (the reference: three, -5).
                       3. gap_target is the reference's tau / weight, the form of JaxCQL; the multiplier is not clipped.
                       4. As the reference: no 1/2 before the squared error, so that weight is twice the paper's alpha.
-                      5. `reward_shift`, and batches drawn on the device, with replacement, as sac.py.
+                      5. max_q_backup takes the best of num_samples actions, 4 (the reference: of 10).
+                      6. Targets start as copies (there: other draws), `reward_shift`, and batches, as sac.py.
 Run                   python algos/cql.py --dataset stitch/pointmaze-umaze-v0
 """
 
@@ -60,7 +62,7 @@ class Config:
     dataset: str = "stitch/pointmaze-umaze-v0"  # a Minari dataset: on this machine, built by a recipe, or downloaded
     seed: int = 0  # of the first run: its networks, batches and evaluation
     num_seeds: int = 3  # runs trained in one program, with seeds seed, seed + 1, ...
-    num_updates: int = 6_000  # gradient steps (the paper: 1,000,000)
+    num_updates: int = 6_000  # gradient steps (published runs: some 1,000,000)
     eval_interval: int = 2_000  # gradient steps between two evaluations, each with a checkpoint
     eval_episodes: int = 20  # episodes of one evaluation, for each seed
     log_interval: int = 250  # gradient steps of one compiled call; the progress line moves after each
@@ -73,15 +75,15 @@ class Config:
     discount: float = 0.99  # gamma
     tau: float = 0.02  # Polyak step of the target critic (the reference: 0.005)
     # SAC
-    target_entropy: float = -1.0  # of the policy, for each dimension of the action
+    target_entropy: float = -1.0  # H in L_alpha, for each dimension of the action
     # CQL
     regularizer: Literal["H", "rho", "eq1", "eq2"] = "H"  # CQL(H), CQL(rho), or the paper's eq. 1 or 2 with mu = pi
     weight: float = 5.0  # of the gap in the critics' loss: 0 (with backup_entropy) is SAC
     num_samples: int = 4  # actions of each of the three proposals (the reference: 10, slow on a CPU)
     lagrange: bool = False  # multiply the weight by a learned factor that holds the gap at gap_target
     gap_target: float = 1.0  # with `lagrange`: the factor rises while the gap is larger
-    max_q_backup: bool = False  # y with the best of num_samples actions for s', not with one
-    backup_entropy: bool = False  # y with the entropy of the next action, as in SAC
+    max_q_backup: bool = False  # y with the best of num_samples actions for s', without its entropy
+    backup_entropy: bool = False  # y with the entropy of the next action, as in SAC; without max_q_backup only
     reward_shift: float = -1.0  # added to every reward: -1 for tasks with reward 1 at a goal and 0 elsewhere
 
 

@@ -13,7 +13,8 @@ From equation to code
     L_Q  = L_TD + alpha L_C                                                       critic_loss
 
 Order of one update   Q, target.
-Hyper-parameters      alpha: the reference for the 10 % data; the rest as dqn.py. The paper on Atari: 200 quantiles.
+Hyper-parameters      alpha: the number is the reference's for the 10 % data, but its L_TD is a sum over 200 quantiles:
+                      against one, as here, 1 is about 100 times as conservative. The rest as dqn.py.
 Deviations            1. One quantile is DQN: its loss is the Huber loss itself, which is twice quantile_loss.
                       2. The target moves by a Polyak step in each update; the reference copies it.
                       3. Batches are drawn on the device, with replacement.
@@ -56,7 +57,7 @@ class Config:
     dataset: str = "stitch/cartpole-mixed-v0"  # a Minari dataset: on this machine, built by a recipe, or downloaded
     seed: int = 0  # of the first run: its networks, batches and evaluation
     num_seeds: int = 3  # runs trained in one program, with seeds seed, seed + 1, ...
-    num_updates: int = 6_000  # gradient steps (the paper: 1,000,000)
+    num_updates: int = 6_000  # gradient steps (published runs: some 1,000,000)
     eval_interval: int = 2_000  # gradient steps between two evaluations, each with a checkpoint
     eval_episodes: int = 20  # episodes of one evaluation, for each seed
     log_interval: int = 250  # gradient steps of one compiled call; the progress line moves after each
@@ -68,7 +69,7 @@ class Config:
     discount: float = 0.99  # gamma
     tau: float = 0.05  # Polyak step of the target critic (the reference: 0.005)
     # CQL
-    alpha: float = 1.0  # weight of the conservative term: 0 is DQN
+    alpha: float = 1.0  # weight of the conservative term: 0 is DQN (the reference: 1, against 200 quantiles' sum)
     num_quantiles: int = 1  # of the return, whose mean is Q; 1 is DQN, more are QR-DQN (the paper on Atari: 200)
     double: bool = False  # the online critic chooses the action whose value the target critic gives
     reward_shift: float = 0.0  # added to every reward

@@ -5,7 +5,7 @@ So expect values far above any return: compare `believed_value` with `true_value
 
 Paper      Mnih et al. (2015), https://www.nature.com/articles/nature14236
            double: van Hasselt, Guez & Silver (2016), https://arxiv.org/abs/1509.06461
-Reference  https://github.com/sfujim/BCQ at 4876f7e, discrete_BCQ/DQN.py: plain DQN, without exploration
+Reference  https://github.com/sfujim/BCQ at 4876f7e, discrete_BCQ/DQN.py: plain DQN
 
 From equation to code
     y    = r + discount max_a' Qbar(s', a')                                update
@@ -14,10 +14,11 @@ From equation to code
     pi   = argmax_a Q(s, a)                                                act
 
 Order of one update   Q, target.
-Hyper-parameters      discount, hidden: `regular_parameters` of the reference's main.py;
+Hyper-parameters      discount: `regular_parameters` of the reference's main.py; hidden: its FC_Q;
                       batch_size, learning_rate and tau are larger than its 64, 3e-4, 0.005, for the short default run.
-Deviations            1. The target moves by a Polyak step, as in the reference on vectors; the papers copy it.
-                      2. Batches are drawn on the device, with replacement.
+Deviations            1. The data are given: no exploration, which the reference has.
+                      2. The target moves by a Polyak step, as in the reference on vectors; the papers copy it.
+                      3. Batches are drawn on the device, with replacement.
 Run                   python algos/dqn.py --dataset stitch/cartpole-mixed-v0 --num-seeds 3
 """
 
@@ -57,7 +58,7 @@ class Config:
     dataset: str = "stitch/cartpole-mixed-v0"  # a Minari dataset: on this machine, built by a recipe, or downloaded
     seed: int = 0  # of the first run: its networks, batches and evaluation
     num_seeds: int = 3  # runs trained in one program, with seeds seed, seed + 1, ...
-    num_updates: int = 6_000  # gradient steps (the paper: 1,000,000)
+    num_updates: int = 6_000  # gradient steps (published runs: some 1,000,000)
     eval_interval: int = 2_000  # gradient steps between two evaluations, each with a checkpoint
     eval_episodes: int = 20  # episodes of one evaluation, for each seed
     log_interval: int = 250  # gradient steps of one compiled call; the progress line moves after each

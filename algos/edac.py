@@ -1,4 +1,4 @@
-"""EDAC: SAC-N whose critics are kept from agreeing on where Q rises, so that a tenth of them is enough.
+"""EDAC: SAC-N whose critics are kept from agreeing on where Q rises, so that up to ten times fewer are enough.
 
 Just off the data critics differ as their gradients at the data do; made diverse, few of them are pessimistic enough.
 
@@ -21,7 +21,8 @@ Deviations            1. PyTorch's initialisation of every layer, and two hidden
                       2. log(std) of the policy is at least SAC's -20; the reference: -5.
                       3. No max-Q backup, which the reference uses on one Adroit dataset.
                       4. `reward_shift` is not in the paper: -1 for 0/1 rewards, as CORL does on AntMaze.
-                      5. Batches are drawn on the device, with replacement.
+                      5. The target critics start as copies; those of the reference are draws of their own.
+                      6. Batches are drawn on the device, with replacement.
 Run                   python algos/edac.py --dataset stitch/pointmaze-umaze-v0
 """
 
@@ -61,7 +62,7 @@ class Config:
     dataset: str = "stitch/pointmaze-umaze-v0"  # a Minari dataset: on this machine, built by a recipe, or downloaded
     seed: int = 0  # of the first run: its networks, batches and evaluation
     num_seeds: int = 3  # runs trained in one program, with seeds seed, seed + 1, ...
-    num_updates: int = 6_000  # gradient steps (the paper: 1,000,000)
+    num_updates: int = 6_000  # gradient steps (published runs: some 1,000,000)
     eval_interval: int = 2_000  # gradient steps between two evaluations, each with a checkpoint
     eval_episodes: int = 20  # episodes of one evaluation, for each seed
     log_interval: int = 250  # gradient steps of one compiled call; the progress line moves after each
@@ -75,7 +76,7 @@ class Config:
     # EDAC
     num_critics: int = 10  # N, of which the smallest counts; the paper: 10 or 50
     eta: float = 1.0  # weight of the diversity: 0 is SAC-N; the paper: 0, 1 or 5, on Adroit up to 1000
-    target_entropy: float = -1.0  # H of eq. 18, for each dimension of the action
+    target_entropy: float = -1.0  # H in L_alpha, for each dimension of the action
     reward_shift: float = -1.0  # added to every reward: -1 for tasks with reward 1 at a goal and 0 elsewhere
 
 
@@ -128,6 +129,7 @@ def make_agent(cfg: Config, spec: Spec) -> Agent:
         """Of each critic's Q(s, a) by a: (num_critics, batch, action_dim)."""
 
         def q(params, obs, action):
+            # The critics of an ensemble share their inputs: each is applied alone, for a gradient of its own
             return one_critic.apply(jax.tree.map(lambda x: x[None], params), obs, action).squeeze(axis=0)
 
         of_each_row = jax.vmap(jax.grad(q, argnums=2), in_axes=(None, 0, 0))

@@ -14,8 +14,8 @@ From equation to code
     pi(s) = the a_i of the largest mix_k Q_k,  a_1 .. a_N ~ mu(.|s)                          act
 
 Order of one update   First phase: mu. Then, with mu fixed: Q, target Q.
-Hyper-parameters      num_samples, min_weight, bins and the many critics as the paper has them, but the numbers are
-                      ours: there is no code to read them in. learning_rate and tau are those of the short default run.
+Hyper-parameters      num_samples, min_weight, bins and num_critics are the paper's notions, their numbers ours or from
+                      memory: there is no code to read them in. learning_rate and tau: for the short default run.
 Deviations            1. Discrete actions, which the paper does not treat, have the operator exactly.
                       2. `reward_shift` is not in the paper: -1 for 0/1 rewards, as CORL does on AntMaze.
                       3. Batches are drawn on the device, with replacement.
@@ -58,7 +58,7 @@ class Config:
     dataset: str = "stitch/pointmaze-umaze-v0"  # a Minari dataset: on this machine, built by a recipe, or downloaded
     seed: int = 0  # of the first run: its networks, batches and evaluation
     num_seeds: int = 3  # runs trained in one program, with seeds seed, seed + 1, ...
-    num_updates: int = 6_000  # gradient steps (the paper: 1,000,000)
+    num_updates: int = 6_000  # gradient steps (published runs: some 1,000,000)
     eval_interval: int = 2_000  # gradient steps between two evaluations, each with a checkpoint
     eval_episodes: int = 20  # episodes of one evaluation, for each seed
     log_interval: int = 250  # gradient steps of one compiled call; the progress line moves after each

@@ -60,7 +60,7 @@ class Config:
     dataset: str = "stitch/pointmaze-umaze-v0"  # a Minari dataset: on this machine, built by a recipe, or downloaded
     seed: int = 0  # of the first run: its networks, batches and evaluation
     num_seeds: int = 3  # runs trained in one program, with seeds seed, seed + 1, ...
-    num_updates: int = 6_000  # gradient steps (the paper: 1,000,000)
+    num_updates: int = 6_000  # gradient steps (published runs: some 1,000,000)
     eval_interval: int = 2_000  # gradient steps between two evaluations, each with a checkpoint
     eval_episodes: int = 20  # episodes of one evaluation, for each seed
     log_interval: int = 250  # gradient steps of one compiled call; the progress line moves after each

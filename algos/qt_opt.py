@@ -11,9 +11,9 @@ From equation to code
     L_Q   = E[ (Q_j(s, a) - y)^2 ], or the cross-entropy of sigmoids; summed over critics j   critic_loss
 
 Order of one update   a*, Q, target.
-Hyper-parameters      num_samples, num_elites, num_iterations: the paper's; init_std and the best sample of the last
-                      round as the result: the reference; the others: TD3's, whose critic this is, but learning_rate
-                      and tau are larger than its 3e-4 and 0.005, for the short default run.
+Hyper-parameters      num_samples, num_elites, num_iterations: re-implementations', not checked with the paper; init_std
+                      and the best sample of the last round as the result: the reference; the others: TD3's, whose
+                      critic this is; learning_rate and tau (there 3e-4, 0.005) are for the short default run.
 Deviations            1. Qbar_2 of the paper is Qbar_1 of some 6,000 steps before; here TD3's second critic.
                       2. Adam and Polyak steps of 0.02; the paper: SGD with momentum, weight decay and 0.0001.
                       3. The paper's cross-entropy needs values in [0, 1]: an option. Squared errors take any reward.
@@ -59,7 +59,7 @@ class Config:
     dataset: str = "stitch/pointmaze-umaze-v0"  # a Minari dataset: on this machine, built by a recipe, or downloaded
     seed: int = 0  # of the first run: its networks, batches and evaluation
     num_seeds: int = 3  # runs trained in one program, with seeds seed, seed + 1, ...
-    num_updates: int = 6_000  # gradient steps (the paper: 1,000,000)
+    num_updates: int = 6_000  # gradient steps (published runs: some 1,000,000)
     eval_interval: int = 2_000  # gradient steps between two evaluations, each with a checkpoint
     eval_episodes: int = 20  # episodes of one evaluation, for each seed
     log_interval: int = 250  # gradient steps of one compiled call; the progress line moves after each

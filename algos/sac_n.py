@@ -18,7 +18,8 @@ Hyper-parameters      The reference's scripts/sac.py, but learning_rate and tau 
 Deviations            1. PyTorch's initialisation of every layer, and two hidden layers; the reference: its own, three.
                       2. log(std) of the policy is at least SAC's -20; the reference: -5.
                       3. `reward_shift` is not in the paper: -1 for 0/1 rewards, as CORL does on AntMaze.
-                      4. Batches are drawn on the device, with replacement.
+                      4. The target critics start as copies; those of the reference are draws of their own.
+                      5. Batches are drawn on the device, with replacement.
 Run                   python algos/sac_n.py --dataset stitch/pointmaze-umaze-v0
 """
 
@@ -58,7 +59,7 @@ class Config:
     dataset: str = "stitch/pointmaze-umaze-v0"  # a Minari dataset: on this machine, built by a recipe, or downloaded
     seed: int = 0  # of the first run: its networks, batches and evaluation
     num_seeds: int = 3  # runs trained in one program, with seeds seed, seed + 1, ...
-    num_updates: int = 6_000  # gradient steps (the paper: 1,000,000)
+    num_updates: int = 6_000  # gradient steps (published runs: some 1,000,000)
     eval_interval: int = 2_000  # gradient steps between two evaluations, each with a checkpoint
     eval_episodes: int = 20  # episodes of one evaluation, for each seed
     log_interval: int = 250  # gradient steps of one compiled call; the progress line moves after each
@@ -71,7 +72,7 @@ class Config:
     tau: float = 0.02  # Polyak step of the target critic (the reference: 0.005)
     # SAC-N
     num_critics: int = 10  # N, of which the smallest counts: 2 is SAC; the paper: 10 to 500
-    target_entropy: float = -1.0  # H of eq. 18, for each dimension of the action
+    target_entropy: float = -1.0  # H in L_alpha, for each dimension of the action
     reward_shift: float = -1.0  # added to every reward: -1 for tasks with reward 1 at a goal and 0 elsewhere
 
 

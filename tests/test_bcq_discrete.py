@@ -60,12 +60,19 @@ def test_target_and_policy_take_the_best_of_the_likely_actions():
 
 
 def test_absolute_threshold_is_one_of_the_probability_and_falls_back_to_the_likeliest_action():
-    # G > 0.05: all; > 0.25: a0 and a1; > 0.35: a0; > 0.7: none, and so a0
+    # G >= 0.05: all; >= 0.25: a0 and a1; >= 0.35: a0; >= 0.7: none, and so a0
     info, action = updated([0.05, 0.25, 0.35, 0.7], absolute=True, learning_rate=10.0)
     np.testing.assert_allclose(info["critic_loss"] + 3.5, [5.5, 19.0, 10.0, 10.0], rtol=1e-6)
     np.testing.assert_array_equal(action, [2, 1, 0, 0])
     _, action = updated([0.05, 0.7], logits=np.roll(LOGITS, 1), q=(3.0, 2.0, 1.0), absolute=True)  # G = (0.1, 0.6, 0.3)
     np.testing.assert_array_equal(action, [0, 1])
+
+
+def test_a_threshold_above_one_leaves_the_likeliest_action():
+    # G = (0.1, 0.6, 0.3): without any action left, argmax would take the first one
+    info, action = updated([1.5, 100.0], logits=np.roll(LOGITS, 1), learning_rate=10.0)
+    np.testing.assert_allclose(info["critic_loss"] + 3.5, [19.0, 19.0], rtol=1e-6)
+    np.testing.assert_array_equal(action, [1, 1])
 
 
 def test_an_unlikely_action_is_not_taken_where_all_others_have_a_negative_q():

@@ -160,11 +160,12 @@ def test_the_mmd_does_not_train_the_behaviour_model():
     chex.assert_trees_all_equal(weak.vae, strong.vae)
 
 
-def test_latents_are_clipped(monkeypatch):
-    # All noise is 9. Behaviour: z = 0.5. Policy: 0.5 + 9 e^-5. MMD with their distance 9 e^-5 = 0.060642
+def test_latents_and_the_policys_log_std_are_clipped(monkeypatch):
+    # All noise is 9. Behaviour: z = 0.5. Policy: 0.5 + 9 e^-5, as its log std of -9 is clipped to -5. MMD with their
+    # distance 9 e^-5 = 0.060642
     monkeypatch.setattr(jax.random, "normal", lambda key, shape=(), *args, **kwargs: jnp.full(shape, 9.0))
     agent = bear.make_agent(LINEAR, Spec(1, 1))
-    _, info = jax.jit(agent.update)(linear_state(agent, actor=(0, 0.5, -5)), rows())
+    _, info = jax.jit(agent.update)(linear_state(agent, actor=(0, 0.5, -9)), rows())
     np.testing.assert_allclose(info["mmd"], np.sqrt(2 - 2 * np.exp(-0.060642 / 20) + 1e-6), rtol=1e-3)
 
 
@@ -192,6 +193,21 @@ def test_mmd_of_many_samples():
     agent = bear.make_agent(cfg, Spec(1, 1))
     _, info = jax.jit(agent.update)(linear_state(agent, actor=(0, 0, 0)), rows(terminal=np.zeros(512)))
     np.testing.assert_allclose(info["mmd"], np.sqrt(0.169741), rtol=0.03)
+
+
+def test_q_is_asked_for_one_sample_of_the_policy():
+    # alpha = 0 and Q = a, pi = tanh of N(1, 1): L = -E[tanh(1 + eps)] = -0.5504; of the mean of four samples, -0.6891
+    agent = bear.make_agent(LINEAR, Spec(1, 1))
+    state = with_log_alpha(linear_state(agent, actor=(0, 1, 0), critics=[[0, 1]] * 2), -jnp.inf)
+    _, info = jax.jit(agent.update)(state, rows(terminal=np.zeros(4096)))
+    np.testing.assert_allclose(info["actor_loss"], -0.5504, atol=0.03)
+
+
+def test_the_first_phase_trains_q_and_its_target():
+    agent = bear.make_agent(dataclasses.replace(LINEAR, learning_rate=0.1), Spec(1, 1))
+    state = linear_state(agent)
+    after, _ = jax.jit(agent.pretrain)(state, rows(obs=1.0, action=0.5, reward=1.0))
+    assert all((x > 0).all() for x in jax.tree.leaves((after.critic.params, after.target_critic)))  # from 0 up to y = 1
 
 
 def test_no_gradient_of_q_reaches_the_policy_in_the_first_phase():

@@ -41,17 +41,17 @@ def normals(tree, seed):
     return jax.tree.map(lambda x: jnp.float32(rng.normal(size=x.shape)), tree)
 
 
-def random_state(agent, behavior_seed=3):
+def random_state(agent, behaviour_seed=3):
     state = zeros(agent)
     return state._replace(
-        behavior=state.behavior._replace(params=normals(state.behavior.params, behavior_seed)),
+        behaviour=state.behaviour._replace(params=normals(state.behaviour.params, behaviour_seed)),
         actor=state.actor._replace(params=normals(state.actor.params, 0)),
         critic=state.critic._replace(params=normals(state.critic.params, 1)),
         target_critic=normals(state.target_critic, 2),
     )
 
 
-def linear_state(agent, actor, behavior, critics=((0, 0), (0, 0)), target_critics=((0, 0), (0, 0))):
+def linear_state(agent, actor, behaviour, critics=((0, 0), (0, 0)), target_critics=((0, 0), (0, 0))):
     """One observation, one action. A policy (m, l) is tanh of N(m * obs, exp(l)^2), critic j critics[j] @ (obs, a)."""
     state = zeros(agent)
 
@@ -63,7 +63,7 @@ def linear_state(agent, actor, behavior, critics=((0, 0), (0, 0)), target_critic
 
     return state._replace(
         actor=policy(state.actor, *actor),
-        behavior=policy(state.behavior, *behavior),
+        behaviour=policy(state.behaviour, *behaviour),
         critic=state.critic._replace(params=critic(state.critic.params, critics)),
         target_critic=critic(state.target_critic, target_critics),
     )
@@ -148,8 +148,8 @@ def test_cloning_finds_the_datas_gaussian(optimised):
     data = data._replace(action=jnp.tanh(0.3 + 0.5 * jnp.array([1.0, -1.0] * 32))[:, None])
     agent = brac.make_agent(dataclasses.replace(LINEAR, learning_rate=1e-2), Spec(1, 1))
     state = repeat(agent.pretrain, linear_state(agent, (0, 0), (0, 0)), data, 500)
-    chex.assert_trees_all_equal(state.actor.params, state.behavior.params)  # the policy starts as the clone
-    bias, kernel = jax.tree.leaves(state.behavior.params)
+    chex.assert_trees_all_equal(state.actor.params, state.behaviour.params)  # the policy starts as the clone
+    bias, kernel = jax.tree.leaves(state.behaviour.params)
     np.testing.assert_allclose(bias + kernel[0], [0.3, np.log(0.5)], atol=0.01)
     assert state.entropy_weight == 0  # its entropy is above -1
 
@@ -165,7 +165,14 @@ def test_the_clones_entropy_is_kept_at_minus_one(no_noise, log_std, weight, slop
     after, info = jax.jit(agent.pretrain)(state, rows())
     np.testing.assert_allclose(info["entropy"], log_std + 0.918939, rtol=1e-2)
     np.testing.assert_allclose(after.entropy_weight, weight, rtol=1e-3)
-    np.testing.assert_allclose(jax.tree.leaves(gradient(after.behavior))[0][1], slope, rtol=1e-4)
+    np.testing.assert_allclose(jax.tree.leaves(gradient(after.behaviour))[0][1], slope, rtol=1e-4)
+
+
+def test_the_clones_entropy_is_that_of_its_own_actions(no_noise):
+    # b = tanh of N(0, 1) with the sample 0, of density 1 / sqrt(2 pi), wherever the data's action is
+    agent = brac.make_agent(LINEAR, Spec(1, 1))
+    _, info = jax.jit(agent.pretrain)(linear_state(agent, (0, 0), (0, 0)), rows(action=0.5))
+    np.testing.assert_allclose(info["entropy"], 0.918939, rtol=1e-5)
 
 
 def test_data_on_the_bounds_are_cloned_inside_them():
@@ -197,7 +204,7 @@ def test_one_state_for_ever(value_penalty, value, optimised):
         agent = brac.make_agent(dataclasses.replace(cfg, alpha=alpha), Spec(1, 2, True))
         state = repeat(agent.pretrain, random_state(agent), one_state(), 1000)
         state = repeat(agent.update, state, one_state(), 3000)
-        pi, b = (CategoricalActor(2, ()).apply(x.params, jnp.ones(1)) for x in (state.actor, state.behavior))
+        pi, b = (CategoricalActor(2, ()).apply(x.params, jnp.ones(1)) for x in (state.actor, state.behaviour))
         q = DiscreteCritic(2, 2, ()).apply(state.critic.params, jnp.ones(1)).min(axis=0)
         v = (jax.nn.softmax(pi.logits) * q).sum() - value_penalty * alpha * brac.exact_kl(pi, b)
         return jax.nn.softmax(pi.logits)[0], v, jax.nn.softmax(b.logits)[0]
@@ -256,6 +263,34 @@ def test_actors_loss_and_its_gradient(no_noise):
     np.testing.assert_allclose([*bias, kernel[0, 0]], [0.231674, -2, 0.5 * 0.231674], rtol=1e-3)
 
 
+def test_q_is_asked_for_samples_of_the_policy():
+    # alpha = 0, Q = Q' = a, pi = tanh of N(s, 1), s' = 0 and s = 1; the data's action is 0. L_Q = 2 (0.99^2 E[t^2]),
+    # t = tanh(eps), and L_pi = -E[t], t = tanh(1 + eps), of the slope -E[(1 - t^2) eps] in log std. At the mode L_Q and
+    # that slope are 0.
+    eps = np.random.default_rng(0).normal(size=1_000_000)
+    t = np.tanh(1 + eps)
+    agent = brac.make_agent(dataclasses.replace(LINEAR, alpha=0.0), Spec(1, 1))
+    state = linear_state(agent, (1, 0), (0, 0), [[0, 1], [0, 1]], [[0, 1], [0, 1]])
+    after, info = jax.jit(agent.update)(state, rows(obs=1.0, terminal=np.zeros(16384)))
+    np.testing.assert_allclose(info["critic_loss"], 2 * 0.99**2 * (np.tanh(eps) ** 2).mean(), rtol=0.03)
+    np.testing.assert_allclose(info["actor_loss"], -t.mean(), rtol=0.03)
+    slope = jax.tree.leaves(gradient(after.actor))[0][1]
+    np.testing.assert_allclose(slope, -((1 - t**2) * eps).mean(), atol=0.02)  # 0.266
+
+
+def test_the_policys_log_std_is_at_least_minus_five(no_noise):
+    # log pi(0) - log b(0), of standard deviations e^-5 and 1
+    agent = brac.make_agent(LINEAR, Spec(1, 1))
+    _, info = jax.jit(agent.update)(linear_state(agent, (0, -9), (0, 0)), rows())
+    np.testing.assert_allclose(info["divergence"], 5, rtol=1e-5)
+
+
+def test_what_it_believes_is_the_smaller_critic():
+    agent = brac.make_agent(LINEAR, Spec(1, 1))
+    state = linear_state(agent, (0, 0), (0, 0), critics=[[0, 1], [0, 2]])
+    np.testing.assert_allclose(agent.q(state, jnp.zeros((1, 1)), jnp.ones((1, 1))), [1])
+
+
 def random_batch(discrete, n=8):
     k = jax.random.split(jax.random.key(1), 5)
     action = jax.random.randint(k[1], (n,), 0, 3) if discrete else jax.random.uniform(k[1], (n, 2), minval=-1)
@@ -268,10 +303,10 @@ def test_without_weight_behaviour_does_not_matter(discrete):
     """alpha = 0: the actor-critic of the smaller Q, of which BRAC-v and BRAC-p are the same."""
     spec, batch = Spec(3, 3 if discrete else 2, discrete), random_batch(discrete)
 
-    def one(value_penalty, behavior_seeds):
+    def one(value_penalty, behaviour_seeds):
         agent = brac.make_agent(brac.Config(hidden=(8,), alpha=0.0, value_penalty=value_penalty), spec)
         update = jax.jit(agent.update)
-        states = [update(random_state(agent, seed), batch)[0] for seed in behavior_seeds]
+        states = [update(random_state(agent, seed), batch)[0] for seed in behaviour_seeds]
         return [(gradient(s.actor), gradient(s.critic), s.actor.params, s.critic.params) for s in states]
 
     first, second = one(True, (3, 4))
@@ -298,7 +333,7 @@ def test_order_of_one_update():
 
     def value(actor_params, critic_params, obs):
         log_pi = jax.nn.log_softmax(actor.apply(actor_params, obs).logits)
-        log_b = jax.nn.log_softmax(actor.apply(before.behavior.params, obs).logits)
+        log_b = jax.nn.log_softmax(actor.apply(before.behaviour.params, obs).logits)
         q = critic.apply(critic_params, obs).min(axis=0)
         return (jnp.exp(log_pi) * (q - 0.7 * (log_pi - log_b))).sum(axis=-1)
 
@@ -308,14 +343,14 @@ def test_order_of_one_update():
     np.testing.assert_allclose(info["critic_loss"], loss, rtol=1e-5)
     grad = jax.grad(lambda p: -value(p, after.critic.params, batch.obs).mean())(before.actor.params)
     chex.assert_trees_all_close(gradient(after.actor), grad, rtol=1e-4, atol=1e-6)
-    chex.assert_trees_all_equal(after.behavior, before.behavior)
+    chex.assert_trees_all_equal(after.behaviour, before.behaviour)
 
 
 def test_uniform_behaviour_is_sac():
     """KL(pi, uniform) = log n - entropy of pi: discrete SAC at the temperature alpha, less alpha log n in each step."""
     agent, batch = brac.make_agent(EIGHT, Spec(3, 3, True)), random_batch(discrete=True)
     before, _, _, _ = discrete_step()
-    uniform = before._replace(behavior=jax.tree.map(jnp.zeros_like, before.behavior))
+    uniform = before._replace(behaviour=jax.tree.map(jnp.zeros_like, before.behaviour))
     after, info = jax.jit(agent.update)(uniform, batch)
     actor, critic = NETS
 

@@ -35,6 +35,7 @@ RELATIVE = {"marwil", "reps"}  # the actor's weights are relative to the batch's
 PROPOSES = {"cql": {"weight": 0.0}}  # actions of pi(.|s') are proposals in every row, and this leaves them out
 NEEDS = {"cql": {"lagrange": True}}  # options without which a float of theirs does nothing
 ACTS_ON_SAMPLES = {"bcq", "bear", "emaq", "qt_opt"}  # act takes the best of actions that it draws
+ACTS_BY_TARGETS = {"qt_opt"}  # the averaged critic is the one that its paper acts by
 GAUSSIAN = {"epsilon_std"}  # floats of a Gaussian policy: a categorical one has no use for them
 
 
@@ -340,6 +341,26 @@ def test_what_it_believes_is_a_number_for_each_state_and_depends_on_the_action(c
         pytest.skip("learns no Q-function")
     q = case.agent.q(case.state, case.data.obs, case.data.action)
     assert q.shape == (N,) and differ(q, case.agent.q(case.state, case.data.obs, case.data.next_action))
+
+
+def test_it_acts_and_believes_by_the_networks_it_trains(case):
+    """Not by their slow copies and, where there is a policy, by that and not by the clone that it is held to."""
+    name, rng = case.algo.__name__.removeprefix("algos."), np.random.default_rng(0)
+
+    def depends(function, network, *args):
+        old = getattr(case.state, network)
+        new = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(x.dtype), params(old))
+        new = old._replace(params=new) if hasattr(old, "params") else new
+        return differ(function(case.state, *args), function(case.state._replace(**{network: new}), *args))
+
+    trained = networks(case.state).keys()
+    targets = {network for network in trained if network.startswith("target_")}
+    copies = targets | (trained & {"behaviour", "prior"} if "actor" in trained else set())
+    for network in copies if name not in ACTS_BY_TARGETS else ():
+        assert not depends(case.agent.act, network, case.data.obs, jax.random.key(0)), network
+    assert "actor" not in trained or depends(case.agent.act, "actor", case.data.obs, jax.random.key(0))
+    for network in targets if hasattr(case.agent, "q") else ():
+        assert not depends(case.agent.q, network, case.data.obs, case.data.action), network
 
 
 def test_actions_it_cannot_take_are_refused_in_one_sentence(algo):

@@ -85,15 +85,31 @@ def named(tree):
     return {path[-1].key: x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
 
 
+# --- Learning rates -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("moving", ["learning_rate", "actor_learning_rate"])
+def test_actor_and_alpha_have_their_own_learning_rate(moving):
+    cfg = dataclasses.replace(EIGHT, lagrange=True)
+    state = jax.jit(cql.make_agent(cfg, Spec(3, 2)).init)(jax.random.key(0))
+    floats = {"learning_rate": 0.0, "actor_learning_rate": 0.0} | {moving: 0.1}
+    after, _ = update(cfg, Spec(3, 2), floats, state, random_batch())
+    of = {"learning_rate": ["critic", "log_multiplier"], "actor_learning_rate": ["actor", "log_alpha"]}
+    for name in sum(of.values(), []):
+        leaves = (jax.tree.leaves(getattr(s, name).params) for s in (state, after))
+        assert all(np.array_equal(x, y) != (name in of[moving]) for x, y in zip(*leaves, strict=True)), name
+
+
 # --- Limits ----------------------------------------------------------------------------------------------
 
 
 def test_weight_zero_is_sac_bit_for_bit():
-    # Not compiled as a whole: XLA would add the gradients' two parts, one of them zero, in another order
+    # Not compiled as a whole: XLA would add the gradients' two parts, one of them zero, in another order. Linear
+    # networks, because every operation is then a compilation of its own
     new, batch = [], random_batch()
-    limit = dataclasses.replace(EIGHT, weight=0.0, actor_learning_rate=1e-3, backup_entropy=True)
-    start = sac.State(*eight_state()[:5])
-    for algo, cfg, state in ((sac, sac.Config(hidden=(8,)), start), (cql, limit, eight_state())):
+    limit = cql.Config(hidden=(), num_samples=2, weight=0.0, actor_learning_rate=1e-3, backup_entropy=True)
+    start = jax.jit(cql.make_agent(limit, Spec(3, 2)).init)(jax.random.key(0))
+    for algo, cfg, state in ((sac, sac.Config(hidden=()), sac.State(*start[:5])), (cql, limit, start)):
         for _ in range(2):
             state, info = algo.make_agent(cfg, Spec(3, 2)).update(state, batch)
         new.append([*jax.tree.leaves(state[:5]), info["critic_loss"], info["actor_loss"], info["entropy"]])
@@ -123,6 +139,21 @@ def test_rho_has_no_densities_and_counts_the_datas_action():
     cfg, state = dataclasses.replace(LINEAR, regularizer="rho"), linear_state(log_std=0.7, bias=7.0)
     _, info = update(cfg, Spec(1, 1), {}, state, rows_of(obs=1.0, action=0.3), noise=False)
     np.testing.assert_allclose(info["gap"], 3.433987, rtol=1e-6)
+
+
+@pytest.mark.parametrize("regularizer", ["H", "rho"])
+def test_gradients_of_the_gap(regularizer):
+    # Of a logsumexp: each term's share p. With rho the data's Q is one of the terms, and dgap / dq_data = p_data - 1
+    keys = jax.random.split(jax.random.key(0), 3)
+    q, q_data, log_density = (
+        jax.random.normal(k, shape) for k, shape in zip(keys, [(2, 6, 5), (2, 5), (6, 5)], strict=True)
+    )
+    gap = lambda q, q_data: cql.conservative_gap(q, log_density, q_data, regularizer).sum()  # noqa: E731
+    by_q, by_q_data = jax.grad(gap, argnums=(0, 1))(q, q_data)
+    terms = np.concatenate([q, q_data[:, None]], axis=1) if regularizer == "rho" else q - log_density[None]
+    p = np.exp(terms) / np.exp(terms).sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(by_q, p[:, :6], rtol=1e-5)
+    np.testing.assert_allclose(by_q_data, p[:, 6] - 1 if regularizer == "rho" else -np.ones((2, 5)), rtol=1e-5)
 
 
 def test_gradient_of_the_term():
@@ -164,11 +195,13 @@ def test_a_critics_term_does_not_depend_on_the_other_critic():
     assert not np.array_equal(*(jax.tree.leaves(g)[0][1] for g in grads))
 
 
-def test_proposals_estimate_the_integral_of_exp_q():
+@pytest.mark.parametrize("mean", [(0.2, 0.0), (0.0, 0.5)])
+def test_proposals_estimate_the_integral_of_exp_q(mean):
     # Q = 2 a: log of the integral of e^(2a) over [-1, 1] = log sinh 2 = 1.288365; each of the three proposals estimates
-    # it, so the sum over 3 n has log(3 n) more. The data's action is 0, with Q = 0.
+    # it, so the sum over 3 n has log(3 n) more. The data's action is 0, with Q = 0. Were actions paired with the
+    # densities of others, a proposal of mean 0.5 would estimate 1.74 times the integral.
     cfg = dataclasses.replace(LINEAR, num_samples=2000)
-    state = linear_state(mean=(0.2, 0.0), log_std=0.3, critics=[[0.0, 2.0]] * 2)
+    state = linear_state(mean=mean, log_std=0.3, critics=[[0.0, 2.0]] * 2)
     _, info = update(cfg, Spec(1, 1), {}, state, rows_of(obs=1.0, action=0.0, next_obs=-1.0))
     np.testing.assert_allclose(info["gap"] - np.log(6000), 1.288365, atol=0.03)
 
@@ -225,6 +258,14 @@ def test_max_q_backup_is_of_each_critic_before_the_smaller_one():
 
 
 # --- Lagrange multiplier ---------------------------------------------------------------------------------
+
+
+def test_multiplier_starts_at_one():
+    cfg = dataclasses.replace(EIGHT, lagrange=True)
+    state = jax.jit(cql.make_agent(cfg, Spec(3, 2)).init)(jax.random.key(0))
+    assert state.log_multiplier.params == 0
+    _, info = update(cfg, Spec(3, 2), {"learning_rate": 0.0, "actor_learning_rate": 0.1}, state, random_batch())
+    np.testing.assert_allclose(info["weight"], cfg.weight)
 
 
 @pytest.mark.parametrize("gap_target, grows", [(5.0, True), (6.0, False)])

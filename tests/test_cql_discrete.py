@@ -73,6 +73,23 @@ def test_bandit(optimised):
         np.testing.assert_allclose(jax.nn.softmax(q[3]), [beta, 1 - beta], atol=1e-3)
 
 
+def test_the_targets_maximum_takes_what_the_term_raises(optimised):
+    # One state that follows itself, rewards 0: every true value is 0. beta = (0.8, 0.2), alpha 1, discount 0.9.
+    # beta (Q - y) + alpha (softmax(Q) - beta) = 0 with y = 0.9 Q(a0): Q(a0) = alpha (1 - pi(a0) / 0.8) / (1 - 0.9),
+    # and D = Q(a0) - Q(a1) = alpha (pi(a1) / 0.2 - pi(a0) / 0.8), where pi(a0) = 1 / (1 + exp(-D)): D = 0.7522,
+    # pi(a0) = 0.67965, Q = (1.5043, 0.7522). With the mean over the data's actions in y, that of Q would be 0.
+    data = bandit([0, 0, 0, 0, 1], np.zeros(5))._replace(terminal=jnp.zeros(5))
+    agent = cql_discrete.make_agent(cql_discrete.Config(hidden=(), learning_rate=0.01, discount=0.9), Spec(1, 2, True))
+
+    @jax.jit
+    def train():
+        step = lambda state, _: (agent.update(state, data)[0], None)  # noqa: E731
+        state, _ = jax.lax.scan(step, agent.init(jax.random.key(0)), length=4000)
+        return agent.q(state, jnp.zeros((2, 1)), jnp.arange(2))
+
+    np.testing.assert_allclose(train(), [1.5043, 0.7522], atol=1e-3)
+
+
 @pytest.mark.parametrize("double", [False, True])
 def test_alpha_zero_is_dqn_bit_for_bit(double):
     after = []
@@ -155,6 +172,15 @@ def test_target_of_the_quantiles_is_of_the_action_with_the_largest_mean(double, 
     # Q(s, .) is the mean of the quantiles, (0.5, 2): log(e^0.5 + e^2) - 0.5 = 1.701413
     np.testing.assert_allclose(info["conservative_loss"], 1.701413, rtol=1e-6)
     np.testing.assert_allclose(info["q"], 0.5)
+
+
+def test_acts_by_the_mean_of_the_quantiles():
+    # Z(s, a0) = (0, 10), Z(s, a1) = (4, 5): means 5 and 4.5, where the first quantile alone prefers a1
+    agent = cql_discrete.make_agent(cql_discrete.Config(hidden=(), num_quantiles=2), Spec(1, 2, True))
+    state = jax.jit(agent.init)(jax.random.key(0))
+    state = state._replace(critic=state.critic._replace(params=constant([0.0, 4.0, 10.0, 5.0])))
+    assert not agent.act(state, jnp.zeros((3, 1)), jax.random.key(0)).any()
+    np.testing.assert_allclose(agent.q(state, jnp.zeros((2, 1)), jnp.arange(2)), [5.0, 4.5])
 
 
 def test_continuous_actions_are_refused_in_one_sentence():

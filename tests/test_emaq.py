@@ -101,6 +101,33 @@ def test_the_algorithm_finds_these_values(num):
     np.testing.assert_allclose(best, [1 - 0.75**num, 1 - 0.5**num], atol=0.05)
 
 
+def test_many_draws_are_the_maximum_over_the_datas_actions_alone():
+    """N -> infinity is batch-constrained Q-learning: without (s0, a1), the only way to s1, its Q changes nothing."""
+    # Nothing leaves s0: Q(s0, a0) = 0, Q(s1, a0) = 2 + 0.9 * 0, Q(s1, a1) = 0.9 * 2. With Q(s0, a1) in the maximum, of
+    # 20 at first, they would be near 18, 20 and 18.
+    s, a = np.array([(0, 0), (1, 0), (1, 1)]).T
+    one_hot = np.eye(2, dtype=np.float32)
+    batch = Transition(one_hot[s], a.astype(np.int32), np.float32(REWARD[s, a]), one_hot[NEXT[s, a]], np.zeros(3, "f4"))
+    cfg = emaq.Config(hidden=(), num_critics=2, num_samples=1000, discount=DISCOUNT, learning_rate=0.05, tau=0.5)
+    agent = emaq.make_agent(cfg, Spec(2, 2, discrete=True))
+
+    @jax.jit
+    def train():
+        state = agent.init(jax.random.key(0))
+        behaviour = set_layer(state.behaviour.params, [[0, -100], [0, 0]], np.zeros(2))  # a1 is impossible in s0
+        critic = set_layer(state.critic.params, [[[0, 20], [0, 0]]] * 2, np.zeros((2, 2)))
+        state = state._replace(
+            behaviour=state.behaviour._replace(params=behaviour),
+            critic=state.critic._replace(params=critic),
+            target_critic=critic,
+        )
+        return jax.lax.scan(lambda state, _: (agent.update(state, batch)[0], None), state, length=1500)[0]
+
+    state = train()
+    np.testing.assert_allclose(agent.q(state, batch.obs, batch.action), [0, 2, 1.8], atol=0.02)
+    np.testing.assert_array_equal(jax.jit(agent.act)(state, batch.obs, jax.random.key(1)), [0, 0, 0])
+
+
 # --- Continuous actions: linear networks with numbers of ours ------------------------------------------------
 
 BINS = 2  # of the behaviour model: [-1, 0) and [0, 1]

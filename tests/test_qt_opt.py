@@ -12,15 +12,20 @@ from common.networks import Critic
 
 def search(value, key=0, states=256, **changes):
     """CEM for that many states, each on one action."""
-    cfg = qt_opt.Config(**changes)
-    run = lambda key: qt_opt.cem(value, jnp.zeros((states, 1)), jnp.ones((states, 1)), key, cfg)  # noqa: E731
-    return jax.jit(run)(jax.random.key(key))[:, 0]
+    return search_all(value, 1, key, states, **changes)[:, 0]
+
+
+def search_all(value, action_dim, key=0, states=256, **changes):
+    cfg, shape = qt_opt.Config(**changes), (states, action_dim)
+    run = lambda key: qt_opt.cem(value, jnp.zeros(shape), jnp.ones(shape), key, cfg)  # noqa: E731
+    return jax.jit(run)(jax.random.key(key))
 
 
 def fixed_noise(monkeypatch, noise):
-    """Every round of CEM draws these (num_samples,), in every state and dimension."""
-    column = jnp.array(noise, jnp.float32)[:, None]
-    monkeypatch.setattr(jax.random, "normal", lambda key, shape: jnp.broadcast_to(column, shape))
+    """Every round of CEM draws these in every state: (num_samples, action_dim), or (num_samples,) for all of them."""
+    noise = jnp.array(noise, jnp.float32)
+    noise = noise[:, None] if noise.ndim == 1 else noise
+    monkeypatch.setattr(jax.random, "normal", lambda key, shape: jnp.broadcast_to(noise, shape))
 
 
 def fill(tree, kernel, bias):
@@ -82,6 +87,21 @@ def test_next_rounds_gaussian_is_that_of_the_elites(monkeypatch):
     for num_elites, expected in ((4, 0.5), (2, 0.74)):
         found = search(lambda action: action[..., 0], states=3, num_samples=4, num_elites=num_elites)
         np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_each_dimension_of_the_action_has_its_own_noise():
+    # With one noise for both, every sample would be on the line a_1 = a_2, 0.64 from the peak
+    peak = np.float32([[[0.3, -0.6]]])
+    found = search_all(lambda action: -((action - peak) ** 2).sum(axis=-1), 2, num_iterations=3)
+    assert np.abs(found - peak[0]).mean() < 0.1
+
+
+def test_each_dimension_of_the_action_has_its_own_deviation(monkeypatch):
+    # Q = a_1. The best two are (0.2, 0.4) and (0.8, -0.4): means 0.5 and 0, deviations 0.3 and 0.4, and the next
+    # round's best is (0.5 + 0.3 * 0.8, 0 - 0.4 * 0.4)
+    fixed_noise(monkeypatch, [[-0.6, 0.0], [0.0, 0.0], [0.2, 0.4], [0.8, -0.4]])
+    found = search_all(lambda action: action[..., 0], 2, states=3, num_samples=4, num_elites=2)
+    np.testing.assert_allclose(found, [[0.74, -0.16]] * 3, rtol=1e-5)
 
 
 def test_order_of_the_samples_does_not_matter(monkeypatch):

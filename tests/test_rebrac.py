@@ -79,6 +79,18 @@ def test_the_penalty_is_of_the_action_that_q_is_asked_for():
     np.testing.assert_allclose(info["critic_loss"], 2 * 0.99**2 * (0.5**2 + 0.25**2) / 2, rtol=0.1)
 
 
+def test_each_dimension_of_the_action_has_its_own_noise():
+    # Q' = a'_1 - a'_2 and each is +-0.5: 0 in half of the rows and +-1 in the others. Of one noise for both, 0.
+    _, info = update(LINEAR, {"policy_noise": 1000.0}, linear_state(target_critic=(0, 1, -1)), batch_of())
+    np.testing.assert_allclose(info["critic_loss"], 2 * 0.99**2 * 0.5, rtol=0.15)  # 1,024 rows: 0.03 a standard error
+
+
+def test_what_it_believes_is_the_smaller_critic():
+    cfg = dataclasses.replace(LINEAR, layer_norm=False)
+    state = linear_state(critic=[(0, 1, 0), (0, 2, 0)])
+    np.testing.assert_allclose(rebrac.make_agent(cfg, SPEC).q(state, jnp.zeros((1, 1)), jnp.ones((1, 2))), [1])
+
+
 def test_the_penalty_is_discounted_and_sums_up():
     # One state, reward 1, discount 0.9; the policy is 1 away from the data in every step: Q = 1 + 0.9 (Q - 0.5 * 1),
     # so Q = (1 - 0.45) / 0.1 = 5.5 instead of 10. All of it learned by update, target network included.

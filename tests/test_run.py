@@ -218,14 +218,14 @@ def test_the_second_phase_leaves_the_first_ones_network_alone(finished_in_two_ph
         before[step], _ = result(tmp_path / str(step))
     after, _ = result(finished_in_two_phases)
     for name, x in after.items():
-        if name.startswith("behavior/"):
+        if name.startswith("behaviour/"):
             np.testing.assert_array_equal(x, before[0][name], err_msg=name)
             assert not np.array_equal(x, before[-20][name]), name
         elif name.startswith("critic/params"):
             np.testing.assert_array_equal(before[0][name], before[-20][name], err_msg=name)
             assert not np.array_equal(x, before[0][name]), name
         elif name.startswith("actor/params"):  # it starts as the clone
-            np.testing.assert_array_equal(before[0][name], before[0][name.replace("actor", "behavior", 1)])
+            np.testing.assert_array_equal(before[0][name], before[0][name.replace("actor", "behaviour", 1)])
             assert not np.array_equal(x, before[0][name]), name
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from algos import sac
+from algos import cql, edac, sac, sac_n
 from common.datasets import Spec, Transition
 from common.networks import Critic, TanhGaussianActor
 
@@ -175,6 +175,36 @@ def test_bandit(optimised):
     entropy = -jax.vmap(pi.sample_and_log_prob)(jax.random.split(jax.random.key(1), 1000))[1].mean()
     np.testing.assert_allclose(pi.mode(), 0.3, atol=0.08)
     np.testing.assert_allclose(entropy, -1, atol=0.15)
+
+
+def test_it_acts_by_the_squashed_mean():
+    act = sac.make_agent(LINEAR, Spec(1, 1)).act
+    for mean in (0.5, 2.0):
+        action = act(linear_state(mean=(mean, 0.0)), jnp.ones((1, 1)), jax.random.key(0))
+        np.testing.assert_allclose(action, [[np.tanh(mean)]], rtol=1e-5)
+
+
+@pytest.mark.parametrize("algo", [sac, cql, sac_n, edac], ids=lambda algo: algo.__name__.removeprefix("algos."))
+def test_what_sac_and_its_kin_believe_is_the_smallest_of_their_critics(algo):
+    """The belief that main logs, of the critics and not of their targets; and metrics that are of all critics."""
+    cfg = algo.Config(hidden=())
+    agent, critic = algo.make_agent(cfg, Spec(3, 2)), Critic(getattr(cfg, "num_critics", 2), cfg.hidden)
+    k = jax.random.split(jax.random.key(1), 3)
+    obs, next_obs, action = (jax.random.uniform(k[i], (32, d), minval=-1) for i, d in ((0, 3), (1, 3), (2, 2)))
+
+    @jax.jit
+    def run():
+        state = agent.init(jax.random.key(0))
+        state = state._replace(target_critic=jax.tree.map(lambda x: 3 * x, state.target_critic))
+        _, info = agent.update(state, Transition(obs, action, obs[:, 0], next_obs, jnp.arange(32) % 2.0))
+        return critic.apply(state.critic.params, obs, action), agent.q(state, obs, action), info
+
+    each, believed, info = run()
+    assert len(set(np.array(each).argmin(axis=0))) > 1, "the smallest is now one, now another"
+    np.testing.assert_allclose(believed, np.array(each).min(axis=0), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(info["q"], np.array(each).mean(), rtol=1e-4)
+    if "q_std" in info:
+        np.testing.assert_allclose(info["q_std"], np.array(each).std(axis=0).mean(), rtol=1e-4)
 
 
 def test_discrete_actions_are_refused_in_one_sentence():

@@ -3,6 +3,7 @@
 import importlib
 import json
 import pathlib
+import re
 
 import numpy as np
 import pytest
@@ -11,6 +12,12 @@ from common.datasets import Transition
 
 STUDIES = pathlib.Path(__file__).parents[1] / "benchmarks" / "studies"
 NAMES = ("deadly_triad", "ladder", "lower_bound", "overestimation", "support")
+
+
+def section(title):
+    """Of the studies' page, as one line."""
+    (text,) = re.findall(rf"^## {title}:.*\n([^#]*)", (STUDIES / "README.md").read_text(), flags=re.MULTILINE)
+    return " ".join(text.split())
 
 
 @pytest.fixture
@@ -30,14 +37,40 @@ def test_one_weight_grows_only_where_the_three_come_together(study):
     assert ends["no approximation"] == pytest.approx(2 * discount)
 
 
+@pytest.mark.parametrize("study", ["deadly_triad"], indirect=True)
+def test_of_networks_too_the_batch_constrained_backup_is_the_cure(study):
+    assert study.METHODS["BCQ, phi 0"][1]["phi"] == 0
+    ends = json.loads((STUDIES / "deadly_triad.json").read_text())["networks"]
+    assert ends.keys() == {f"reward {reward}" for reward in study.REWARDS}
+    assert np.abs(ends["reward 0"]["BCQ, phi 0"]).max() < 1 < 1e6 < max(ends["reward 0"]["DDPG"])
+    constrained, naive = ends["reward 1"]["BCQ, phi 0"], [ends["reward 1"][label] for label in study.NAIVE]
+    assert 80 < min(constrained) and max(constrained) <= 100 and 1e5 < np.min(naive)  # 100 is true
+    text = section("The deadly triad")
+    diverged = {label: f"{np.sum(np.array(x) > 1e4)} of {study.SEEDS}" for label, x in ends["reward 0"].items()}
+    assert f"DDPG diverges on {diverged['DDPG']} seeds" in text and f"diverges on {diverged['SAC']}; TD3" in text
+    assert diverged["TD3"] == diverged["BCQ, phi 0"] == f"0 of {study.SEEDS}"
+    assert f"about {np.median(constrained):.0f} and {np.median(ends['reward 1']['IQL']):.0f} after" in text
+    assert f"({min(ends['reward 1']['BCQ']):.0f} to {max(ends['reward 1']['BCQ']):.0f})" in text
+
+
 @pytest.mark.parametrize("study", ["support"], indirect=True)
-def test_no_kl_constraint_is_good_in_both_states_and_a_support_constraint_is(study):
+def test_samples_of_a_kl_constraint_are_not_good_in_both_states_but_its_mode_and_a_support_constraint_are(study):
     points = study.exact()
-    best = np.array([1, study.SLOPE * study.WIDTH])
-    assert (points["KL"] / best).min(axis=1).max() < 0.4
-    assert (points["support"] / best).min(axis=1).max() > 0.95
+    shares = {label: {kind: study.worse_state(x) for kind, x in both.items()} for label, both in points.items()}
+    assert shares["KL"]["expected"] < 0.4 < 0.8 < shares["KL"]["acting"]
+    assert shares["support"]["expected"] > 0.95
     # KL with Q = 5 a on N(0, s^2) is N(5 s^2 / alpha, s^2); nearly all of it is on the bridge where alpha is 10
-    assert points["KL"][-1, 1] == pytest.approx(5 * 5 * study.SPREAD**2 / 10, abs=0.005)
+    mean = 5 * study.SPREAD**2 / study.ALPHAS
+    assert points["KL"]["expected"][-1, 1] == pytest.approx(5 * mean[-1], abs=0.005)
+    on_bridge = mean <= study.WIDTH  # the mode is the mean, to half a step of the grid
+    assert points["KL"]["acting"][:, 1] == pytest.approx(np.where(on_bridge, 5 * mean, -1), abs=0.002)
+    assert points["KL"]["acting"][:, 0] == pytest.approx(1)
+
+
+def test_the_text_on_the_bridge_gives_the_shares_of_samples_and_of_the_mode():
+    text, best = section("The narrow bridge"), json.loads((STUDIES / "support.json").read_text())["best"]
+    for share in [share for shares in best.values() for share in shares.values()]:
+        assert f"{100 * share:.0f} %" in text
 
 
 def two_states():
@@ -84,6 +117,30 @@ def test_the_committed_table_of_bounds_is_that_of_the_committed_result(study):
 def test_the_committed_table_of_over_estimation_is_that_of_the_quick_results(study):
     """report.py reads the values, and test_report.py tests that."""
     assert study.quick_table() in (STUDIES / "overestimation.md").read_text()
+
+
+@pytest.mark.parametrize("study", ["overestimation"], indirect=True)
+def test_the_text_names_every_method_that_over_estimates_on_hopper(study):
+    naive = {"ddpg", "td3", "sac", "qt_opt", "mpo"}
+    runs = [run for run in study.read_runs(STUDIES.parent / "results" / "quick") if len(run.values)]
+    errors = [
+        np.subtract(*run.values.mean(axis=0))
+        for run in runs
+        if run.dataset.startswith("stitch/hopper") and run.method not in naive
+    ]
+    shown = set(re.findall(r"\+[\d,.]*\d", section("Over-estimation")))
+    assert shown == {study.number(error, "+") for error in errors if error > 0}
+    assert len(shown) < len(errors) / 2  # "most" believe too little
+
+
+def test_what_the_text_says_of_sac_is_in_its_result():
+    text, curves = section("Over-estimation"), json.loads((STUDIES / "overestimation.json").read_text())["curves"]
+    believed = {size: np.array(curve["believed_value"])[:, -1] for size, curve in curves.items()}
+    true = np.array([curve["true_value"] for curve in curves.values()])[..., -1]
+    small, large = believed["1k"], np.array([believed[size] for size in ("10k", "100k", "1m")])
+    assert f"{small.min():,.0f} to {small.max():,.0f} on 1k, and {large.min():,.0f} to {large.max():,.0f} on" in text
+    assert f"{true.min():.0f} to {true.max():.0f}.".replace("-", "−") in text
+    assert 45 < np.median(small) / np.median(believed["10k"]) < 55  # README's "some 50 times"
 
 
 @pytest.mark.parametrize("name", NAMES)

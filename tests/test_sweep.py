@@ -356,6 +356,9 @@ def test_the_protocols_have_every_algorithm_and_no_setting_that_fits_nothing(swe
     for cell in cells:
         module = importlib.import_module(f"algos.{cell.algo}")
         config = module.Config(**cell.config)
+        # main refuses a cell whose counts are not multiples of each other
+        for count in (config.num_updates, getattr(config, "pretrain_updates", 0)):
+            assert count % config.eval_interval == 0 and config.eval_interval % config.log_interval == 0, cell.name
         if getattr(config, "reward_shift", 0) < 0 and "pointmaze" not in config.dataset:
             assert any(word in config.dataset for word in ("cartpole", "icu")), cell.name
             with pytest.raises(SystemExit, match="continuous"):

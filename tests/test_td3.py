@@ -108,6 +108,23 @@ def test_an_action_that_is_not_in_the_data_makes_values_grow_for_ever(target_act
     np.testing.assert_allclose(x, tenth, rtol=1e-3)
 
 
+def test_each_dimension_of_the_action_has_its_own_noise():
+    # Q' = a'_1 - a'_2 and each is +-0.5: 0 in half of the rows and +-1 in the others. Of one noise for both, 0.
+    cfg = dataclasses.replace(LINEAR, policy_noise=1000.0)
+    agent = td3.make_agent(cfg, Spec(1, 2))
+    shapes = jax.eval_shape(agent.init, jax.random.key(0))
+    state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes._replace(key=None))
+    state = state._replace(key=jax.random.key(0), target_critic=fill(state.target_critic, (0, 1, -1)))
+    rows = lambda *shape: jnp.zeros((N, *shape))  # noqa: E731
+    _, info = jax.jit(agent.update)(state, Transition(rows(1), rows(2), rows(), rows(1), rows()))
+    np.testing.assert_allclose(info["critic_loss"], 2 * 0.99**2 * 0.5, rtol=0.05)
+
+
+def test_what_it_believes_is_the_smaller_critic():
+    state = linear_state(critic=[(0, 0, 1), (0, 0, 2)])
+    np.testing.assert_allclose(td3.make_agent(LINEAR, Spec(2, 1)).q(state, jnp.zeros((1, 2)), jnp.ones((1, 1))), [1])
+
+
 def random_batch(n=16):
     k = jax.random.split(jax.random.key(1), 4)
     action, terminal = jax.random.uniform(k[1], (n, 1), minval=-1), (jnp.arange(n) % 4 == 1).astype(jnp.float32)

@@ -4,10 +4,10 @@
     python benchmarks/studies/overestimation.py --table   # at once: the table alone, after new quick results
 
 Claims (LECTURES L3 to L5): trained on recorded HalfCheetah data alone, SAC fails however many transitions there are, so
-that this is no over-fitting; what it believes of its policy lies orders of magnitude above what the policy gets, since
-the policy seeks the actions that Q overrates. Both are measured by `main` at each evaluation (Evaluation in
-common/datasets.py): believed_value is Q at the start states and the policy's actions there, true_value the mean
-discounted return of the roll-outs from these states.
+that this is no over-fitting; what it believes of its policy, there 10^7 to 10^20, lies orders of magnitude above what
+the policy gets, since the policy seeks the actions that Q overrates. Both are measured by `main` at each evaluation
+(Evaluation in common/datasets.py): believed_value is Q at the start states and the policy's actions there, true_value
+the mean discounted return of the roll-outs from these states.
 
 Writes overestimation.json and overestimation.png beside it: SAC on 1k to 1M transitions of HalfCheetah-medium over
 training; and overestimation.md: believed minus true value at the last evaluation of every run of the quick protocol.

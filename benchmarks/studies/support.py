@@ -1,4 +1,4 @@
-"""The narrow bridge: one KL constraint is too strict and too loose at once, a support constraint is neither.
+"""The narrow bridge: a KL constraint is too strict and too loose at once for samples; a support constraint is neither.
 
     python benchmarks/studies/support.py            # some minutes; writes support.json and support.png beside it
 
@@ -7,11 +7,13 @@ states, each a bandit with one action in [-1, 1]:
     field    behaviour uniform; reward 1 - |a - 0.8|. To be good is to leave the behaviour's density far behind.
     bridge   behaviour N(0, 0.05^2); reward 5 a while |a| <= 0.15, and -1 beyond, where there are no data: what was
              learned on the bridge, that more is better, leads off it.
-Shown is the true expected reward of the policy in both states for each strength of a constraint; the best corner is top
-right. The policies are stochastic. What the learned ones do at evaluation (BRAC's mode, BEAR's best of 100) is another
-matter, and stands in support.json as well: a mode can be good where most samples are not.
+Shown is the true reward in both states for each strength of a constraint; the best corner is top right.
+    expected   of the policy, solid. All are stochastic, but the optimum under a support constraint.
+    acting     of the one action at evaluation, dashed: the mode or, of BEAR, the best of 100. A mode can be good where
+               many samples are not, and the claim does not hold for it.
 
-Exact      KL(pi, b): pi ~ b exp(Q / alpha). Support: argmax of Q over {a: b(a|s) >= epsilon}. Q continues as 5 a.
+Exact      KL(pi, b): pi ~ b exp(Q / alpha). Support: argmax of Q over {a: b(a|s) >= epsilon}. Q continues as 5 a,
+           so that the mode of the first is 5 0.05^2 / alpha on the bridge. In the field it is 0.8 for every alpha.
 Learned    brac.py (KL and MMD) and bear.py as they are, on 4,096 rows, a grid of strengths in one program.
 """
 
@@ -56,19 +58,22 @@ def true_reward(on_bridge, action):
 
 
 def exact():
-    """True reward in field and bridge, (strengths, 2), of each constraint's optimum."""
+    """Of each constraint's optimum: true reward in field and bridge, (strengths, 2), expected and acting."""
     behaviour = np.stack([np.full_like(GRID, 0.5), np.exp(-0.5 * (GRID / SPREAD) ** 2) / (SPREAD * np.sqrt(2 * np.pi))])
     q = np.stack([true_reward(False, GRID), SLOPE * GRID])  # of the bridge: as the data on it have it
     true = np.stack([true_reward(False, GRID), true_reward(True, GRID)])
-    kl, support = [], []
+    kl, mode, support = [], [], []
+    states = np.arange(2)
     for alpha in ALPHAS:
         log_pi = np.log(np.maximum(behaviour, 1e-300)) + q / alpha
         pi = np.exp(log_pi - log_pi.max(axis=1, keepdims=True))
         kl.append((pi * true).sum(axis=1) / pi.sum(axis=1))
+        mode.append(true[states, pi.argmax(axis=1)])
     for epsilon in EPSILONS:
         best = np.where(behaviour >= epsilon, q, -np.inf).argmax(axis=1)
-        support.append(true[np.arange(2), best])
-    return {"KL": np.array(kl), "support": np.array(support)}
+        support.append(true[states, best])
+    kl, mode, support = map(np.array, (kl, mode, support))
+    return {"KL": {"expected": kl, "acting": mode}, "support": {"expected": support, "acting": support}}
 
 
 def make_data(rows=4096):
@@ -83,7 +88,7 @@ def make_data(rows=4096):
 
 
 def learned(algo, fields, strength, values, data):
-    """True reward in field and bridge, (strengths, 2): expected of the policy, and of what it does at evaluation."""
+    """True reward in field and bridge, (strengths, 2): expected of the policy, and of the action at evaluation."""
 
     def run(value):
         cfg = dataclasses.replace(algo.Config(**COMMON, **fields), **{strength: value})
@@ -102,41 +107,41 @@ def learned(algo, fields, strength, values, data):
         np.stack([true_reward(on_bridge, x[..., on_bridge]) for on_bridge in (0, 1)], axis=-1)
         for x in (samples, action)
     )
-    return expected.mean(axis=1), acting
+    return {"expected": expected.mean(axis=1), "acting": acting}
+
+
+def worse_state(points):
+    """Share of the best reward in the worse of the two states, at the strength where that is largest."""
+    return float((points / [1.0, SLOPE * WIDTH]).min(axis=1).max())
 
 
 def draw(results, path):
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.4), dpi=120, sharex=True, sharey=True, layout="constrained")
     for axis, (title, curves) in zip(axes, results.items(), strict=True):
-        for label, rewards in curves.items():
-            axis.plot(*np.array(rewards).T, "o-", markersize=4, label=label)
+        for i, (label, rewards) in enumerate(curves.items()):
+            axis.plot(*rewards["expected"].T, "o-", color=f"C{i}", markersize=4, label=label)
+            axis.plot(*rewards["acting"].T, "s--", color=f"C{i}", markersize=7, markerfacecolor="none", lw=1, zorder=3)
         axis.set(title=title, xlabel="reward in the field (at most 1)")
         axis.axhline(SLOPE * WIDTH, color="0.85", zorder=0)
         axis.legend(frameon=False)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel(f"reward on the bridge (at most {SLOPE * WIDTH:g})")
-    figure.suptitle("Each point is one strength of the constraint, the same in both states")
+    figure.suptitle(
+        "Each point is one strength: the policy's expected reward (solid), that of its mode or best of 100 (dashed)"
+    )
     figure.savefig(path, metadata={"Software": None})
     plt.close(figure)
 
 
 def main():
     about, data = provenance(), make_data()
-    curves = {label: learned(*args, data) for label, args in LEARNED.items()}
-    results = {"Exact": exact(), "Learned": {label: expected for label, (expected, _) in curves.items()}}
-    acting = {"acting": {label: x for label, (_, x) in curves.items()}}
-    results, acting = jax.tree.map(np.ndarray.tolist, (results, acting))
-    best = {
-        label: max(min(field / 1.0, bridge / (SLOPE * WIDTH)) for field, bridge in points)
-        for curves in results.values()
-        for label, points in curves.items()
-    }
-    print(
-        "share of the best reward in the worse state, at the best strength:", {k: round(v, 2) for k, v in best.items()}
-    )
-    (HERE / "support.json").write_text(
-        json.dumps({**about, **device(), "best": best, **results, **acting}, indent=1) + "\n"
-    )
+    results = {"Exact": exact(), "Learned": {label: learned(*args, data) for label, args in LEARNED.items()}}
+    best = jax.tree.map(worse_state, results["Exact"] | results["Learned"])
+    print("share of the best reward in the worse state, at the best strength:")
+    for label, shares in best.items():
+        print(f"{label:10s} expected {shares['expected']:.2f}, acting {shares['acting']:.2f}", flush=True)
+    result = {**about, **device(), "best": best, **jax.tree.map(np.ndarray.tolist, results)}
+    (HERE / "support.json").write_text(json.dumps(result, indent=1) + "\n")
     draw(results, HERE / "support.png")
 
 
