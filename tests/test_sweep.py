@@ -214,6 +214,7 @@ def test_a_cell_that_another_sweep_trains_is_taken_over_when_that_one_is_killed(
     try:
         while not (cell / "checkpoint.msgpack").exists() and first.poll() is None:
             time.sleep(0.01)
+        assert first.poll() is None
         os.killpg(first.pid, signal.SIGSTOP)  # it keeps its lock
         assert not (cell / "summary.json").exists()
         metrics = (cell / "metrics.jsonl").read_text()
