@@ -7,46 +7,55 @@ makes a grid: float fields of the algorithm's Config join the seeds in that prog
 make cells of their own.
 
 A cell is a process, resumes from its checkpoint, and is not trained again once finished: the same command does what is
-missing. A cell that fails leaves its reason in failed.json and the others go on. Two sweeps may share OUT: a cell that
-another process trains is left to it. OUT/results.jsonl has one line per cell: its configuration, and either its summary
-(per-seed, per-episode returns, timings, command, commit, versions, device) or why it failed.
+missing. A cell that fails leaves its reason in failed.json and the others go on; so does one whose algorithm is not for
+the dataset's actions, which is no failure and not tried again. Two sweeps may share OUT: a cell that another process
+trains comes last, and is taken over if that process dies. OUT/results.jsonl has one line per cell: its configuration,
+command, commit and versions, and either its summary (per-seed, per-episode returns, timings, device) or the reason.
 
-`--ray local`, or the address of a cluster, runs the cells as Ray tasks, each in a temporary folder of its worker; the
-files come back to OUT. A cell whose worker dies is started elsewhere.
+`--ray local`, or the HOST:PORT of a cluster, runs the cells as Ray tasks. A cell whose worker dies is started elsewhere
+and goes on from its checkpoint, since all cells work in OUT: the machines of a cluster must share that folder.
 """
 
 import dataclasses
 import fnmatch
 import importlib
+import importlib.metadata
 import inspect
 import itertools
 import json
 import os
+import socket
 import subprocess
 import sys
-import tempfile
 import time
 import tomllib
+import types
+import typing
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
+import filelock
 import tyro
 
 HERE = Path(__file__).resolve().parent
 # What a cell's process does. It holds the lock itself, for as long as it lives; the recorded command is the sweep's.
 RUN = """
-import importlib, json, pathlib, sys
+import importlib, json, pathlib, sys, traceback
 import filelock
-cell, sys.argv = json.loads(sys.argv[1]), json.loads(sys.argv[2])
+cell, sys.argv, timeout = map(json.loads, sys.argv[1:])
 algo = importlib.import_module("algos." + cell["algo"])
 config = {name: tuple(value) if isinstance(value, list) else value for name, value in cell["config"].items()}
 try:
-    with filelock.FileLock(pathlib.Path(config["out"], ".lock"), timeout=0):
+    with filelock.FileLock(pathlib.Path(config["out"], ".lock"), timeout=timeout):
         algo.main(algo.Config(**config), cell["grid"])
 except filelock.Timeout:
     sys.exit(75)
+except Exception as error:
+    traceback.print_exc()
+    sys.exit(" ".join(f"{type(error).__name__}: {error}".split())[:500])  # the last line, whatever JAX adds above
 """
 LOCKED = 75
+PACKAGES = ("jax", "flax", "optax", "numpy", "minari", "gymnasium", "gymnasium-robotics", "mujoco")  # as in algos/
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,8 +64,8 @@ class Options:
     methods: tuple[str, ...] = ()  # of the protocol, or any algorithm file; by default all of the protocol
     datasets: tuple[str, ...] = ()  # by default all of the protocol
     set: tuple[str, ...] = ()  # FIELD=VALUE[,VALUE...]: overrides the protocol for every cell
-    out: str = ""  # by default benchmarks/results/PROTOCOL
-    ray: str = ""  # "local" or the address of a Ray cluster
+    out: str = ""  # by default benchmarks/results/PROTOCOL; --set needs one of its own
+    ray: str = ""  # "local", or the HOST:PORT of a Ray cluster whose machines share the folder --out
     cpus: float = 2  # of one cell, on Ray
     gpus: float = 0  # of one cell, on Ray
 
@@ -76,7 +85,15 @@ def make_cells(options: Options, protocols: dict) -> list[Cell]:
     if options.protocol not in protocols:
         raise SystemExit(f"{options.protocol} is no protocol: choose one of {', '.join(protocols)}.")
     protocol = protocols[options.protocol]
-    chosen = [parse_setting(setting) for setting in options.set]
+    chosen = {}
+    for setting in options.set:
+        name, _, values = setting.partition("=")
+        name = name.replace("-", "_")
+        if not (name and values):
+            raise SystemExit(f"--set takes FIELD=VALUE[,VALUE...], not {setting}.")
+        if name in chosen:
+            raise SystemExit(f"--set has {name} twice: give all its values at once, {name}={chosen[name]},{values}.")
+        chosen[name] = values
     cells = []
     for dataset in options.datasets or protocol["datasets"]:
         for method in options.methods or protocol["methods"]:
@@ -84,7 +101,7 @@ def make_cells(options: Options, protocols: dict) -> list[Cell]:
             algo = settings.pop("algo", method)
             # From the most general to the most special: the later one counts.
             general = protocol["common"] | protocol["datasets"].get(dataset, {}) | tuned(protocol, algo, dataset)
-            cells += make_cell_grid(method, algo, dataset, general | settings, dict(chosen))
+            cells += make_cell_grid(method, algo, dataset, general | settings, chosen)
     return cells
 
 
@@ -95,17 +112,27 @@ def tuned(protocol, algo, dataset):
     return {name: value for settings in fitting for name, value in settings.items() if name != "source"}
 
 
-def parse_setting(setting):
-    """("beta", [1.0, 3.0]) of "beta=1.0,3.0"; values are JSON or, where they cannot be read as such, words."""
-    name, separator, values = setting.partition("=")
-    if not (name and separator and values):
-        raise SystemExit(f"--set takes FIELD=VALUE[,VALUE...], not {setting}.")
-
+def read_values(name, values, kind):
+    """[1, 3] of "1,3": words where the field is a Literal, else JSON, and of the field's type."""
     try:
-        values = json.loads(f"[{values}]")
-    except json.JSONDecodeError:  # words
-        values = values.split(",")
-    return name.replace("-", "_"), values
+        read = values.split(",") if typing.get_origin(kind) is typing.Literal else json.loads(f"[{values}]")
+    except json.JSONDecodeError:
+        read = []
+    if not read or not all(fits(value, kind) for value in read):
+        kind = inspect.formatannotation(kind)
+        raise SystemExit(f"--set {name} takes {kind}, not {values}: write true, 3, 0.5, [64,64], or a Literal's word.")
+    return read
+
+
+def fits(value, kind) -> bool:
+    """Whether a JSON value is one of a type that Configs have."""
+    if typing.get_origin(kind) is typing.Literal:
+        return value in typing.get_args(kind)
+    if typing.get_origin(kind) is tuple:
+        return isinstance(value, list) and all(fits(v, typing.get_args(kind)[0]) for v in value)
+    if typing.get_origin(kind) is types.UnionType:
+        return any(fits(value, k) for k in typing.get_args(kind))
+    return type(value) is kind or kind is float and type(value) is int  # True is no int
 
 
 def make_cell_grid(method, algo, dataset, settings, chosen):
@@ -114,9 +141,14 @@ def make_cell_grid(method, algo, dataset, settings, chosen):
         raise SystemExit(f"{algo} is no file in algos/ and no method of the protocol.")
     module = importlib.import_module(f"algos.{algo}")
     fields = {field.name: field.type for field in dataclasses.fields(module.Config)}
+    fields = {name: kind for name, kind in fields.items() if name not in ("dataset", "out")}  # options of a sweep
     unknown = sorted((settings.keys() | chosen.keys()) - fields.keys())
     if unknown:
-        raise SystemExit(f"{algo} has no setting {', '.join(unknown)}; it has {', '.join(fields)}.")
+        raise SystemExit(
+            f"{algo} has no setting {', '.join(unknown)}: correct it, or leave {algo} out of --methods. "
+            f"It has {', '.join(fields)}; data and folder are --datasets and --out."
+        )
+    chosen = {name: read_values(name, values, fields[name]) for name, values in chosen.items()}
     read_by_data = inspect.getsource(module.load_data)
     traced = {name for name, values in chosen.items() if fields[name] is float and f"cfg.{name}" not in read_by_data}
     grid = {name: [float(v) for v in values] for name, values in chosen.items() if name in traced and len(values) > 1}
@@ -126,6 +158,7 @@ def make_cell_grid(method, algo, dataset, settings, chosen):
         point = dict(zip(static, values, strict=True))
         several = [f"{name}={value}" for name, value in point.items() if len(static[name]) > 1]
         name = "/".join([dataset.removeprefix("stitch/"), ",".join([method, *several])])
+        point = {name: float(value) if fields[name] is float else value for name, value in point.items()}
         cells.append(Cell(name, algo, settings | point | {"dataset": dataset}, grid))
     return cells
 
@@ -133,24 +166,48 @@ def make_cell_grid(method, algo, dataset, settings, chosen):
 # --- One cell ------------------------------------------------------------------------------------------
 
 
-def is_finished(cell: Cell, folder: Path) -> bool:
-    """Whether the folder holds the finished run of this very cell."""
-    if not (folder / "summary.json").exists():
-        return False
+def read(path: Path) -> dict | None:
+    """The content of a JSON file, None where it is missing or cut."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def full_config(cell: Cell) -> dict:
+    """The configuration as `main` of the algorithm records it: with all defaults, without the folder."""
     config = {name: tuple(value) if isinstance(value, list) else value for name, value in cell.config.items()}
     config = dataclasses.asdict(importlib.import_module(f"algos.{cell.algo}").Config(**config))
-    config = {"algo": cell.algo, **config, "grid": cell.grid, "out": ""}
-    return json.loads((folder / "config.json").read_text())["config"] == json.loads(json.dumps(config))
+    return json.loads(json.dumps({"algo": cell.algo, **config, "grid": cell.grid, "out": ""}))
 
 
-def run_cell(cell: Cell, folder: Path, command: list[str]) -> str | None:
+def does_not_apply(reason: str) -> bool:
+    """Whether a cell ended since its algorithm is not for such actions: that is no failure."""
+    return "needs discrete actions" in reason or "needs continuous actions" in reason
+
+
+def ended_before(cell: Cell, folder: Path) -> str | None:
+    """How this very cell ended: "" where it is finished, why it does not apply, or None where it is to be run."""
+    config, summary, failed = (read(folder / f"{name}.json") for name in ("config", "summary", "failed"))
+    if config and summary and config.get("config") == full_config(cell):
+        return ""
+    if failed and failed.get("config") == full_config(cell) and does_not_apply(failed["reason"]):
+        return failed["reason"]
+    return None
+
+
+def run_cell(cell: Cell, folder: Path, command: list[str], wait: bool = False) -> str | None:
     """Trains a cell in a process of its own, and passes its progress on.
 
-    Returns why it failed, "" where it did not, None where another process trains it.
+    Returns why it failed, "" where it did not. Where another process trains it: None, or waits for that one.
     """
-    payload = cell._asdict() | {"config": cell.config | {"out": str(folder)}}
-    arguments = [sys.executable, "-c", RUN, json.dumps(payload), json.dumps(command)]
+    config, summary = folder / "config.json", folder / "summary.json"
+    for path in (config, summary):
+        if read(path) is None and (path.exists() or summary.exists()):
+            return f"{path} is missing or cut: remove that folder to train the cell anew."
     folder.mkdir(parents=True, exist_ok=True)
+    payload = cell._asdict() | {"config": cell.config | {"out": str(folder)}}
+    arguments = [sys.executable, "-c", RUN, json.dumps(payload), json.dumps(command), "-1" if wait else "0"]
     tail = b""
     with subprocess.Popen(arguments, cwd=HERE.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
         while chunk := os.read(process.stdout.fileno(), 65536):
@@ -163,93 +220,136 @@ def run_cell(cell: Cell, folder: Path, command: list[str]) -> str | None:
     return f"status {process.returncode}: {lines[-1]}"
 
 
-def write(path: Path, content: str | bytes):
+def write(path: Path, content: str):
     """Whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(content if isinstance(content, bytes) else content.encode())
+    temporary.write_text(content)
     os.replace(temporary, path)
 
 
 def settle(cell: Cell, folder: Path, reason: str):
-    """Records how a cell ended. The finished run of another configuration stays the folder's one result."""
-    if reason and not (folder / "summary.json").exists():
-        write(folder / "failed.json", json.dumps({**cell._asdict(), "reason": reason}, indent=2))
+    """Leaves failed.json where a cell failed or does not apply, and none where it is finished."""
     if not reason:
         (folder / "failed.json").unlink(missing_ok=True)
+        return
+    failed = {
+        **cell._asdict(),
+        "config": full_config(cell),
+        "reason": reason,
+        "command": " ".join(sys.argv),
+        "commit": subprocess.getoutput(f"git -C {HERE} describe --always --dirty --abbrev=40"),
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+    }
+    write(folder / "failed.json", json.dumps(failed, indent=2))
 
 
 def collect(out: Path):
-    """OUT/results.jsonl, from all run folders below OUT."""
+    """OUT/results.jsonl: a line for each run folder below OUT, of its finished run or else of how it failed."""
     lines = []
-    for path in sorted([*out.rglob("summary.json"), *out.rglob("failed.json")]):
-        result = json.loads(path.read_text())
-        if path.name == "summary.json":
-            result = {**json.loads((path.parent / "config.json").read_text()), **result}
-        lines.append(json.dumps({"cell": path.parent.relative_to(out).as_posix(), **result}))
+    for folder in sorted({path.parent for name in ("summary", "failed") for path in out.rglob(f"{name}.json")}):
+        config, summary, failed = (read(folder / f"{name}.json") for name in ("config", "summary", "failed"))
+        result = {**config, **summary} if config and summary else failed
+        if result:
+            lines.append(json.dumps({"cell": folder.relative_to(out).as_posix(), **result}))
     write(out / "results.jsonl", "".join(line + "\n" for line in lines))
 
 
 # --- All cells -----------------------------------------------------------------------------------------
 
 
-def run_here(cells, out, command):
-    """One cell after another; each has the whole machine."""
-    for cell in cells:
-        yield cell, run_cell(cell, out / cell.name, command)
+def run_here(cells, out):
+    """One cell after another; each has the whole machine. Those that another sweep trains come last."""
+    pending = [(cell, False) for cell in cells]
+    while pending:
+        cell, wait = pending.pop(0)
+        reason = run_cell(cell, out / cell.name, sys.argv, wait)
+        if reason is None:
+            pending.append((cell, True))
+        yield cell, reason
 
 
-def run_on_ray(cells, out, command, options):
-    """All cells at once, as many as the cluster has CPUs and GPUs for."""
+def run_on_ray(cells, out, options):
+    """All cells at once, as many as the cluster has CPUs and GPUs for. Those that another sweep trains come last."""
+    ray, command = connect(options), sys.argv
+
+    def task(cell, wait):
+        return run_cell(Cell(*cell), out / cell[0], command, wait)
+
+    # A worker or a node that dies is no failure of the cell: Ray starts the task again, on another node if need be.
+    remote = ray.remote(num_cpus=options.cpus, num_gpus=options.gpus, max_retries=3)(task)
+    pending = {remote.remote(tuple(cell), False): cell for cell in cells}
+    while pending:
+        (done,), _ = ray.wait(list(pending))
+        cell = pending.pop(done)
+        try:
+            reason = ray.get(done)
+        except ray.exceptions.RayError as error:
+            reason = f"Ray: {' '.join(str(error).split())[:300]}"
+        if reason is None:  # another sweep has its lock or, for a moment, the process of a dead worker
+            pending[remote.remote(tuple(cell), True)] = cell
+        if reason == "" and not (out / cell.name / "summary.json").exists():
+            reason = f"{out} has no result of it: give an --out that all machines of the cluster share."
+        yield cell, reason
+
+
+def connect(options):
+    """Ray, on a cluster that answers and has a node which a cell fits on."""
     try:
         import ray
     except ImportError as error:
         raise SystemExit("--ray needs Ray: pip install -e '.[ray]'.") from error
 
-    def task(cell):
-        with tempfile.TemporaryDirectory() as folder:
-            reason = run_cell(Cell(*cell), Path(folder) / "run", command)
-            return reason, {p.name: p.read_bytes() for p in (Path(folder) / "run").glob("[!.]*")}
-
-    ray.init(address=None if options.ray == "local" else options.ray, log_to_driver=False, ignore_reinit_error=True)
-    # A worker or a node that dies is no failure of the cell: Ray starts the task again, on another node if need be.
-    remote = ray.remote(num_cpus=options.cpus, num_gpus=options.gpus, max_retries=3)(task)
-    pending = {remote.remote(tuple(cell)): cell for cell in cells}
-    while pending:
-        (done,), _ = ray.wait(list(pending))
-        cell = pending.pop(done)
+    if options.ray != "local":
+        host, _, port = options.ray.removeprefix("ray://").rpartition(":")
         try:
-            reason, files = ray.get(done)
-        except ray.exceptions.RayError as error:
-            reason, files = f"Ray: {' '.join(str(error).split())[:300]}", {}
-        if "summary.json" in files:  # written last here too: it says that the others are there
-            files["summary.json"] = files.pop("summary.json")
-        for name, content in files.items():
-            write(out / cell.name / name, content)
-        yield cell, reason
+            socket.create_connection((host, int(port)), timeout=10).close()
+        except (OSError, ValueError, OverflowError) as error:
+            raise SystemExit(f"No cluster answers at {options.ray}: --ray takes local, or its HOST:PORT.") from error
+    ray.init(address=options.ray, log_to_driver=False, ignore_reinit_error=True)
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if not any(node.get("CPU", 0) >= options.cpus and node.get("GPU", 0) >= options.gpus for node in nodes):
+        raise SystemExit(f"No node has {options.cpus:g} CPUs and {options.gpus:g} GPUs: lower --cpus or --gpus.")
+    return ray
 
 
 def main(options: Options):
     protocols = tomllib.loads((HERE / "protocols.toml").read_text())
     cells = make_cells(options, protocols)
+    if options.set and not options.out:
+        raise SystemExit("--set departs from the protocol, whose results benchmarks/results keeps: give another --out.")
     out = Path(options.out or HERE / "results" / options.protocol).resolve()
-    missing = [cell for cell in cells if not is_finished(cell, out / cell.name)]
-    print(f"{len(cells)} cells, {len(cells) - len(missing)} of them finished before, in {out}")
-    started, failed = time.perf_counter(), 0
-    results = run_on_ray(missing, out, sys.argv, options) if options.ray else run_here(missing, out, sys.argv)
-    for i, (cell, reason) in enumerate(results, 1):
-        if reason is None:
-            print(f"[{i}/{len(missing)}] {cell.name}: another sweep trains it")
-            continue
-        settle(cell, out / cell.name, reason)
+    out.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(out / ".lock")  # of failed.json and results.jsonl: sweeps that share OUT all write them
+    reasons = {cell.name: ended_before(cell, out / cell.name) for cell in cells}
+    missing = [cell for cell in cells if reasons[cell.name] is None]
+    print(f"{len(cells)} cells, {len(cells) - len(missing)} of them ended before, in {out}", flush=True)
+    with lock:
+        for cell in cells:
+            if reasons[cell.name] == "":
+                settle(cell, out / cell.name, "")
         collect(out)
-        failed += bool(reason)
-        left = (time.perf_counter() - started) / i * (len(missing) - i) / 60
-        print(f"[{i}/{len(missing)}] {cell.name}: {reason or 'finished'}; about {left:.0f} min left", flush=True)
-    collect(out)
-    print(f"{len(missing) - failed} cells done, {failed} failed; all results: {out / 'results.jsonl'}")
+    started, ended = time.perf_counter(), 0
+    for cell, reason in run_on_ray(missing, out, options) if options.ray else run_here(missing, out):
+        if reason is None:
+            print(f"{cell.name}: another sweep trains it; it comes last, when that one has ended", flush=True)
+            continue
+        with lock:
+            settle(cell, out / cell.name, reason)
+            collect(out)
+        reasons[cell.name] = reason
+        ended += 1
+        left = (time.perf_counter() - started) / ended * (len(missing) - ended) / 60
+        print(f"[{ended}/{len(missing)}] {cell.name}: {reason or 'finished'}; about {left:.0f} min left", flush=True)
+    finished = sum(not reason for reason in reasons.values())
+    failed = sum(not does_not_apply(reason) for reason in reasons.values() if reason)
+    others = len(reasons) - finished - failed
+    print(f"{finished} finished, {others} do not apply, {failed} failed; all results: {out / 'results.jsonl'}")
     return failed
 
 
 if __name__ == "__main__":
-    sys.exit(min(main(tyro.cli(Options, description=__doc__)), 1))
+    try:
+        sys.exit(min(main(tyro.cli(Options, description=__doc__)), 1))
+    except KeyboardInterrupt:
+        sys.exit("Stopped. The same command goes on from the last checkpoint.")

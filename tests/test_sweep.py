@@ -1,15 +1,20 @@
 """benchmarks/sweep.py: which cells there are, that each ends once, and that no failure stops the others."""
 
+import concurrent.futures
+import contextlib
+import dataclasses
 import fnmatch
 import importlib.util
 import json
 import os
 import pathlib
+import random
 import signal
 import subprocess
 import sys
 import time
 import tomllib
+import types
 
 import pytest
 
@@ -80,8 +85,14 @@ def test_floats_share_a_program_and_other_settings_are_cells(sweep):
     [
         (dict(protocol="fast"), "fast is no protocol: choose one of p"),
         (dict(protocol="p", methods=("sarsa",)), "sarsa is no file in algos/"),
-        (dict(protocol="p", set=("betta=1",)), "bc has no setting betta; it has dataset"),
+        (
+            dict(protocol="p", set=("betta=1",)),
+            "bc has no setting betta: correct it, or leave bc out of --methods",
+        ),
         (dict(protocol="p", set=("beta",)), "--set takes FIELD=VALUE"),
+        (dict(protocol="p", set=("dataset=stitch/a-v0",)), "data and folder are --datasets and --out"),
+        (dict(protocol="p", set=("out=runs",)), "data and folder are --datasets and --out"),
+        (dict(protocol="p", set=("seed=1", "seed=3")), "--set has seed twice: give all its values at once, seed=1,3"),
     ],
 )
 def test_bad_input_is_one_sentence(sweep, options, sentence):
@@ -89,85 +100,247 @@ def test_bad_input_is_one_sentence(sweep, options, sentence):
         sweep.make_cells(sweep.Options(**options), PROTOCOLS)
 
 
-def test_a_failed_cell_is_recorded_and_a_second_sweep_does_what_is_missing(umaze, tmp_path):
-    first = start(tmp_path, settings=[*TINY, "batch_size=0,16"])
-    assert first.returncode == 1 and "1 cells done, 1 failed" in first.stdout
+@pytest.mark.parametrize(
+    "setting, kind",
+    [
+        ("normalize_reward=False", "bool"),  # a word, and words are true
+        ("normalize_reward=1", "bool"),
+        ("num_updates=2e1", "int"),
+        ("num_seeds=abc", "int"),
+        ("num_seeds=true", "int"),
+        ("beta=1,high", "float"),
+        ("beta=true", "float"),
+        ("hidden=8", r"tuple\[int, ...\]"),
+        ("hidden=[8,8", r"tuple\[int, ...\]"),
+        ("hidden=[8,0.5]", r"tuple\[int, ...\]"),
+        ("divergence=js", r"Literal\['kl', 'mmd'\]"),
+        ("target_divergence=off", r"float \| None"),
+    ],
+)
+def test_a_value_of_another_type_is_refused(sweep, setting, kind):
+    method = "brac" if "divergence" in setting else "iql"
+    with pytest.raises(SystemExit, match=f"--set {setting.partition('=')[0]} takes {kind}, not"):
+        sweep.make_cells(sweep.Options("p", (method,), set=(setting,)), PROTOCOLS)
+
+
+def test_values_are_of_the_field_s_type(sweep):
+    settings = ("value_penalty=false", "hidden=[8,8],[16]", "reward_shift=-1", "divergence=kl,mmd")
+    settings += ("target_divergence=null",)
+    cells = sweep.make_cells(sweep.Options("p", ("brac",), ("stitch/a-v0",), settings), PROTOCOLS)
+    configs = [cell.config for cell in cells]
+    assert [(c["hidden"], c["divergence"]) for c in configs] == [
+        ([8, 8], "kl"), ([8, 8], "mmd"), ([16], "kl"), ([16], "mmd")
+    ]  # fmt: skip
+    # A float that is written as an integer is a float: `main` takes only positive integers
+    assert configs[0]["value_penalty"] is False and type(configs[0]["reward_shift"]) is float
+    assert configs[0]["target_divergence"] is None
+
+
+def test_settings_beside_the_protocol_need_a_folder_of_their_own(sweep):
+    with pytest.raises(SystemExit, match="give another --out"):
+        sweep.main(sweep.Options("quick", ("bc",), (UMAZE,), ("num_updates=20",)))
+
+
+def test_a_failed_cell_is_recorded_and_a_second_sweep_does_what_is_missing(sweep, umaze, tmp_path, monkeypatch):
     bad, good = (f"pointmaze-umaze-v0/bc,batch_size={size}" for size in (0, 16))
+    grid = [*TINY, "learning_rate=0.1,0.01"]
+    (tmp_path / good).mkdir(parents=True)
+    (tmp_path / good / "failed.json").write_text(json.dumps({"config": {}, "reason": "of an earlier sweep"}))
+    first = start(tmp_path, settings=[*grid, "batch_size=0,16"])
+    assert first.returncode == 1 and "1 finished, 0 do not apply, 1 failed" in first.stdout
+    assert not (tmp_path / good / "failed.json").exists()
     lines = results(tmp_path)
     assert lines.keys() == {bad, good}
     assert lines[bad]["reason"] == "status 1: batch_size must be positive, not 0."
     done = lines[good]
-    assert done["config"]["batch_size"] == 16 and len(done["returns"]) == 1 and done["versions"]["jax"]
+    assert done["config"]["batch_size"] == 16 and done["versions"]["jax"]
+    assert done["grid"] == [{"learning_rate": 0.1}, {"learning_rate": 0.01}] and len(done["returns"]) == 2
     assert done["command"].startswith("benchmarks/sweep.py quick") and done["commit"] and done["updates_per_second"] > 0
-    made = (tmp_path / good / "summary.json").stat().st_mtime_ns
+    assert lines[bad]["config"] == done["config"] | {"batch_size": 0}
+    assert all(lines[bad][name] == done[name] for name in ("command", "commit", "versions"))
 
-    second = start(tmp_path, settings=[*TINY, "batch_size=16,0"])
-    assert "2 cells, 1 of them finished before" in second.stdout
-    assert (tmp_path / good / "summary.json").stat().st_mtime_ns == made
-    # The folder of another configuration is a failure as well, and what was there stays
-    other = start(tmp_path, settings=[*TINY, "batch_size=16,32", "learning_rate=0.1"])
-    assert other.returncode == 1 and "holds a run of another configuration" in other.stdout
-    assert results(tmp_path)[good] == done and len(results(tmp_path)) == 3
-    assert (tmp_path / good / "summary.json").stat().st_mtime_ns == made
+    # The folder of another configuration is a failure as well, and what was there stays the one result
+    other = sweep.Options("quick", ("bc",), (UMAZE,), (*TINY, "batch_size=16,0"), str(tmp_path))
+    assert sweep.main(other) == 2
+    assert "holds a run of another configuration" in json.loads((tmp_path / good / "failed.json").read_text())["reason"]
+    assert results(tmp_path)[good] == done and len(results(tmp_path)) == 2
+    # The same sweep again tries what failed, and nothing else
+    monkeypatch.setattr(sweep, "run_cell", lambda cell, *args: f"{cell.name} failed again")
+    assert sweep.main(dataclasses.replace(other, set=(*grid, "batch_size=16,0"))) == 1
+    assert results(tmp_path)[bad]["reason"] == f"{bad} failed again" and results(tmp_path)[good] == done
+    assert not (tmp_path / good / "failed.json").exists()
 
 
-def test_two_sweeps_share_a_folder_and_a_killed_one_is_resumed(umaze, tmp_path):
-    settings = ["num_updates=100000", *TINY[1:]]
-    first = subprocess.Popen(
-        command(tmp_path, settings=settings), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )  # fmt: skip
+def test_a_failure_names_its_cause_and_what_does_not_apply_is_none(sweep, umaze, tmp_path, monkeypatch, capsys):
+    options = sweep.Options("quick", ("bc", "dqn"), (UMAZE,), (*TINY[:-1], f"hidden=[{2**62}]"), str(tmp_path))
+    assert sweep.main(options) == 1  # BC has too many units, and DQN needs discrete actions
+    assert "0 finished, 1 do not apply, 1 failed" in capsys.readouterr().out
+    assert "Error: random bits array of size" in results(tmp_path)["pointmaze-umaze-v0/bc"]["reason"]
+    monkeypatch.setattr(sweep, "run_cell", lambda *args: "tried again")
+    sweep.main(options)
+    reasons = [line["reason"] for line in results(tmp_path).values()]
+    assert reasons[0] == "tried again" and "DQN needs discrete actions" in reasons[1]
+
+
+@pytest.mark.parametrize("cut", [("summary", "config"), ("config", ""), ("summary", "")])
+def test_a_damaged_folder_is_a_failed_cell(sweep, tmp_path, cut):
+    folder = tmp_path / "pointmaze-umaze-v0" / "bc"
+    folder.mkdir(parents=True)
+    damaged, whole = cut
+    (folder / f"{damaged}.json").write_text('{"config": {')
+    if whole:
+        (folder / f"{whole}.json").write_text("{}")
+    assert sweep.main(sweep.Options("quick", ("bc",), (UMAZE,), out=str(tmp_path))) == 1
+    (line,) = results(tmp_path).values()
+    assert str(folder) in line["reason"] and "missing or cut: remove that folder" in line["reason"]
+
+
+def test_sweeps_that_write_at_the_same_time(sweep, tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep, "run_cell", lambda *args: random.choice(["", "status 1: failed"]))
+    options = sweep.Options("quick", datasets=(UMAZE,), out=str(tmp_path))
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        for sweeps in [pool.submit(sweep.main, options) for _ in range(4)]:
+            sweeps.result()
+    lines = results(tmp_path)  # each line is whole, and the last one to write saw all files
+    assert lines.keys() == {path.parent.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("failed.json")}
+
+
+def test_a_cell_that_another_sweep_trains_is_taken_over_when_that_one_is_killed(umaze, tmp_path):
+    arguments = command(tmp_path, settings=["num_updates=300", *TINY[1:]])
     cell = tmp_path / "pointmaze-umaze-v0" / "bc"
-    deadline = time.time() + 300
-    while not (cell / "checkpoint.msgpack").exists() and time.time() < deadline:
-        time.sleep(0.05)
-    assert (cell / "checkpoint.msgpack").exists()
-    second = start(tmp_path, settings=settings)
-    assert "another sweep trains it" in second.stdout, second.stdout + second.stderr
-    os.killpg(first.pid, signal.SIGKILL)
-    first.wait()
-    steps = [json.loads(line)["step"] for line in (cell / "metrics.jsonl").read_text().splitlines()]
-    assert not (cell / "summary.json").exists()
-    # The rest of this run would take long: that it goes on where it stopped is seen from its first new line
-    third = subprocess.Popen(
-        command(tmp_path, settings=settings), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )  # fmt: skip
-    while time.time() < deadline + 300:
-        lines = [json.loads(line)["step"] for line in (cell / "metrics.jsonl").read_text().splitlines()]
-        if len(lines) > len(steps):
-            break
-        time.sleep(0.05)
-    os.killpg(third.pid, signal.SIGKILL)
-    third.wait()
-    assert lines[: len(steps) - 1] == steps[:-1] and len(lines) > len(steps)
+    quiet = {"cwd": ROOT, "stderr": subprocess.DEVNULL, "start_new_session": True, "text": True}
+    first = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, **quiet)
+    second = None
+    try:
+        while not (cell / "checkpoint.msgpack").exists() and first.poll() is None:
+            time.sleep(0.01)
+        assert first.poll() is None
+        os.killpg(first.pid, signal.SIGSTOP)  # it keeps its lock
+        assert not (cell / "summary.json").exists()
+        metrics = (cell / "metrics.jsonl").read_text()
+        (cell / "metrics.jsonl").write_text(metrics.replace('{"step": 10,', '{"step": 10, "of": "the first sweep",'))
+        second = subprocess.Popen(arguments, stdout=subprocess.PIPE, **quiet)
+        seen = [second.stdout.readline() for _ in range(2)]
+        assert "another sweep trains it" in seen[1], seen
+        os.killpg(first.pid, signal.SIGKILL)
+        output, _ = second.communicate(timeout=300)
+    finally:
+        for process in filter(None, (first, second)):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    assert second.returncode == 0 and "1 finished, 0 do not apply, 0 failed" in output
+    lines = [json.loads(line) for line in (cell / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(10, 301, 10)) and lines[0]["of"] == "the first sweep"
+
+
+def test_an_interrupted_sweep_ends_in_one_sentence(tmp_path):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background ignores it
+    process = subprocess.Popen(
+        command(tmp_path), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    signal.signal(signal.SIGINT, before)
+    assert "1 cells, 0 of them" in process.stdout.readline()
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1 and errors.strip().endswith("goes on from the last checkpoint.")
+    assert "Traceback" not in errors
+
+
+class FakeRay:
+    """One node with 2 CPUs and a GPU, which runs nothing and finds all well."""
+
+    exceptions = types.SimpleNamespace(RayError=RuntimeError)
+
+    def init(self, **options):
+        self.options = options
+
+    def nodes(self):
+        return [{"Alive": True, "Resources": {"CPU": 2, "GPU": 1}}, {"Alive": False, "Resources": {"CPU": 64}}]
+
+    def remote(self, **asked):
+        self.asked = asked
+        return lambda task: types.SimpleNamespace(remote=lambda *args: object())
+
+    def wait(self, pending):
+        return pending[:1], pending[1:]
+
+    def get(self, task):
+        return ""
+
+
+def test_what_a_cell_asks_ray_for(sweep, tmp_path, monkeypatch):
+    ray = FakeRay()
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    options = sweep.Options("quick", ("bc",), (UMAZE,), out=str(tmp_path), ray="local", cpus=1.5, gpus=0.5)
+    assert sweep.main(options) == 1  # the folder of a finished cell is empty here: that machine has another one
+    assert ray.options["address"] == "local"
+    assert ray.asked["num_cpus"] == 1.5 and ray.asked["num_gpus"] == 0.5
+    (line,) = results(tmp_path).values()
+    assert "give an --out that all machines of the cluster share" in line["reason"]
+
+
+@pytest.mark.parametrize(
+    "options, sentence",
+    [
+        (dict(ray="locall"), "No cluster answers at locall: --ray takes local, or its HOST:PORT"),
+        (dict(ray="127.0.0.1:1"), "No cluster answers at 127.0.0.1:1"),
+        (dict(ray="local", cpus=8), "No node has 8 CPUs and 0 GPUs: lower --cpus or --gpus"),
+        (dict(ray="local", gpus=2), "No node has 2 CPUs and 2 GPUs: lower --cpus or --gpus"),
+    ],
+)
+def test_a_cluster_that_cannot_run_a_cell_is_refused(sweep, tmp_path, monkeypatch, options, sentence):
+    monkeypatch.setitem(sys.modules, "ray", FakeRay())
+    with pytest.raises(SystemExit, match=sentence):
+        sweep.main(sweep.Options("quick", ("bc",), (UMAZE,), out=str(tmp_path), **options))
 
 
 def test_ray_ends_every_cell_once_though_a_node_dies(umaze, tmp_path):
     pytest.importorskip("ray")
     from ray.cluster_utils import Cluster
 
+    other = tmp_path / "pointmaze-umaze-v0" / "bc,batch_size=20"  # a finished run of another configuration
+    other.mkdir(parents=True)
+    (other / "config.json").write_text('{"config": {}}')
+    (other / "summary.json").write_text('{"score_mean": 1.0}')
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
     try:
         nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
-        settings = ["num_updates=1500", *TINY[1:], "batch_size=16,17,18,19"]
+        settings = ["num_updates=500", *TINY[1:], "batch_size=16,17,18,20"]
         process = subprocess.Popen(
             command(tmp_path, f"--ray={cluster.address}", "--cpus=1", settings=settings),
             cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
         deadline = time.time() + 240
-        while not list(tmp_path.glob("*/*/summary.json")) and time.time() < deadline and process.poll() is None:
+        while len(list(tmp_path.glob("*/*/checkpoint.msgpack"))) < 2 and time.time() < deadline:  # both nodes train
             time.sleep(0.1)
         assert process.poll() is None and len(list(tmp_path.glob("*/*/summary.json"))) < 4  # in mid-sweep
         cluster.remove_node(nodes[0], allow_graceful=False)
         output, _ = process.communicate(timeout=600)
     finally:
         cluster.shutdown()
-    assert process.returncode == 0 and "4 cells done, 0 failed" in output, output
+    assert process.returncode == 1 and "3 finished, 0 do not apply, 1 failed" in output, output
+    assert "holds a run of another configuration" in output
     lines = results(tmp_path)
-    assert lines.keys() == {f"pointmaze-umaze-v0/bc,batch_size={size}" for size in (16, 17, 18, 19)}
-    assert all(line["num_updates"] == 1500 and len(line["returns"]) == 1 for line in lines.values())
-    assert not list(tmp_path.rglob("failed.json")) and not list(tmp_path.rglob("*.tmp"))
+    assert lines.pop("pointmaze-umaze-v0/bc,batch_size=20") == {
+        "cell": "pointmaze-umaze-v0/bc,batch_size=20", "config": {}, "score_mean": 1.0
+    }  # fmt: skip
+    assert lines.keys() == {f"pointmaze-umaze-v0/bc,batch_size={size}" for size in (16, 17, 18)}
+    for name, line in lines.items():
+        assert line["num_updates"] == 500 and len(line["returns"]) == 1
+        steps = [json.loads(text)["step"] for text in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        assert steps == list(range(10, 501, 10))
+    assert [path.parent for path in tmp_path.rglob("failed.json")] == [other]
+
+
+def test_what_failed_in_the_committed_results_is_of_today_s_protocol(sweep):
+    folder = ROOT / "benchmarks" / "results" / "quick"
+    cells = sweep.make_cells(sweep.Options("quick"), tomllib.loads((ROOT / "benchmarks/protocols.toml").read_text()))
+    cells = {cell.name: cell for cell in cells}
+    for path in folder.rglob("failed.json"):
+        failed, cell = json.loads(path.read_text()), cells[path.parent.relative_to(folder).as_posix()]
+        assert not (path.parent / "summary.json").exists() and "dirty" not in failed["commit"]
+        assert failed["config"] | cell.config == failed["config"] and sweep.does_not_apply(failed["reason"]), path
 
 
 @pytest.mark.parametrize("name", ["quick", "full"])
