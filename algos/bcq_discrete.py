@@ -111,7 +111,7 @@ def likely(probs, threshold, absolute):
 
 def make_agent(cfg: Config, spec: Spec) -> Agent:
     if not spec.discrete:
-        raise SystemExit("Discrete BCQ needs discrete actions and this dataset's are continuous: use IQL or TD3+BC.")
+        raise SystemExit("Discrete BCQ needs discrete actions and this dataset's are continuous: use bcq.py.")
     actor = CategoricalActor(spec.action_dim, cfg.hidden, initializer="torch")  # G, the clone
     critic = MLP(spec.action_dim, cfg.hidden, initializer="torch")  # obs -> Q(s, .)
     adam = optax.adam(cfg.learning_rate)

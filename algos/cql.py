@@ -131,7 +131,7 @@ def conservative_gap(q, log_density, q_data, regularizer):
 
 def make_agent(cfg: Config, spec: Spec) -> Agent:
     if spec.discrete:
-        raise SystemExit("CQL needs continuous actions and this dataset's are discrete: use IQL or BC.")
+        raise SystemExit("CQL needs continuous actions and this dataset's are discrete: use cql_discrete.py.")
     actor = TanhGaussianActor(spec.action_dim, cfg.hidden)
     critic = Critic(2, cfg.hidden, initializer="torch")
     adam = optax.adam(cfg.learning_rate)

@@ -114,7 +114,7 @@ def conservative_loss(q, action):
 
 def make_agent(cfg: Config, spec: Spec) -> Agent:
     if not spec.discrete:
-        raise SystemExit("Discrete CQL needs discrete actions and this dataset's are continuous: use IQL or TD3+BC.")
+        raise SystemExit("Discrete CQL needs discrete actions and this dataset's are continuous: use cql.py.")
     critic = MLP(cfg.num_quantiles * spec.action_dim, cfg.hidden, initializer="torch")
     adam = optax.adam(cfg.learning_rate)
 
