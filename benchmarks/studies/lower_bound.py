@@ -39,7 +39,7 @@ from provenance import device, provenance  # noqa: E402
 from scipy.sparse import csr_array  # noqa: E402
 
 from common.datasets import load_dataset  # noqa: E402
-from common.recipes.tabular import model_of  # noqa: E402
+from common.recipes.tabular import Model, model_of  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 DISCOUNT = 0.99
@@ -113,7 +113,7 @@ def believed(transition, reward, behaviour, policy, alpha, push_up):
     return np.linalg.solve(np.eye(len(p)) - DISCOUNT * p, reward[rows, policy] - alpha * penalty)
 
 
-def true_values(model, policy):
+def true_values(model: Model, policy):
     """V (S,) of a deterministic policy in the true MDP, without a time limit."""
     rows = np.arange(len(policy))
     return np.linalg.solve(np.eye(len(policy)) - DISCOUNT * model.transition[rows, policy], model.reward[rows, policy])
