@@ -163,8 +163,9 @@ def test_the_methods_are_what_their_labels_say(study):
 
 @pytest.mark.parametrize("study", ["lower_bound"], indirect=True)
 def test_the_committed_rows_of_bounds_are_those_of_the_script(study):
-    rows = json.loads((STUDIES / "lower_bound.json").read_text())["networks"]
-    assert (STUDIES / "lower_bound.md").read_text() == study.page(rows)
+    result = json.loads((STUDIES / "lower_bound.json").read_text())
+    rows = result["networks"]
+    assert (STUDIES / "lower_bound.md").read_text() == study.page(result)
     assert list(rows) == list(study.METHODS)
     for label, (algo, fields) in study.METHODS.items():
         assert list(rows[label]) == list(study.DATASETS)
@@ -178,6 +179,30 @@ def test_the_committed_rows_of_bounds_are_those_of_the_script(study):
                 assert row["gap"] == pytest.approx(gap[:, -study.LAST :].mean(axis=1))
     for dataset in study.DATASETS:  # however many updates: the smaller of two critics is far above the truth
         assert min(rows["2 critics"][dataset]["gap"]) > 1_000
+
+
+def test_the_text_on_bounds_has_the_numbers_of_the_committed_result():
+    result = json.loads((STUDIES / "lower_bound.json").read_text())
+    text = (STUDIES / "README.md").read_text().partition("## Lower bounds")[2].partition("\n## ")[0]
+    text = " ".join(text.split()).replace("−", "-")
+
+    def listed(numbers, form):
+        *first, last = (format(x, form) for x in numbers)
+        return f"{', '.join(first)} and {last}"
+
+    sizes = result["tabular"].values()
+    for name in ("eq. 1", "eq. 2"):
+        assert listed([x[name]["crossing"] for x in sizes], ".3g") in text
+    assert listed([x["eq. 1"]["everywhere"] for x in sizes], ".2g") in text
+    assert listed([x["eq. 1"]["believed_everywhere"] for x in sizes], ".2g") in text
+    assert listed([x["inverse_b"] for x in sizes], ".3g") in text
+    assert listed([100 * (x["eq. 2"]["crossing"] / x["eq. 1"]["crossing"] - 1) for x in sizes], ".2g") in text
+    for label in ("CQL(H)", "CQL eq. 2", "CQL eq. 1", "TD3+BC, tau 0.05"):
+        gaps = [np.median(row["gap"]) for row in result["networks"][label].values()]
+        assert listed(gaps, "+.0f") in text, label
+    for label in ("CQL eq. 2", "CQL eq. 1"):
+        true = [np.mean([seed[-5:] for seed in row["true"]]) for row in result["networks"][label].values()]
+        assert listed(true, ".0f") in text, label
 
 
 @pytest.mark.parametrize("study", ["overestimation"], indirect=True)
