@@ -225,11 +225,8 @@ def exact_table(sizes):
     for size, exact in sizes.items():
         for name in ("eq. 1", "eq. 2"):
             x = exact[name]
-            start = [
-                f"{x['gap'][0]:+.3f}",
-                f"{x['crossing']:.3g}",
-                f"{x['above_at_crossing']:.0%} of {exact['states']}",
-            ]
+            above = f"{100 * x['above_at_crossing']:.0f} % of {exact['states']}"
+            start = [f"{x['gap'][0]:+.3f}", f"{x['crossing']:.3g}", above]
             every = [f"never in {x['never']} states", "–"]
             if not x["never"]:
                 every = [f"{x['everywhere']:.3g}", f"{x['believed_everywhere']:.3g}"]
@@ -245,8 +242,9 @@ def page(result):
         "both with mu = pi); TD3+BC, which pushes no Q down, is a control. Published: CQL's Table 4, on D4RL's "
         "datasets of these names, partly second-hand: for orders of magnitude. Made by `lower_bound.py`.\n\n"
         f"{table(result['networks'])}\n\n"
-        "On ICU-Sepsis, exact: the alphas from which eq. 1 and eq. 2 are bounds, for the mean over the start states and "
-        "in every state of the data, and what is believed at the start with the latter. No policy gets less than 0.\n\n"
+        "On ICU-Sepsis, exact: the alphas from which eq. 1 and eq. 2 are bounds, for the mean over the start states "
+        "and in every state of the data, and what is believed at the start with the latter. No policy gets less than "
+        "0.\n\n"
         f"{exact_table(result['tabular'])}\n"
     )
 
