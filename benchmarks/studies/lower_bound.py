@@ -54,7 +54,7 @@ SETTINGS = dict(num_seeds=3, num_updates=10_000, eval_interval=1_000, log_interv
 CQL = {"weight": 5.0, "tau": 0.05, "learning_rate": 1e-3, "num_seeds": 1}
 TD3 = {"learning_rate": 1e-3, "num_seeds": 2}
 METHODS = {  # label: algorithm, fields
-    "CQL(H)": ("cql", {**CQL, "regularizer": "H", "num_samples": 4}),
+    "CQL(H)": ("cql", {**CQL, "regularizer": "H", "num_samples": 4, "num_seeds": 2}),
     "CQL eq. 2": ("cql", {**CQL, "regularizer": "eq2", "num_samples": 1}),  # a mean, which one sample does not bias
     "CQL eq. 1": ("cql", {**CQL, "regularizer": "eq1", "num_samples": 1}),
     # Controls: nothing pushes their Q down. Their targets move in every second update, so that tau 0.1 is as fast as
