@@ -200,7 +200,7 @@ def test_the_text_on_bounds_has_the_numbers_of_the_committed_result():
     for label in ("CQL(H)", "CQL eq. 2", "CQL eq. 1", "TD3+BC, tau 0.05"):
         gaps = [np.median(row["gap"]) for row in result["networks"][label].values()]
         assert listed(gaps, "+.0f") in text, label
-    for label in ("CQL eq. 2", "CQL eq. 1", "2 critics"):
+    for label in ("CQL eq. 2", "CQL eq. 1", "2 critics", "4 critics"):
         true = [np.mean([seed[-5:] for seed in row["true"]]) for row in result["networks"][label].values()]
         assert listed(true, ".0f") in text, label
 
