@@ -1,5 +1,6 @@
 """The studies' exact parts against closed forms, and what their committed results say of themselves."""
 
+import argparse
 import importlib
 import json
 import pathlib
@@ -96,21 +97,145 @@ def test_the_penalised_values_of_a_chain_are_the_closed_forms(study):
 
 
 @pytest.mark.parametrize("study", ["lower_bound"], indirect=True)
-def test_a_bound_starts_after_the_last_alpha_that_over_estimates(study):
-    gaps = np.full(len(study.ALPHAS), -1.0)
-    assert study.first_below(gaps) == study.ALPHAS[0]
-    gaps[[0, 3]] = 1.0
-    assert study.first_below(gaps) == study.ALPHAS[4]
-    assert study.first_below(gaps + 2) == np.inf
+def test_true_values_are_those_of_the_policy_s_actions(study):
+    """State 0: action 0 pays 2 and leads to state 1, action 1 pays 5 and ends in state 2. State 1 pays 1 for ever."""
+    transition, reward = np.zeros((3, 2, 3)), np.array([[2.0, 5.0], [1.0, 1.0], [0.0, 0.0]])
+    transition[0, 0, 1] = transition[0, 1, 2] = transition[1, :, 1] = transition[2, :, 2] = 1
+    model = study.Model(transition, reward, initial=np.array([1.0, 0, 0]))
+    assert study.true_values(model, np.array([0, 0, 0])) == pytest.approx([2 + 0.99 * 100, 100, 0])
+    assert study.true_values(model, np.array([1, 0, 0])) == pytest.approx([5, 100, 0])
 
 
 @pytest.mark.parametrize("study", ["lower_bound"], indirect=True)
-def test_the_committed_table_of_bounds_is_that_of_the_committed_result(study):
+def test_a_bound_holds_from_where_the_lines_of_the_states_cross_the_truth(study):
+    """Believed 3 - 10 alpha, 1 - 10 alpha, 5 - 10 alpha where 1, 2 and 0 are true; the start is in the first two."""
+    value, cost, truth = np.array([3.0, 1.0, 5.0]), np.full(3, 10.0), np.array([1.0, 2.0, 0.0])
+    start, known = np.array([0.5, 0.5, 0.0]), np.array([True, True, False])  # the data never were in the third
+    result = study.bound(value, cost, truth, start, known)
+    assert result["gap"] == pytest.approx(0.5 - 10 * study.ALPHAS)
+    assert result["crossing"] == pytest.approx(0.05)
+    assert result["above_at_crossing"] == 0.5  # on average below, and above in the first state until alpha is 0.2
+    assert result["above"] == [0.5 if alpha < 0.2 else 0 for alpha in study.ALPHAS]
+    assert result["everywhere"] == pytest.approx(0.2) and result["believed_everywhere"] == pytest.approx(0)
+    assert result["never"] == 0
+    unpunished = study.bound(value, np.array([0.0, 10.0, 10.0]), truth, start, known)  # one action tried, b = 1
+    assert unpunished["never"] == 1 and unpunished["everywhere"] is None and unpunished["above"][-1] == 0.5
+
+
+@pytest.mark.parametrize("study", ["lower_bound"], indirect=True)
+def test_the_committed_exact_part_is_repeated(study):
+    pytest.importorskip("icu_sepsis")
+    committed = json.loads((STUDIES / "lower_bound.json").read_text())
+    assert committed["alphas"] == pytest.approx(study.ALPHAS.tolist())
+    model = study.model_of(study.gymnasium.make("icu_sepsis:Sepsis/ICU-Sepsis-v2"))
+    data, env = study.load_dataset("stitch/icu-sepsis-3k-v0")
+    result = study.of_size(data, model)
+    for name, value in committed["tabular"]["3k"].items():
+        pairs = [(result[name], value)] if np.isscalar(value) else [(result[name][x], value[x]) for x in value]
+        for x, y in pairs:
+            assert x is None if y is None else x == pytest.approx(y, rel=1e-6, abs=1e-9), name
+    policy = study.constrained_greedy(*study.empirical_mdp(data, env.spec.action_dim))
+    play = env.evaluate(lambda obs, step: policy[obs.argmax(axis=-1)], [0], 1, study.DISCOUNT)
+    assert result["true"] == pytest.approx(play.value[0], abs=1e-6)  # its time limit, 500 steps, hardly matters
+    for size in study.SIZES:  # eq. 1 pushes further down, so its bound at the start holds from a smaller alpha on
+        one, two = (committed["tabular"][size][equation] for equation in ("eq. 1", "eq. 2"))
+        assert one["crossing"] < two["crossing"] and one["gap"][0] == pytest.approx(two["gap"][0])
+
+
+@pytest.mark.parametrize("study", ["lower_bound"], indirect=True)
+def test_a_row_is_believed_minus_true_late_in_the_run(study, tmp_path):
+    run = {"command": "a", "commit": "b", "device": "c", "config": {"weight": 5.0}}
+    (tmp_path / "config.json").write_text(json.dumps(run))
+    lines = [
+        {"step": step, "seed": seed, "believed_value": 100.0 * (step <= 200) + 10 * seed + step, "true_value": step}
+        for step in range(100, 800, 100)
+        for seed in (0, 1)
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    row = study.read_row(tmp_path)
+    assert study.LAST == 5 and row["gap"] == [0, 10]  # the 100 of the first two of seven evaluations are not in it
+    assert row["updates"] == 700 and row["seeds"] == [0, 1] and row["steps"] == list(range(100, 800, 100))
+    assert row["believed"][1][:3] == [210, 310, 310] and row["true"][1][:3] == [100, 200, 300]
+    assert {name: row[name] for name in run} == run
+    assert study.cell(row, -43.2) == "+5 (+0 to +10); true 500; published -43.2"
+
+
+@pytest.mark.parametrize("study", ["lower_bound"], indirect=True)
+def test_a_part_that_is_run_anew_leaves_the_others_as_they_are(study, tmp_path, monkeypatch):
+    old = {"tabular": {"3k": 0}, "commit": "old", "networks": {"CQL(H)": {"x": 1, "y": 2}, "BEAR": {"x": 3}}}
+    monkeypatch.setattr(study, "tabular", lambda: {"3k": 1})
+    monkeypatch.setattr(
+        study, "networks", lambda labels, datasets: {label: dict.fromkeys(datasets, 9) for label in labels}
+    )
+    path = tmp_path / "result.json"
+
+    def after(**options):
+        path.write_text(json.dumps(old))
+        study.update(path, argparse.Namespace(**{"tabular": False, "methods": None, "datasets": ["x"], **options}))
+        return json.loads(path.read_text())
+
+    tabular = after(tabular=True)
+    assert tabular["networks"] == old["networks"] and tabular["tabular"] == {"3k": 1} and tabular["commit"] != "old"
+    networks = after(methods=["CQL(H)"])
+    assert networks == old | {"networks": {"CQL(H)": {"x": 9, "y": 2}, "BEAR": {"x": 3}}}
+    assert list(after()["networks"]) == list(study.METHODS)
+
+
+@pytest.mark.parametrize("study", ["lower_bound"], indirect=True)
+def test_the_methods_are_what_their_labels_say(study):
+    for label, (algo, fields) in study.METHODS.items():
+        if label.endswith("critics"):
+            assert algo == "sac_n" and fields["num_critics"] == int(label.split()[0])
+        elif label.startswith("CQL"):
+            regularizer = {"CQL(H)": "H", "CQL eq. 1": "eq1", "CQL eq. 2": "eq2"}[label]
+            assert algo == "cql" and fields["regularizer"] == regularizer
+        else:
+            assert algo == {"BEAR": "bear", "TD3+BC": "td3_bc"}[label.split(",")[0]]
+            assert "tau" not in label or fields["tau"] == float(label.split()[-1])
+
+
+@pytest.mark.parametrize("study", ["lower_bound"], indirect=True)
+def test_the_committed_rows_of_bounds_are_those_of_the_script(study):
     result = json.loads((STUDIES / "lower_bound.json").read_text())
-    assert study.table(result["networks"]) in (STUDIES / "lower_bound.md").read_text()
-    conservative, two = result["networks"]["CQL(H)"], result["networks"]["2 critics"]
-    for dataset in study.DATASETS:  # the claim: below the truth, where the smaller of two critics is far above it
-        assert max(conservative[dataset]) < 0 < 1_000 < min(two[dataset])
+    rows = result["networks"]
+    assert (STUDIES / "lower_bound.md").read_text() == study.page(result)
+    assert list(rows) == list(study.METHODS)
+    for label, (algo, fields) in study.METHODS.items():
+        assert list(rows[label]) == list(study.DATASETS)
+        settings = json.loads(json.dumps({"algo": algo, **study.SETTINGS, **fields}))
+        for dataset, row in rows[label].items():
+            assert len(row["commit"]) == 40 and "studies/lower_bound.py" in row["command"]  # no "-dirty"
+            assert row["config"].items() >= (settings | {"dataset": f"stitch/{dataset}-v0"}).items(), (label, dataset)
+            assert row["updates"] == row["config"]["num_updates"] and len(row["gap"]) == len(row["seeds"])
+            if "true" in row:
+                gap = np.array(row["believed"]) - np.array(row["true"])
+                assert row["gap"] == pytest.approx(gap[:, -study.LAST :].mean(axis=1))
+    for dataset in study.DATASETS:  # however many updates: the smaller of two critics is far above the truth
+        assert min(rows["2 critics"][dataset]["gap"]) > 1_000
+
+
+def test_the_text_on_bounds_has_the_numbers_of_the_committed_result():
+    result = json.loads((STUDIES / "lower_bound.json").read_text())
+    text = (STUDIES / "README.md").read_text().partition("## Lower bounds")[2].partition("\n## ")[0]
+    text = " ".join(text.split()).replace("−", "-")
+
+    def listed(numbers, form):
+        *first, last = (format(x, form) for x in numbers)
+        return f"{', '.join(first)} and {last}"
+
+    sizes = result["tabular"].values()
+    for name in ("eq. 1", "eq. 2"):
+        assert listed([x[name]["crossing"] for x in sizes], ".3g") in text
+    assert listed([x["eq. 1"]["everywhere"] for x in sizes], ".2g") in text
+    assert listed([x["eq. 1"]["believed_everywhere"] for x in sizes], ".2g") in text
+    assert listed([x["inverse_b"] for x in sizes], ".3g") in text
+    assert listed([100 * (x["eq. 2"]["crossing"] / x["eq. 1"]["crossing"] - 1) for x in sizes], ".2g") in text
+    for label in ("CQL(H)", "CQL eq. 2", "CQL eq. 1", "TD3+BC, tau 0.05"):
+        gaps = [np.median(row["gap"]) for row in result["networks"][label].values()]
+        assert listed(gaps, "+.0f") in text, label
+    for label in ("CQL eq. 2", "CQL eq. 1", "2 critics", "4 critics"):
+        true = [np.mean([seed[-5:] for seed in row["true"]]) for row in result["networks"][label].values()]
+        assert listed(true, ".0f") in text, label
 
 
 @pytest.mark.parametrize("study", ["overestimation"], indirect=True)
