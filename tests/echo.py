@@ -141,7 +141,7 @@ gymnasium.register("stitch-test/Sayer-v0", entry_point=f"{__name__}:Sayer", max_
 
 
 class Chain(gymnasium.Env):
-    """Has a model: from state 1 or 2 (probabilities 1/4, 3/4), action 1 pays 1 and leads to the end, 0 pays 0 and stays."""
+    """Has a model: from state 1 or 2 (probabilities 1/4, 3/4), action 1 pays 1 and leads to the end, 0 stays."""
 
     def __init__(self):
         self.observation_space, self.action_space = spaces.Discrete(3), spaces.Discrete(2)

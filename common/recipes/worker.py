@@ -123,7 +123,7 @@ def reason(error):
     *_, frame = traceback.extract_tb(error.__traceback__)
     if isinstance(error, AssertionError) and frame.filename.endswith("mujoco_utils.py"):
         return "gymnasium-robotics does not work with this version of mujoco: pip install 'mujoco<3.12'"
-    return f"{one_line(error)}, in {Path(frame.filename).name}, line {frame.lineno}: {frame.line}"
+    return f"{one_line(error)}, in {Path(frame.filename).name}, line {frame.lineno}: `{frame.line}`"
 
 
 def one_line(x):
