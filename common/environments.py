@@ -13,7 +13,6 @@ environment does, be it an abort of its simulator, costs a score and never the t
 import importlib.metadata
 import multiprocessing
 import shlex
-import signal
 import subprocess
 import sys
 import time
@@ -72,7 +71,7 @@ D4RL_REFERENCE_SCORES = {
     "D4RL/relocate/": (-6.425911, 4233.877797728884),
 }
 SIGN = "0.35 to 1.25 above D4RL's, since the simulator pays +0.1 |palm - object| where D4RL pays -0.1"
-REMARKS = {"D4RL/door/": SIGN, "D4RL/hammer/": SIGN, "D4RL/relocate/": SIGN}
+REMARKS = dict.fromkeys(("D4RL/door/", "D4RL/hammer/", "D4RL/relocate/"), SIGN)
 REMARKS["D4RL/antmaze/"] = "an episode counts once"  # Minari's goes on at the goal, and is paid there at every step
 
 # When episodes end, from `terminated` in the sources of Gymnasium: possible lengths of an observation; whether bounds
@@ -204,7 +203,7 @@ def ends(closed, ranges, next_obs):
 
 
 class Environment:
-    """Evaluates policies on the task of a dataset, with its observation flattening, normalisation and action scaling.
+    """Evaluates policies on the task of a dataset, through its Interface.
 
     Attributes: `dataset_id`, `interface` (Interface), `spec` (its Spec), `fingerprint` (of the data: a dict for
     config.json), `score_kind` (what `score` returns: which normalisation, or why nothing), `seconds` (of evaluation so
@@ -250,9 +249,7 @@ class Environment:
                 self._dismiss()
         return self._works
 
-    def measure(
-        self, policy: Callable, q: Callable | None, seeds, num_episodes: int, discount=1.0, max_steps=0
-    ) -> dict:
+    def measure(self, policy: Callable, q, seeds, num_episodes: int, discount=1.0, max_steps=0) -> dict:
         """Columns of metrics.jsonl, each with a row for each seed: score, returns, believed_value and true_value.
 
         Args:
@@ -413,9 +410,8 @@ class Environment:
                 answers.append(connection.recv() if connection.poll(600) else EnvironmentFailure("no answer in 600 s"))
             except (EOFError, OSError):
                 process.join(5)
-                code = process.exitcode or 0
-                how = f"exit code {code}" if code >= 0 else f"signal {-code}, {signal.strsignal(-code)}"
-                answers.append(EnvironmentFailure(f"its process ended with {how}"))
+                how = process.exitcode if process.exitcode != -9 else "-9: out of memory, or killed by hand"
+                answers.append(EnvironmentFailure(f"its process ended with exit code {how}"))
             if isinstance(answers[-1], EnvironmentFailure):
                 raise answers[-1]
         return answers
@@ -428,7 +424,7 @@ class Environment:
 
 
 def _termination(spec, observation):
-    """Interface's, where the data are of an environment of TERMINATIONS as it is, robot and observations."""
+    """[closed, ranges] of `ends` if the data are of one of TERMINATIONS, with its own robot and observations."""
     lengths, closed, ranges = TERMINATIONS.get(spec.id.partition("-v")[0] if spec else "", ((), None, None))
     if observation not in [[length] for length in lengths] or spec.additional_wrappers or "xml_file" in spec.kwargs:
         return None

@@ -111,7 +111,7 @@ FAULTS = {
     "abort": _abort,
     "kill": lambda *answer: os.kill(os.getpid(), 9),
     "four": lambda obs, reward, terminated, truncated, info: (obs, reward, terminated, info),
-    "reset": lambda obs, info: obs,
+    "reset": lambda obs, info: obs[:1],
     "shape": lambda obs, *rest: (obs[:1], *rest),
     "matrix": lambda obs, *rest: (obs[None], *rest),
     "nan observation": lambda obs, *rest: (obs * np.nan, *rest),

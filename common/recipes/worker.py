@@ -4,11 +4,12 @@ It imports neither JAX nor the caller's main module: it starts in half a second,
 notebook or standard input too. Whatever an environment does in it is an answer, or the end of this process alone.
 """
 
+import io
 import os
 import signal
 import traceback
 import warnings
-from contextlib import suppress
+from contextlib import redirect_stderr, suppress
 from pathlib import Path
 
 import numpy as np
@@ -54,7 +55,7 @@ class Held:
         spec.additional_wrappers = tuple(wrapper for wrapper in spec.additional_wrappers if wrapper.name not in films)
         absent = ImportError, AttributeError, gymnasium.error.DependencyNotInstalled, gymnasium.error.UnregisteredEnv
         try:
-            with warnings.catch_warnings(action="ignore"):  # of other versions
+            with warnings.catch_warnings(action="ignore"), redirect_stderr(io.StringIO()):  # notes on versions
                 load_env_creator(spec.entry_point)
                 return gymnasium.make(spec, disable_env_checker=True)
         except absent as error:
