@@ -337,7 +337,7 @@ def restore(folder: str | Path, run: int | None = 0) -> Runs:
         states = states._replace(key=jax.random.wrap_key_data(states.key))
         chex.assert_trees_all_equal_shapes_and_dtypes(states, like)
         if run is not None:
-            one, states = runs.runs[run], jax.tree.map(lambda x: x[[run]], states)
+            one, states = runs.runs[run], jax.tree.map(lambda x: x[run, None], states)
             runs = Runs(dataclasses.replace(cfg, seed=one["seed"], num_seeds=1, **one["grid"]), runs.interface, {})
         vars(runs).update(saved, states=jax.device_put(states))
         return runs
