@@ -257,6 +257,17 @@ def test_episode_without_a_step_is_no_episode(root):
     np.testing.assert_array_equal(unscale(data.next_action)[:, 1], [1, 1, 1, 1])
 
 
+@pytest.mark.parametrize("data_format", ["arrow", "parquet"])
+def test_episode_without_a_step_in_a_folder(data_format):
+    skip_without_arrow(data_format)
+    parts = [episode(k, length, actions=np.zeros(length, int)) for k, length in enumerate((2, 1, 2))]
+    parts[1] = EpisodeBuffer(observations=labels(1, 1), actions=[], rewards=[], terminations=[], truncations=[])
+    write(parts, action_space=spaces.Discrete(3), data_format=data_format)
+    data, _ = load_dataset(NAME, columns=("episode",))
+    np.testing.assert_array_equal(data.obs[:, 0], [0, 0, 2, 2])
+    np.testing.assert_array_equal(data.episode, [0, 0, 1, 1])
+
+
 def test_combined_datasets_follow_each_other():
     parts = [
         write([episode(k, 2) for k in (0, 1)], "test/part-v0", env="stitch-test/Echo-v0"),
@@ -899,6 +910,7 @@ WRONG = [
     ({"rewards": np.ones((3, 2))}, "rewards of episode 1 must be finite numbers, and they have the shape (3, 2)", {}),
     ({"rewards": np.array([0, np.nan, 1])}, "rewards of episode 1 must be finite numbers, and row 1 holds nan", {}),
     ({"rewards": np.array([0, 1, -np.inf])}, "row 2 holds -inf", {}),
+    ({"rewards": np.array([np.inf, 1, 1])}, "row 0 holds inf", {}),
     ({"rewards": np.arange(3) + 1j}, "rewards of episode 1 must be finite numbers, and they have the type complex", {}),
     ({"rewards": ["a", "b", "c"]}, "rewards of episode 1 must be finite numbers, and they have the type object", {}),
     ({"rewards": np.ones((1, 3))}, "1 rewards", {}),
