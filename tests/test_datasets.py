@@ -890,7 +890,8 @@ def test_too_little_memory(root, monkeypatch):
     assert "needs about 0.0 GiB of memory (2 steps with observations of 2 numbers)" in text and "remove" not in text
     monkeypatch.setattr(minari.MinariDataset, "total_steps", 10**9)
     assert "needs about 74.5 GiB of memory (1,000,000,000 steps" in message()
-    monkeypatch.setattr(datasets, "_read", raises(MemoryError()))
+    (root / NAME / "data" / "stitch-cache.npz").unlink()
+    monkeypatch.setattr(datasets, "_read_episodes", raises(MemoryError()))
     assert "needs about 74.5 GiB" in message()
 
 
