@@ -43,8 +43,8 @@ def processes(number: int) -> Iterator[Callable]:
     """
     from loky import ProcessPoolExecutor
 
-    # Without warnings: each process would warn of the same
-    pool = ProcessPoolExecutor(number, initializer=warnings.simplefilter, initargs=("ignore",))
+    # Without warnings: each process would warn of the same. Where the caller is killed, they end after a minute or two.
+    pool = ProcessPoolExecutor(number, timeout=60, initializer=warnings.simplefilter, initargs=("ignore",))
 
     def run(function: Callable, jobs: Iterable) -> Iterator:
         waiting = deque()
