@@ -128,9 +128,11 @@ def labels(runs, configs):
 
 
 def caption(figure, text):
-    """Below the picture, as wide as it is."""
-    text = textwrap.fill(text, round(12.5 * figure.get_figwidth()))
-    figure.text(0.5, -0.02, text, ha="center", va="top", fontsize=10, color="#333333")
+    """Below all that is drawn so far, as wide as the figure."""
+    figure.draw_without_rendering()  # a layout is made now
+    text = textwrap.fill(text, round(12.5 * figure.get_figwidth()), break_on_hyphens=False)
+    below = (figure.get_tightbbox().y0 - 0.12) / figure.get_figheight()
+    figure.text(0.5, below, text, ha="center", va="top", fontsize=10, color="#333333")
 
 
 def save(figure, path: Path, source: str = ""):

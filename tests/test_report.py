@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import resource
 import shutil
 import sys
 import tomllib
@@ -30,9 +31,9 @@ B = list(np.array([[50, 30, 45, 20, 65], [10, 15, 20, 25, 30], [60, 90, 75, 85, 
 def make_run(folder, dataset, scores, algo="iql", kind="normalised by the dataset's reference scores", **fields):
     """A run folder as main leaves it: two evaluations of two episodes each, of which the last has these scores."""
     folder.mkdir(parents=True)
-    returns = [[score / 100, score / 100] for score in scores]
+    returns = [[score and score / 100] * 2 for score in scores]
     lines = [
-        {"step": step, "seed": seed, "score": score * step / 500, "returns": returns[seed]}
+        {"step": step, "seed": seed, "score": score and score * step / 500, "returns": returns[seed]}
         for step in (250, 500)
         for seed, score in enumerate(scores)
     ]
@@ -66,7 +67,8 @@ def root(tmp_path, monkeypatch):
 def write_tables(root):
     """What a report writes, without its pictures."""
     folder = root / "benchmarks" / "results" / "quick"
-    tables.write_tables(root, "quick", runs.read_runs(folder), runs.read_failures(folder), check=False)
+    found = runs.read_results(folder)
+    tables.write_tables(root, "quick", found.runs, found.failures, check=False)
 
 
 def files(folder):
@@ -379,6 +381,357 @@ def test_committed_tables_are_those_of_the_committed_result_files():
         assert between.partition("<!-- report:quick:end -->")[0].strip() == ""
 
 
+# --- What must not be taken for the same ---------------------------------------------------------------
+
+
+def change(file, **fields):
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+
+def set_data(run, fingerprint):
+    config = json.loads((run / "config.json").read_text())["config"]
+    change(run / "config.json", config=config | {"data": fingerprint})
+
+
+def rows_of(text):
+    """{first cell: other cells} of the markdown table in a text."""
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
+    return {row[0].partition("]")[0].lstrip("["): row[1:] for row in rows}
+
+
+def test_runs_on_different_data_under_one_name_are_in_no_column_together(root, capsys):
+    results = root / "benchmarks" / "results" / "quick"
+    set_data(results / "maze-v0" / "iql", {"rows": 100, "hash": "a"})
+    set_data(results / "maze-v0" / "bc", {"rows": 100, "hash": "b"})  # bc-top-10 is older and says nothing
+    found = runs.read_results(results)
+    assert "stitch/maze-v0: not pooled, each in a column of its own: data-" in capsys.readouterr().out
+    columns = {run.method: run.dataset for run in found.runs if run.dataset.startswith("stitch/maze-v0")}
+    assert len(set(columns.values())) == 3 and columns["bc-top-10"] == "stitch/maze-v0@data-unknown"
+    assert runs.comparable(found.runs, [])[0] == ["D4RL/door/human-v2"]
+    shown = rows_of(tables.table(found.runs, [], "."))
+    of = {
+        name: [cell for cell in cells if cell.startswith("[")] for name, cells in shown.items() if name[0] not in "m-"
+    }
+    assert len(shown["method"]) == 6 and {name: len(cells) for name, cells in of.items()} == {
+        "iql": 3, "bc": 2, "bc-top-10": 1
+    }  # fmt: skip
+    same = {"rows": 100, "hash": "a"}
+    for method in ("iql", "bc", "bc-top-10"):
+        set_data(results / "maze-v0" / method, same)
+    assert {run.dataset for run in runs.read_runs(results)} == {"D4RL/door/human-v2", "own-v0", "stitch/maze-v0"}
+
+
+@pytest.mark.parametrize("kind", ["raw return", "normalised by D4RL's reference scores"])
+def test_scores_on_different_scales_are_in_no_column_and_no_mean_together(root, kind):
+    results = root / "benchmarks" / "results" / "quick"
+    change(results / "maze-v0" / "bc" / "summary.json", score_kind=kind)
+    exact = "normalised by the dataset's reference scores, exact"  # the same scale
+    change(results / "maze-v0" / "bc-top-10" / "summary.json", score_kind=exact)
+    found = runs.read_runs(results)
+    columns = {run.method: run.dataset for run in found if run.dataset.startswith("stitch/maze-v0")}
+    assert columns["iql"] == columns["bc-top-10"] != columns["bc"]
+    datasets, rows = runs.comparable(found, [])
+    assert datasets == ["D4RL/door/human-v2"] and all(len(row) == 1 for row in rows.values())
+
+
+def test_two_runs_of_one_method_on_one_dataset_are_both_named(tmp_path):
+    for part, score in (("first", 10.0), ("second", 30.0)):
+        make_run(tmp_path / part / "maze-v0" / "iql", "stitch/maze-v0", [score, score])
+        make_run(tmp_path / part / "door-v0" / "iql", "stitch/door-v0", [score + 1, score + 1])
+    make_run(tmp_path / "first" / "maze-v0" / "bc", "stitch/maze-v0", [1.0, 1.0], "bc")
+    found = runs.read_runs(tmp_path)
+    rows = rows_of(tables.table(found, [], "."))
+    assert rows.keys() == {"method", "---", "first/iql", "second/iql", "bc"}
+    assert [cell.partition("]")[0] for cell in rows["second/iql"][:2]] == ["[31.0", "[30.0"]
+    _, scores = runs.comparable(found, [])
+    assert {name: np.mean(row) for name, row in scores.items()} == {"first/iql": 10.5, "second/iql": 30.5}
+
+
+def test_runs_in_the_folders_that_main_chooses_are_named_by_their_algorithm(tmp_path):
+    """runs/ALGORITHM/DATASET; and one run's folder by itself."""
+    make_run(tmp_path / "iql" / "stitch" / "maze-v0", "stitch/maze-v0", [10.0])
+    make_run(tmp_path / "bc" / "stitch" / "maze-v0", "stitch/maze-v0", [20.0], "bc")
+    make_run(tmp_path / "bc" / "own-v0", "own-v0", [30.0], "bc")
+    assert {(run.method, run.dataset) for run in runs.read_runs(tmp_path)} == {
+        ("iql", "stitch/maze-v0"), ("bc", "stitch/maze-v0"), ("bc", "own-v0")
+    }  # fmt: skip
+    (run,) = runs.read_runs(tmp_path / "iql" / "stitch" / "maze-v0")
+    assert run.method == "iql"
+
+
+def test_a_method_s_name_is_of_one_algorithm(tmp_path):
+    make_run(tmp_path / "a" / "mine", "stitch/maze-v0", [10.0], "iql")
+    make_run(tmp_path / "b" / "mine", "stitch/door-v0", [20.0], "bc")
+    rows = rows_of(tables.table(runs.read_runs(tmp_path), [], "."))
+    assert rows["a/mine"][0] == rows["b/mine"][1] == "not run"
+    assert rows["a/mine"][1].startswith("[10.0]") and rows["b/mine"][0].startswith("[20.0]")
+
+
+FOREIGN = ["7", "[1, 2]", '"text"', "null", "true", "", "{", "[" * 100_000, '{"config": 3, "algo": [], "reason": {}}']
+
+
+@pytest.mark.parametrize("content", [*FOREIGN, b"\xff\x00"], ids=range(len(FOREIGN) + 1))
+@pytest.mark.parametrize("name", ["summary.json", "config.json", "metrics.jsonl", "failed.json"])
+def test_a_foreign_file_costs_a_line_and_its_own_run(root, capsys, name, content):
+    results = root / "benchmarks" / "results" / "quick"
+    (results / "maze-v0" / "bc" / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    found = runs.read_results(results)
+    (said,) = capsys.readouterr().out.splitlines()
+    assert "cannot be read" in said
+    places = {run.place for run in found.runs}
+    assert ("maze-v0/bc" in places) == (name == "failed.json") and "maze-v0/iql" in places and not found.failures
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"score_per_seed": []},
+        {"score_per_seed": [10.0, 20.0]},
+        {"score_per_seed": [[10.0], [20.0], [0.0]]},
+        {"score_per_seed": ["a", "b", "c"]},
+        {"score_per_seed": 3.0},
+        {"returns": [[1.0]]},
+        {"returns": None},
+        {"grid": [1, 2]},
+        {"seeds": [0]},
+        {"diverged": [True]},
+        {"num_updates": "many"},
+        {"algo": 3},
+        {"dataset": "stitch/other-v0"},
+        {"algo": "cql"},
+        {"score_kind": None},
+    ],
+    ids=str,
+)
+def test_a_summary_of_another_shape_costs_a_line_and_its_own_run(root, capsys, fields):
+    results = root / "benchmarks" / "results" / "quick"
+    change(results / "maze-v0" / "bc" / "summary.json", **fields)
+    assert "maze-v0/bc" not in {run.place for run in runs.read_runs(results)}
+    (said,) = capsys.readouterr().out.splitlines()
+    assert "maze-v0/bc cannot be read" in said
+
+
+def test_what_a_folder_without_results_is_told(root, tmp_path, monkeypatch):
+    """A name that is none, a protocol that has not been run, and runs that have not ended or have no scores."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="^nothing is no folder: name one that holds runs, or one of quick.$"):
+        report.main(report.Options("nothing"))
+    with pytest.raises(SystemExit, match="full is no folder.* python benchmarks/sweep.py full makes it"):
+        report.main(report.Options("full"))
+    make_run(tmp_path / "mine" / "run", "stitch/maze-v0", [1.0])
+    (tmp_path / "mine" / "run" / "summary.json").unlink()
+    with pytest.raises(SystemExit, match="mine holds no finished run with scores; 1 have begun, and their own command"):
+        report.main(report.Options("mine"))
+    make_run(tmp_path / "blind", "stitch/maze-v0", [None, None], kind="not scored: no environment")
+    with pytest.raises(SystemExit, match="benchmarks/plot.py draws their losses"):
+        report.main(report.Options("blind"))
+
+
+def test_candidates_are_at_least_one():
+    for count in (0, -1):
+        with pytest.raises(SystemExit, match=f"--candidates must be at least 1, not {count}"):
+            report.main(report.Options(candidates=count))
+
+
+def test_a_full_disk_leaves_what_was_there(root, tmp_path):
+    """No file grows beyond 100 bytes: README.md and report.md are as before, and nothing is left beside them."""
+    results = root / "benchmarks" / "results" / "quick"
+    shutil.copytree(results, tmp_path / "mine")
+    (tmp_path / "mine" / "report.md").write_text("an older report")
+    before = files(root)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        for protocol in ("quick", str(tmp_path / "mine")):
+            with pytest.raises(SystemExit, match="cannot be written .File too large"):
+                report.main(report.Options(protocol))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert files(root) == before
+
+
+def test_tables_go_into_every_page_with_their_marks(root):
+    """README.md need not be the page; links lead from where the table stands."""
+    (root / "README.md").rename(root / "benchmarks" / "scores.md")
+    (root / "README.md").write_text("no marks")
+    write_tables(root)
+    text = (root / "benchmarks" / "scores.md").read_text()
+    assert "[iql](../algos/iql.md)" in text and "[90.0](results/quick/maze-v0/iql)" in text
+
+
+# --- Runs that diverged, and NaN -----------------------------------------------------------------------
+
+
+def test_diverged_runs_are_shown(root):
+    """Two of three seeds, whose scores are numbers; and all, without a score."""
+    results = root / "benchmarks" / "results" / "quick"
+    change(results / "maze-v0" / "iql" / "summary.json", diverged=[True, False, True])
+    change(results / "maze-v0" / "bc-top-10" / "summary.json", diverged=[False] * 3)
+    make_run(results / "maze-v0" / "td3", "stitch/maze-v0", [None] * 3, "td3", diverged=[True] * 3)
+    write_tables(root)
+    rows = rows_of((root / "README.md").read_text())
+    assert rows["iql"][2].endswith("(80.0 to 100.0); 2 of 3 diverged")
+    assert "diverged" not in "".join(rows["bc-top-10"]) and "failed" in rows["td3"]
+    readme = (root / "README.md").read_text()
+    assert "Failed: td3 on maze-v0 (3 of 3 runs diverged)." in readme
+    assert "Diverged: the networks of that seed are not finite." in readme
+
+
+def test_a_folder_of_which_all_diverged_has_a_table(tmp_path):
+    make_run(tmp_path / "maze-v0" / "td3", "stitch/maze-v0", [None] * 3, "td3", diverged=[True] * 3)
+    report.main(report.Options(str(tmp_path)))
+    assert "| failed |" in (tmp_path / "report.md").read_text()
+
+
+def test_null_is_no_number(root, figures):
+    """An evaluation that failed amid a run leaves a gap in the curve, and an unknown value a dash."""
+    run = root / "benchmarks" / "results" / "quick" / "maze-v0" / "iql"
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = [line | {"believed_value": 1.0, "true_value": None} for line in lines]
+    lines[1]["score"] = None
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = runs.read_results(root / "benchmarks" / "results" / "quick")
+    assert "| believed − true value | – | – | – | – |" in tables.table(found.runs, [], ".", "iql")
+    pictures.draw(found, root)
+    panels = {panel.get_title(): panel for panel in figures["learning_curves_maze-v0.png"].axes}
+    np.testing.assert_array_equal(last_line(panels["iql"]), [np.nan, 90])
+
+
+# --- Sweeps ---------------------------------------------------------------------------------------------
+
+
+def make_grid(folder, scores, batch_size=None, **fields):
+    """A grid over beta, {beta: scores of its seeds}, as main leaves it."""
+    points = [({"beta": beta}, seed, score) for beta, row in scores.items() for seed, score in enumerate(row)]
+    flat = [score for *_, score in points]
+    grid = [point for point, *_ in points]
+    seeds = [seed for _, seed, _ in points]
+    make_run(folder, "stitch/maze-v0", flat, **({"grid": grid, "seeds": seeds} | fields))
+    lines = [
+        {"step": step, "seed": seed, "grid": point, "score": None if score is None else score * step / 500}
+        for step in (250, 500)
+        for point, seed, score in points
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    config = {"algo": "iql", "dataset": "stitch/maze-v0", "beta": 7.0, "seed": 0, "grid": {"beta": list(scores)}}
+    change(folder / "config.json", config=config | ({} if batch_size is None else {"batch_size": batch_size}))
+
+
+BETAS = {10.0: [0.0, 2.0, 4.0], 1.0: [50.0, 55.0, 60.0], 3.0: [58.0, 70.0, 64.0]}
+
+
+@pytest.mark.parametrize("of", ["iql", "."])
+def test_a_grid_ends_in_a_table_a_picture_and_the_best_value(tmp_path, capsys, of):
+    make_grid(tmp_path / "iql", BETAS)
+    folder = tmp_path / of if of != "iql" else tmp_path / "iql"
+    report.main(report.Options(str(folder)))
+    said = capsys.readouterr().out
+    assert "best of 3 is beta 3, score 64.0 (58.0 to 70.0)." in said
+    assert "Not to be told from it, since their intervals reach its own: beta 1." in said
+    text = (folder / "report.md").read_text()
+    rows = [line for line in text.splitlines() if line.startswith("| ")]
+    assert rows == [
+        "| beta | score |",
+        "| --- | --- |",
+        "| 1 | 55.0 (50.0 to 60.0) |",
+        "| **3** | **64.0 (58.0 to 70.0)** |",
+        "| 10 | 2.0 (0.0 to 4.0) |",
+    ]
+    assert "best of 3 is beta 3" in text and "train it with other seeds" in text
+    (picture,) = folder.glob("*.png")
+    assert picture.name == "sweep_iql-maze-v0.png" and f"]({picture.name})" in text
+    first = files(folder)
+    report.main(report.Options(str(folder)))
+    assert files(folder) == first
+    report.main(report.Options(str(folder), check=True))
+    picture.unlink()
+    with pytest.raises(SystemExit, match="sweep_iql-maze-v0.png"):
+        report.main(report.Options(str(folder), check=True))
+
+
+def make_cells(folder):
+    """batch_size 64 and 128, each with its grid, as a sweep of both leaves them. By the sum: 128 is better for 1."""
+    make_grid(folder / "maze-v0" / "iql,batch_size=128", {1.0: [80.0, 82.0], 3.0: [10.0, 20.0]}, 128)
+    make_grid(folder / "maze-v0" / "iql,batch_size=64", {1.0: [30.0, 30.0], 3.0: [40.0, 44.0]}, 64)
+
+
+def test_two_swept_settings_are_one_table_of_all_combinations(tmp_path, figures):
+    make_cells(tmp_path)
+    found = runs.read_results(tmp_path)
+    (sweep,) = found.sweeps
+    assert not found.runs and sweep.fields == ["batch_size", "beta"] and sweep.name == "maze-v0/iql"
+    text = sweeps.section(sweep)
+    assert [line for line in text.splitlines() if line.startswith("| ")][2:] == [
+        "| 64 | 1 | 30.0 (30.0 to 30.0) |",
+        "| 64 | 3 | 42.0 (40.0 to 44.0) |",
+        "| **128** | **1** | **81.0 (80.0 to 82.0)** |",
+        "| 128 | 3 | 15.0 (10.0 to 20.0) |",
+    ]
+    assert "best of 4 is batch_size 128, beta 1, score 81.0 (80.0 to 82.0). No other interval reaches its own." in text
+    pictures.draw(found, tmp_path)
+    panels = {panel.get_xlabel(): panel for panel in figures["sweep_maze-v0-iql.png"].axes}
+    for field, values, best in (("batch_size", ["64", "128"], [42, 81]), ("beta", ["1", "3"], [81, 42])):
+        line = panels[field].lines[-1]
+        assert [label.get_text() for label in panels[field].get_xticklabels()] == values
+        np.testing.assert_allclose(line.get_xydata(), np.array([[0, best[0]], [1, best[1]]]))
+        bars = np.array([segment[:, 1] for segment in panels[field].collections[0].get_segments()])
+        np.testing.assert_allclose(sorted(bars.tolist()), [[40, 44], [80, 82]])
+        assert sorted(panels[field].lines[0].get_ydata()) == [15, 30, 42, 81]  # all points
+    assert figures["sweep_maze-v0-iql.png"].get_suptitle() == "iql on stitch/maze-v0"
+
+
+def test_cells_of_single_values_are_a_sweep_as_well(tmp_path):
+    """Values that cannot be traced make a cell each, and no grid; they stay methods of the table too."""
+    for units, score in (([8, 8], 10.0), ([64], 30.0)):
+        run = tmp_path / "maze-v0" / f"iql,hidden={units}"
+        make_run(run, "stitch/maze-v0", [score, score])
+        change(run / "config.json", config={"algo": "iql", "dataset": "stitch/maze-v0", "hidden": units, "seed": 0})
+    found = runs.read_results(tmp_path)
+    assert len(found.runs) == 2
+    assert "best of 2 is hidden [64], score 30.0" in sweeps.sentence(found.sweeps[0])
+
+
+def test_more_seeds_of_one_point_are_pooled_and_one_seed_counts_once(tmp_path):
+    for first, scores in ((0, [10.0, 20.0]), (1, [20.0, 60.0])):
+        run = tmp_path / "maze-v0" / f"iql,seed={first}"
+        make_grid(run, {1.0: scores, 3.0: [0.0, 0.0]}, seeds=[first, first + 1] * 2)
+        change(run / "config.json", config={"algo": "iql", "dataset": "stitch/maze-v0", "seed": first})
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        lines = [line | {"seed": line["seed"] + first} for line in lines]
+        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (sweep,) = runs.read_results(tmp_path).sweeps
+    assert sweep.fields == ["beta"] and sorted(sweep.points["1.0",][0]) == [10, 20, 60]
+    assert "score 30.0 (" in sweeps.sentence(sweep)
+
+
+def test_a_value_without_all_its_scores_is_never_the_best(tmp_path):
+    """beta 3 has the best mean of the scores that are there; one of its seeds diverged."""
+    rows = BETAS | {3.0: [None, 70.0, 90.0]}
+    make_grid(tmp_path / "iql", rows, diverged=[False] * 6 + [True, False, False])
+    (sweep,) = runs.read_results(tmp_path).sweeps
+    assert "best of 3 is beta 1, score 55.0" in sweeps.sentence(sweep)
+    assert "| 3 | not scored; 1 of 3 diverged |" in sweeps.section(sweep)
+    shutil.rmtree(tmp_path / "iql")
+    make_grid(tmp_path / "iql", {1.0: [None], 3.0: [None]}, kind="not scored: eval_episodes is 0")
+    (sweep,) = runs.read_results(tmp_path).sweeps
+    assert "none can be called the best (not scored: eval_episodes is 0)" in sweeps.sentence(sweep)
+    report.main(report.Options(str(tmp_path)))  # draws an empty picture, and does not fail
+
+
+def test_one_seed_of_a_grid_has_no_interval(tmp_path):
+    make_grid(tmp_path / "iql", {1.0: [10.0], 3.0: [20.0], 10.0: [20.0]})
+    (sweep,) = runs.read_results(tmp_path).sweeps
+    said = sweeps.sentence(sweep)
+    assert "best of 3 is beta 3, score 20.0. Not to be told from it" in said and said.endswith("beta 10.")
+    assert "interval" not in sweeps.section(sweep).partition("evaluation after")[2].partition("The best of")[0]
+
+
+def test_grids_on_different_data_are_different_sweeps(tmp_path):
+    make_cells(tmp_path)
+    set_data(tmp_path / "maze-v0" / "iql,batch_size=64", {"hash": "b"})
+    assert len(runs.read_results(tmp_path).sweeps) == 2
+
+
 # --- Pictures -------------------------------------------------------------------------------------------
 
 
@@ -387,7 +740,8 @@ def figures(monkeypatch):
     """{name of the file: figure} of what is drawn; no file is written."""
     drawn = {}
     monkeypatch.setattr(estimators, "RESAMPLES", 500)
-    monkeypatch.setattr(pictures, "save", lambda figure, path, source="": drawn.update({path.name: figure}))
+    for module in (pictures, sweeps):
+        monkeypatch.setattr(module, "save", lambda figure, path, source="": drawn.update({path.name: figure}))
     yield drawn
     plt.close("all")
 
@@ -483,7 +837,7 @@ def test_title_and_caption_of_panels_touch_none(figures, count):
     for extent in (shown, below):
         assert 0 <= extent.x0 and extent.x1 <= figure.bbox.width
     assert all(panel.title.get_window_extent().y1 < shown.y0 for panel in figure.axes)
-    assert below.y1 < min(panel.get_tightbbox().y0 for panel in figure.axes) and below.y1 <= 0
+    assert below.y1 < min(panel.get_tightbbox().y0 for panel in figure.axes)
 
 
 def test_check_finds_pictures_of_other_result_files(root):

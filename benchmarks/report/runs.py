@@ -175,7 +175,7 @@ def apart(found: list[Run]) -> list[Run]:
     """Runs on different data, or of different scores, under one dataset's name are on datasets of their own; runs of
     one method on one dataset, and algorithms under one method's name, are methods of their own."""
     for tell in (data_of, scale_of):
-        variants = {dataset: {tell(run) for run in found if run.dataset == dataset} for dataset in datasets_of(found)}
+        variants = {run.dataset: {tell(x) for x in found if x.dataset == run.dataset} - {None} for run in found}
         for dataset, several in variants.items():
             if len(several) > 1:
                 print(f"{dataset}: not pooled, each in a column of its own: {', '.join(sorted(several))}.")
@@ -195,10 +195,6 @@ def apart(found: list[Run]) -> list[Run]:
     return [run._replace(method=run.place) if count[run.method, run.dataset] > 1 else run for run in named]
 
 
-def datasets_of(runs: list[Run]) -> list[str]:
-    return sorted({run.dataset for run in runs})
-
-
 def data_of(run: Run) -> str:
     """Which data: of their fingerprint in config.json, which older results do not have."""
     data = run.config.get("data")
@@ -207,11 +203,10 @@ def data_of(run: Run) -> str:
     )
 
 
-def scale_of(run: Run) -> str:
-    """Which scores; an exact one is on the same scale as one of episodes, and none is on any."""
-    if np.isnan(run.scores).all():
-        return "unscored"
-    return re.sub(r"\W+", "-", run.summary["score_kind"].removesuffix(", exact"))
+def scale_of(run: Run) -> str | None:
+    """Which scores, if any; an exact one is on the same scale as one of episodes."""
+    kind = run.summary["score_kind"].removesuffix(", exact")
+    return None if np.isnan(run.scores).all() else re.sub(r"\W+", "-", kind)
 
 
 def find_sweeps(found: list[Run]) -> list[Sweep]:
@@ -241,7 +236,8 @@ def find_sweeps(found: list[Run]) -> list[Sweep]:
                 point: tuple(map(np.array, zip(*at[point].values(), strict=True))) for point in sorted(at, key=in_order)
             }
             name = "/".join(part for part in (parent, name or algo) if part != ".")
-            sweeps.append(Sweep(name, algo, dataset, fields, points, runs[0].summary["score_kind"], runs))
+            scored = [run for run in runs if scale_of(run)] or runs
+            sweeps.append(Sweep(name, algo, dataset, fields, points, scored[0].summary["score_kind"], runs))
     return sweeps
 
 

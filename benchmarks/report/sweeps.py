@@ -73,11 +73,11 @@ def cell(sweep: Sweep, point: tuple) -> str:
 def section(sweep: Sweep) -> str:
     """Markdown: the answer, a row for each point, and the picture."""
     best = best_of(sweep)
-    lines = [["", *sweep.fields, "score"], ["---"] * (len(sweep.fields) + 2)]
+    lines = [[*sweep.fields, "score"], ["---"] * (len(sweep.fields) + 1)]
     for point in sweep.points:
-        mark = "best" if point == best else ""
-        lines.append([mark, *map(plain, point), f"**{cell(sweep, point)}**" if mark else cell(sweep, point)])
-    rows = "\n".join("| " + " | ".join(line).replace("|  |", "| |") + " |" for line in lines)
+        cells = [*map(plain, point), cell(sweep, point)]
+        lines.append([f"**{text}**" for text in cells] if point == best else cells)
+    rows = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     seeds = [len(scores) for scores, _ in sweep.points.values()]
     updates = spread([run.summary["num_updates"] for run in sweep.runs])
     foot = f"Score of the last evaluation after {updates} updates ({sweep.kind}): mean over {spread(seeds)} seeds"
