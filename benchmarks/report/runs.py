@@ -74,8 +74,8 @@ def read_results(folder: Path) -> Results:
     for run in found:
         place, count = folder / run.place, sum(run.diverged)
         if is_grid(run):
-            print(f"{place} is a grid of hyper-parameters: it is in the table of its sweep, and in no other.")
-        elif not np.isnan(run.scores).any():
+            continue  # it is in the table of its sweep, and in no other
+        if not np.isnan(run.scores).any():
             runs.append(run)
         elif count:
             reason = f"{count} of {len(run.scores)} runs diverged"

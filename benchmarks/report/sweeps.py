@@ -39,19 +39,22 @@ def best_over_the_rest(sweep: Sweep, field: str) -> dict[str, tuple | None]:
 
 def sentence(sweep: Sweep) -> str:
     best = best_of(sweep)
-    where = f"{sweep.name}, {sweep.algo} on {sweep.dataset}"
+    where = about(sweep)
     if best is None:
         return f"{where}: no value has a score for each of its seeds, so none can be called the best ({sweep.kind})."
     others = rivals(sweep, best)
     if not others:
         doubt = "No other interval reaches its own."
     elif len(others) == len(sweep.points) - 1:
-        doubt = "No other one can be told from it: all their intervals reach its own."
+        doubt = "The intervals of all others reach its own: they cannot be told apart."
     else:
-        doubt = (
-            f"Not to be told from it, since their intervals reach its own: {'; '.join(say(sweep, p) for p in others)}."
-        )
+        doubt = f"Intervals that reach its own: {'; '.join(say(sweep, point) for point in others)}."
     return f"{where}: best of {len(sweep.points)} is {say(sweep, best)}, score {cell(sweep, best)}. {doubt}"
+
+
+def about(sweep: Sweep) -> str:
+    named = sweep.name in (sweep.algo, f"{sweep.dataset.removeprefix('stitch/')}/{sweep.algo}")
+    return f"{sweep.algo} on {sweep.dataset}" + ("" if named else f" ({sweep.name})")
 
 
 def say(sweep: Sweep, point: tuple) -> str:
@@ -60,8 +63,7 @@ def say(sweep: Sweep, point: tuple) -> str:
 
 def plain(value: str) -> str:
     """A JSON value as a reader writes it: 1 for 1.0, and no quotation marks."""
-    value = json.loads(value)
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return str(json.loads(value)).removesuffix(".0")
 
 
 def cell(sweep: Sweep, point: tuple) -> str:
@@ -89,7 +91,7 @@ def section(sweep: Sweep) -> str:
     )
     picture = picture_of(sweep)
     link = f"![score of {sweep.name} at each value]({picture})"
-    return "\n\n".join([f"## Sweep of {', '.join(sweep.fields)}: {sweep.name}", sentence(sweep), rows, foot, link])
+    return "\n\n".join([f"## Sweep of {' and '.join(sweep.fields)}: {about(sweep)}", sentence(sweep), rows, foot, link])
 
 
 def picture_of(sweep: Sweep) -> str:
