@@ -118,15 +118,15 @@ def starts(seed: int, count: int) -> list[int]:
 
 def episode(policy, env, start: int, steps: int, frames: list | None = None):
     """(return, the observations that the policy acted on, as the environment gave them)."""
-    policy.reset()
-    observation, _ = env.reset(seed=start)
+    observation, reward = env.reset(seed=start)[0], None
+    policy.episode = None  # its memory and step begin anew
     every = max(1, round(env.metadata.get("render_fps", FRAMES_PER_SECOND) / FRAMES_PER_SECOND))
     total, observations = 0.0, []
     for step in range(steps):
         observations.append(observation)
         if frames is not None and step % every == 0:
             frames.append(small(env.render()))
-        observation, reward, terminated, truncated, _ = env.step(policy(observation))
+        observation, reward, terminated, truncated, _ = env.step(policy(observation, reward))
         total += float(reward)
         if terminated or truncated:
             break
