@@ -18,7 +18,7 @@ import types
 
 import pytest
 
-from common.datasets import Spec
+from common.environments import Spec
 
 ROOT = pathlib.Path(__file__).parents[1]
 UMAZE = "stitch/pointmaze-umaze-v0"
@@ -92,6 +92,16 @@ def test_floats_share_a_program_and_other_settings_are_cells(sweep):
         (dict(protocol="p", set=("beta",)), "--set takes FIELD=VALUE"),
         (dict(protocol="p", set=("dataset=stitch/a-v0",)), "data and folder are --datasets and --out"),
         (dict(protocol="p", set=("out=runs",)), "data and folder are --datasets and --out"),
+        (dict(protocol="p", datasets=("../../x-v0",)), "outside --out: correct --datasets or --methods"),
+        (dict(protocol="p", datasets=("/tmp/x-v0",)), "outside --out"),
+        (dict(protocol="p", datasets=("stitch//x-v0",)), "outside --out"),
+        (dict(protocol="p", datasets=("x/./y-v0",)), "outside --out"),
+        (dict(protocol="p", methods=("../algos/iql",)), "../algos/iql is no file in algos/"),
+        (dict(protocol="p", methods=("__init__",)), "__init__ is no file in algos/"),
+        (dict(protocol="p", datasets=("stitch/a-v0", "a-v0")), "Two cells would share the folder a-v0/bc: name each"),
+        (dict(protocol="p", methods=("iql", "iql")), "Two cells would share the folder a-v0/iql"),
+        (dict(protocol="p", set=("batch_size=16,16",)), "Two cells would share the folder a-v0/bc,batch_size=16"),
+        (dict(protocol="p", methods=("iql",), set=("beta=1,1.0",)), "--set beta has a value twice"),
         (dict(protocol="p", set=("seed=1", "seed=3")), "--set has seed twice: give all its values at once, seed=1,3"),
     ],
 )
@@ -193,6 +203,130 @@ def test_a_damaged_folder_is_a_failed_cell(sweep, tmp_path, cut):
     assert sweep.main(sweep.Options("quick", ("bc",), (UMAZE,), out=str(tmp_path))) == 1
     (line,) = results(tmp_path).values()
     assert str(folder) in line["reason"] and "missing or cut: remove that folder" in line["reason"]
+
+
+@pytest.mark.parametrize("content", ["7", "[1, 2]", '"text"', "null", "{", "[" * 100_000], ids=range(6))
+@pytest.mark.parametrize("name", ["config.json", "summary.json", "failed.json"])
+def test_a_foreign_file_stops_no_sweep(sweep, tmp_path, monkeypatch, name, content):
+    """Nor does the same in a folder of OUT that is no cell."""
+    for folder in (tmp_path / "pointmaze-umaze-v0" / "bc", tmp_path / "other"):
+        folder.mkdir(parents=True)
+        (folder / name).write_text(content)
+    if name == "failed.json":
+        monkeypatch.setattr(sweep, "RUN", "import sys; sys.exit('not run')")
+    assert sweep.main(sweep.Options("quick", ("bc",), (UMAZE,), out=str(tmp_path))) == 1
+    (line,) = results(tmp_path).values()
+    expected = "status 1: not run" if name == "failed.json" else "missing or cut: remove that folder"
+    assert line["cell"] == "pointmaze-umaze-v0/bc" and expected in line["reason"]
+
+
+BAR = "\r 50%|#####     | 5/10 [00:01<00:01, 5.00update/s, loss=1.2]"
+
+
+@pytest.mark.parametrize(
+    "output, sentence",
+    [
+        ("ValueError: beta\n", "ValueError: beta"),
+        (f"{BAR}{BAR}\nValueError: beta\n", "ValueError: beta"),
+        (f"ValueError: beta\n{BAR}", "ValueError: beta"),
+        (f"ValueError: beta\n{BAR}\n\n  \n", "ValueError: beta"),
+        (f"{BAR}Fatal Python error: Aborted\n", "Fatal Python error: Aborted"),
+        (f"said\r\n{BAR}\r", "said"),
+        ("said\n\rscore 3.0:   0%|          | 0/10 [00:00<?, ?update/s]", "said"),
+        ("said\n\r12update [01:02:03, 5.1update/s]", "said"),
+        ("% | 5/10 [00:01<00:01, 5.00update/s]", "without a word"),  # its beginning was cut off
+        (BAR, "without a word"),
+        ("", "without a word"),
+        ("shape [3, 4] is not [5]\n", "shape [3, 4] is not [5]"),
+    ],
+)
+def test_the_reason_is_the_last_sentence_and_no_progress_bar(sweep, output, sentence):
+    assert sweep.last_sentence(output.encode()) == sentence
+
+
+@pytest.mark.parametrize(
+    "code, reason",
+    [
+        ("os.kill(os.getpid(), 9)", "killed by signal 9 (out of memory?)"),
+        ("os.kill(os.getpid(), 11)", "killed by signal 11 (Segmentation fault): said"),
+        ("os._exit(3)", "status 3: said"),
+        ("sys.exit('beta must be positive.')", "status 1: beta must be positive."),
+        ("print('not scored'); sys.exit('beta must be positive.')", "status 1: beta must be positive."),
+        ("os._exit(0)", "ended with status 0, but without a summary: said"),
+        ("sys.exit()", "ended with status 0, but without a summary: said"),
+    ],
+)
+def test_how_a_cell_ended(sweep, tmp_path, monkeypatch, code, reason):
+    bar = f"sys.stderr.write('said\\n' + {BAR!r}); sys.stderr.flush()"
+    monkeypatch.setattr(sweep, "RUN", f"import os, sys; {bar}; {code}")
+    assert sweep.main(sweep.Options("quick", ("bc",), (UMAZE,), out=str(tmp_path))) == 1
+    assert [line["reason"] for line in results(tmp_path).values()] == [reason]
+
+
+SLEEPER = """
+import pathlib, signal, sys, time
+sys.path.insert(0, "benchmarks")
+import sweep
+sweep.RUN = "import json, os, pathlib, sys, time; out = json.loads(sys.argv[1])['config']['out']; " \\
+    "pathlib.Path(out, 'pid').write_text(str(os.getpid())); time.sleep(300)"
+"""
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_sweep_alone_ends_its_cell(tmp_path, sent):
+    """The sweep's own last lines, from `if __name__`, with a cell that sleeps."""
+    script = (ROOT / "benchmarks" / "sweep.py").read_text()
+    script = script.replace(
+        "LOCKED = 75\n", SLEEPER.split("import sweep\n")[1].replace("sweep.RUN", "RUN") + "LOCKED = 75\n"
+    )
+    script = script.replace("Path(__file__)", f"Path({str(ROOT / 'benchmarks' / 'sweep.py')!r})")
+    (tmp_path / "sleeper.py").write_text(script)
+    arguments = [sys.executable, str(tmp_path / "sleeper.py"), *command(tmp_path / "out")[2:]]
+    process = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    pid = tmp_path / "out" / "pointmaze-umaze-v0" / "bc" / "pid"
+    try:
+        deadline = time.time() + 60
+        while not (pid.exists() and pid.read_text()) and time.time() < deadline:
+            time.sleep(0.05)
+        process.send_signal(sent)
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 1 and errors.strip().endswith("goes on from the last checkpoint.")
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(pid.read_text()), 0)
+    finally:
+        with contextlib.suppress(ProcessLookupError, FileNotFoundError):
+            os.kill(int(pid.read_text()), signal.SIGKILL)
+        process.kill()
+
+
+def finish(sweep, cell, folder, **changes):
+    """A finished run of a cell, as main leaves it."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"config": sweep.full_config(cell) | changes}))
+    (folder / "summary.json").write_text('{"algo": "iql"}')
+
+
+def test_a_finished_cell_is_of_the_same_data_and_may_be_older_than_a_field(sweep, tmp_path, monkeypatch):
+    (cell,) = sweep.make_cells(sweep.Options("p", ("iql",), ("stitch/a-v0",)), PROTOCOLS)
+    today = {"hash": "a"}
+    monkeypatch.setattr(sweep, "fingerprint", lambda dataset_id: today)
+    finish(sweep, cell, tmp_path / "same", data={"hash": "a"})
+    finish(sweep, cell, tmp_path / "other", data={"hash": "b"})
+    finish(sweep, cell, tmp_path / "older")  # without a fingerprint
+    finish(sweep, cell, tmp_path / "setting", beta=77.0)
+    config = json.loads((tmp_path / "older" / "config.json").read_text())["config"]
+    del config["max_weight"]  # it had its default before it was a field
+    (tmp_path / "older" / "config.json").write_text(json.dumps({"config": config}))
+    ended = {name: sweep.ended_before(cell, tmp_path / name) for name in ("same", "other", "older", "setting")}
+    assert ended == {"same": "", "other": None, "older": "", "setting": None}
+    today = None  # not on this machine: nothing to compare with
+    assert sweep.ended_before(cell, tmp_path / "other") == ""
+
+
+def test_a_fingerprint_is_that_of_the_data_on_this_machine(sweep, umaze):
+    sweep.fingerprint.cache_clear()
+    assert sweep.fingerprint(UMAZE)["rows"] == umaze.total_steps
+    assert sweep.fingerprint("own/nowhere-v0") is None
 
 
 def test_sweeps_that_write_at_the_same_time(sweep, tmp_path, monkeypatch):
