@@ -51,7 +51,8 @@ cell, sys.argv, timeout = map(json.loads, sys.argv[1:])
 algo = importlib.import_module("algos." + cell["algo"])
 config = {name: tuple(value) if isinstance(value, list) else value for name, value in cell["config"].items()}
 try:
-    with filelock.FileLock(pathlib.Path(config["out"], ".lock"), timeout=timeout):
+    with filelock.FileLock(config["out"] + ".lock", timeout=timeout):
+        pathlib.Path(config["out"], "failed.json").unlink(missing_ok=True)  # a run folder holds a run and nothing else
         algo.main(algo.Config(**config), cell["grid"])
 except filelock.Timeout:
     sys.exit(75)

@@ -6,9 +6,11 @@ import dataclasses
 import fnmatch
 import importlib.util
 import json
+import math
 import os
 import pathlib
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -16,6 +18,7 @@ import time
 import tomllib
 import types
 
+import flax
 import pytest
 
 from common.environments import Spec
@@ -161,19 +164,22 @@ def test_a_failed_cell_is_recorded_and_a_second_sweep_does_what_is_missing(sweep
     assert not (tmp_path / good / "failed.json").exists()
     lines = results(tmp_path)
     assert lines.keys() == {bad, good}
-    assert lines[bad]["reason"] == "status 1: batch_size must be positive, not 0."
+    assert lines[bad]["reason"] == "status 1: batch_size must be from 1 to 2147483647, not 0."
     done = lines[good]
     assert done["config"]["batch_size"] == 16 and done["versions"]["jax"]
     assert done["grid"] == [{"learning_rate": 0.1}, {"learning_rate": 0.01}] and len(done["returns"]) == 2
     assert done["command"].startswith("benchmarks/sweep.py quick") and done["commit"] and done["updates_per_second"] > 0
-    assert lines[bad]["config"] == done["config"] | {"batch_size": 0}
+    assert done["config"].pop("data") and lines[bad]["config"] == done["config"] | {"batch_size": 0}
     assert all(lines[bad][name] == done[name] for name in ("command", "commit", "versions"))
 
     # The folder of another configuration is a failure as well, and what was there stays the one result
     other = sweep.Options("quick", ("bc",), (UMAZE,), (*TINY, "batch_size=16,0"), str(tmp_path))
     assert sweep.main(other) == 2
-    assert "holds a run of another configuration" in json.loads((tmp_path / good / "failed.json").read_text())["reason"]
-    assert results(tmp_path)[good] == done and len(results(tmp_path)) == 2
+    assert (
+        "holds something else than this very run" in json.loads((tmp_path / good / "failed.json").read_text())["reason"]
+    )
+    done = lines[good] = results(tmp_path)[good]  # with its data
+    assert done["config"]["batch_size"] == 16 and len(results(tmp_path)) == 2
     # The same sweep again tries what failed, and nothing else
     monkeypatch.setattr(sweep, "run_cell", lambda cell, *args: f"{cell.name} failed again")
     assert sweep.main(dataclasses.replace(other, set=(*grid, "batch_size=16,0"))) == 1
@@ -181,15 +187,46 @@ def test_a_failed_cell_is_recorded_and_a_second_sweep_does_what_is_missing(sweep
     assert not (tmp_path / good / "failed.json").exists()
 
 
-def test_a_failure_names_its_cause_and_what_does_not_apply_is_none(sweep, umaze, tmp_path, monkeypatch, capsys):
-    options = sweep.Options("quick", ("bc", "dqn"), (UMAZE,), (*TINY[:-1], f"hidden=[{2**62}]"), str(tmp_path))
-    assert sweep.main(options) == 1  # BC has too many units, and DQN needs discrete actions
-    assert "0 finished, 1 do not apply, 1 failed" in capsys.readouterr().out
-    assert "Error: random bits array of size" in results(tmp_path)["pointmaze-umaze-v0/bc"]["reason"]
+def test_a_failure_names_its_cause(sweep, tmp_path, monkeypatch):
+    """Whatever it raises, in one line, though what is printed before and a traceback stand around it."""
+    fails = sweep.RUN.replace("algo.main(", 'print("not scored"); raise ValueError("of two\\n lines") or (')
+    monkeypatch.setattr(sweep, "RUN", fails)
+    assert fails.count("raise") == 1 and sweep.main(sweep.Options("quick", ("bc",), (UMAZE,), out=str(tmp_path))) == 1
+    assert results(tmp_path)["pointmaze-umaze-v0/bc"]["reason"] == "status 1: ValueError: of two lines"
+
+
+def test_what_does_not_apply_is_no_failure_and_not_tried_again(sweep, umaze, tmp_path, monkeypatch, capsys):
+    options = sweep.Options("quick", ("dqn",), (UMAZE,), (*TINY[:-1],), str(tmp_path))
+    assert sweep.main(options) == 0
+    assert "0 finished, 1 do not apply, 0 failed" in capsys.readouterr().out
     monkeypatch.setattr(sweep, "run_cell", lambda *args: "tried again")
     sweep.main(options)
-    reasons = [line["reason"] for line in results(tmp_path).values()]
-    assert reasons[0] == "tried again" and "DQN needs discrete actions" in reasons[1]
+    (line,) = results(tmp_path).values()
+    assert "DQN needs discrete actions" in line["reason"]
+
+
+def test_the_sweep_that_the_texts_show_ends_in_its_best_value(umaze, tmp_path):
+    """Their two commands, on one dataset and with tiny runs: a row for each combination, a best one and a picture."""
+    pages = [ROOT / "README.md", *(ROOT / "benchmarks").glob("*.md")]
+    text = "\n".join(page.read_text() for page in pages)
+    (line, options, out) = re.search(r"^ *python (benchmarks/sweep.py (.*--set .*) --out (\S+))", text, re.M).groups()
+    assert re.search(rf"^ *python benchmarks/report.py {re.escape(out)}\b", text, re.M), line
+    words = options.replace('"', "").split()
+    settings = words[words.index("--set") + 1 :]
+    tiny = [setting for setting in TINY if setting.split("=")[0] not in [s.split("=")[0] for s in settings]]
+    done = subprocess.run(
+        [sys.executable, "benchmarks/sweep.py", *words, *tiny, "--datasets", UMAZE, f"--out={tmp_path}"],
+        cwd=ROOT, capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    report = [sys.executable, "benchmarks/report.py", str(tmp_path)]
+    said = subprocess.run(report, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    count = math.prod(len(setting.split(",")) for setting in settings)
+    assert said.returncode == 0 and f"best of {count} is" in said.stdout, said.stderr[-2000:]
+    text = (tmp_path / "report.md").read_text()
+    assert sum(line.startswith("| ") for line in text.splitlines()) == count + 2
+    assert [path.name for path in tmp_path.glob("sweep_*.png")] == ["sweep_pointmaze-umaze-v0-iql.png"]
+    assert "sweep_pointmaze-umaze-v0-iql.png" in text
 
 
 @pytest.mark.parametrize("cut", [("summary", "config"), ("config", ""), ("summary", "")])
@@ -351,8 +388,9 @@ def test_a_cell_that_another_sweep_trains_is_taken_over_when_that_one_is_killed(
         assert first.poll() is None
         os.killpg(first.pid, signal.SIGSTOP)  # it keeps its lock
         assert not (cell / "summary.json").exists()
-        metrics = (cell / "metrics.jsonl").read_text()
-        (cell / "metrics.jsonl").write_text(metrics.replace('{"step": 10,', '{"step": 10, "of": "the first sweep",'))
+        saved = flax.serialization.msgpack_restore((cell / "checkpoint.msgpack").read_bytes())
+        saved["seconds"]["train_seconds"] += 1_000  # which goes into the summary of whoever goes on from here
+        (cell / "checkpoint.msgpack").write_bytes(flax.serialization.msgpack_serialize(saved))
         second = subprocess.Popen(arguments, stdout=subprocess.PIPE, **quiet)
         seen = [second.stdout.readline() for _ in range(2)]
         assert "another sweep trains it" in seen[1], seen
@@ -365,7 +403,8 @@ def test_a_cell_that_another_sweep_trains_is_taken_over_when_that_one_is_killed(
             process.wait()
     assert second.returncode == 0 and "1 finished, 0 do not apply, 0 failed" in output
     lines = [json.loads(line) for line in (cell / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == list(range(10, 301, 10)) and lines[0]["of"] == "the first sweep"
+    assert [line["step"] for line in lines] == list(range(10, 301, 10))
+    assert json.loads((cell / "summary.json").read_text())["train_seconds"] > 1_000
 
 
 def test_an_interrupted_sweep_ends_in_one_sentence(tmp_path):
@@ -454,7 +493,7 @@ def test_ray_ends_every_cell_once_though_a_node_dies(umaze, tmp_path):
     finally:
         cluster.shutdown()
     assert process.returncode == 1 and "3 finished, 0 do not apply, 1 failed" in output, output
-    assert "holds a run of another configuration" in output
+    assert "holds something else than this very run" in output
     lines = results(tmp_path)
     assert lines.pop("pointmaze-umaze-v0/bc,batch_size=20") == {
         "cell": "pointmaze-umaze-v0/bc,batch_size=20", "config": {}, "score_mean": 1.0
