@@ -290,6 +290,7 @@ def test_the_reason_is_the_last_sentence_and_no_progress_bar(sweep, output, sent
         ("sys.exit('beta must be positive.')", "status 1: beta must be positive."),
         ("print('not scored'); sys.exit('beta must be positive.')", "status 1: beta must be positive."),
         ("os._exit(0)", "ended with status 0, but without a summary: said"),
+        ("print('The simulator gave up.'); os._exit(3)", "status 3: The simulator gave up."),
         ("sys.exit()", "ended with status 0, but without a summary: said"),
     ],
 )
