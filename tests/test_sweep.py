@@ -295,6 +295,7 @@ def test_the_reason_is_the_last_sentence_and_no_progress_bar(sweep, output, sent
     ],
 )
 def test_how_a_cell_ended(sweep, tmp_path, monkeypatch, code, reason):
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
     bar = f"sys.stderr.write('said\\n' + {BAR!r}); sys.stderr.flush()"
     monkeypatch.setattr(sweep, "RUN", f"import os, sys; {bar}; {code}")
     assert sweep.main(sweep.Options("quick", ("bc",), (UMAZE,), out=str(tmp_path))) == 1
