@@ -255,7 +255,8 @@ def long(one, rows):
 
 def to_host(one):
     """Whether an instruction waits for the host: its own kind, a callback, or a copy to the host's memory, S(5)."""
-    return one.opcode in TO_HOST or "callback" in one.rest or (one.opcode in ("copy", "copy-start") and "S(5)" in one.shape)
+    copied = one.opcode in ("copy", "copy-start") and "S(5)" in one.shape
+    return copied or one.opcode in TO_HOST or "callback" in one.rest
 
 
 # --- The table -------------------------------------------------------------------------------------------
