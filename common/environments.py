@@ -85,11 +85,23 @@ class Interface(NamedTuple):
         obs = flatten(self.observation, observation)
         return (obs - np.array(self.obs_mean, np.float32)) / np.array(self.obs_scale, np.float32)
 
-    def apply(self, act, observation):
-        """What to do at a raw observation, or a batch of them; `act`: obs (n, obs_dim) -> actions (n, ...)."""
+    def act(self, act, observation, reward=None, episode=None):
+        """A step of a policy on what an environment gives: (action in the environment's own units, the episode so far).
+
+        Args:
+          act: (obs (1, n, obs_dim), step, memory, last rewards (1, n)) -> (actions (1, n, ...), memory).
+          observation: one, or a batch with any leading axes.
+          reward: of the step before, for policies with a memory; None begins an episode.
+          episode: what the call of the step before gave; None at first.
+        """
+        step, memory = episode or (0, None)
         obs = self.observe(observation)
-        action = np.asarray(act(obs.reshape(-1, obs.shape[-1])))
-        return self.to_env(action.reshape(obs.shape[:-1] + action.shape[1:]))[()]  # a number, not an array of shape ()
+        rows = obs.reshape(1, -1, obs.shape[-1])
+        rewards = np.zeros(rows.shape[:2], np.float32) + (0 if reward is None else np.ravel(reward))
+        action, memory = act(rows, step, None if reward is None else memory, rewards.astype(np.float32))
+        action = np.asarray(action)[0]
+        action = self.to_env(action.reshape(obs.shape[:-1] + action.shape[1:]))
+        return action[()], (step + 1, memory)  # a number, not an array of shape ()
 
     def to_env(self, action):
         """Actions (..., action_dim) in [-1, 1], or (...) indices -> the environment's."""
@@ -202,7 +214,9 @@ class Environment:
         self._envs.append(env)
         return env
 
-    def measure(self, policy: Callable, q: Callable | None, seeds, num_episodes: int, discount=1.0) -> dict:
+    def measure(
+        self, policy: Callable, q: Callable | None, seeds, num_episodes: int, discount=1.0, max_steps=0
+    ) -> dict:
         """Columns of metrics.jsonl, each with a row for each seed: score, returns, believed_value and true_value.
 
         Args:
@@ -231,7 +245,8 @@ class Environment:
         return columns
 
     def summary(self, lines: list[dict]) -> dict:
-        """What summary.json says of one evaluation's lines of metrics.jsonl, one for each run."""
+        """What summary.json says of the last evaluation, whose lines, one for each run, are the last of metrics.jsonl."""
+        lines = [line for line in lines if line["step"] == lines[-1]["step"]]
         scores = np.array([line["score"] for line in lines], float)  # None, JSON's NaN, is NaN again
         return {
             "seeds": [line["seed"] for line in lines],
@@ -324,7 +339,9 @@ class Environment:
         obs = self._observe(np.arange(space["n"]) + space["start"])
         obs = np.broadcast_to(obs, (num_seeds, *obs.shape))
         rewards = np.zeros(obs.shape[:2], np.float32)
-        draws = np.stack([policy(obs, step, None, rewards)[0] for step in range(num_episodes)])  # (num_episodes, num_seeds, states)
+        draws = np.stack(
+            [policy(obs, step, None, rewards)[0] for step in range(num_episodes)]
+        )  # (num_episodes, num_seeds, states)
         probs = np.eye(self.spec.action_dim)[draws].mean(axis=0)
         returns = [tabular.expected_return(self._model, pi, self._max_steps) for pi in probs]
         values = [
