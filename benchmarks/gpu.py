@@ -129,30 +129,24 @@ def speeds(options, precision, seeds):
     def program(algo):
         begun = time.perf_counter()
         module, cfg, interface, dataset = speed.problem(algo, {}, num_seeds=seeds, log_interval=options.updates)
-        runs = module.Runs(cfg, interface, {})
         with jax.default_matmul_precision(precision):  # of this thread
-            runs.states = runs.init()
-            return runs, runs.compile("update", dataset), cfg.log_interval, time.perf_counter() - begun
+            _, step = speed.trainer(module, cfg, interface, dataset)
+        return step, cfg.log_interval, time.perf_counter() - begun
 
     with concurrent.futures.ThreadPoolExecutor() as pool:
         programs = {algo: pool.submit(program, algo) for algo in options.algos}
     for algo in options.algos:
         line = {"algo": algo, "seeds": seeds, "precision": precision}
         try:
-            runs, train, updates, compile_seconds = programs.pop(algo).result()
-            rate, calls = timed(runs, train, updates, seeds, options.seconds)
+            step, updates, compile_seconds = programs.pop(algo).result()
+            rate, calls = timed(step, updates, seeds, options.seconds)
             yield line | {"updates_per_second": rate, "calls": calls, "compile_seconds": compile_seconds}
         except (Exception, SystemExit) as error:  # too large for this device, say: the others are measured
             yield line | {"error": " ".join(f"{type(error).__name__}: {error}".split())[:300]}
 
 
-def timed(runs, train, updates, seeds, at_least):
+def timed(step, updates, seeds, at_least):
     """(updates per second of all seeds together, calls that it is of), after a first call that warms up."""
-
-    def step():
-        runs.states, metrics = train()
-        return runs.states, metrics
-
     speed.seconds_of(step)
     calls, seconds = 0, 0.0
     while seconds < at_least:

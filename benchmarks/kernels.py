@@ -9,7 +9,8 @@ a device that is not there, so they can be counted anywhere. The program is the 
 trains with, at speed.py's shapes. Autotuning is off: without the device, no kernel can be chosen by timing it.
 
 What is read off the optimised program, in its loop of updates:
-- Kernels of one update, the mean where updates take turns. On a TPU: instructions.
+- Kernels of one update, the mean where updates take turns. On a TPU: instructions. What is done once in many updates
+  (AWR's relabelling) is not in it.
 - Matrix products among them, and their FLOPs, of all seeds together. A product with a vector is a reduction to the
   compiler and is not counted.
 - Conditionals and transfers to the host, which stop the device until the host has answered. There should be none.
@@ -20,6 +21,7 @@ What is read off the optimised program, in its loop of updates:
 A program takes 5 to 80 s. The result file is written after each; what it holds of the same texts and versions is kept.
 """
 
+import contextlib
 import dataclasses
 import datetime
 import hashlib
@@ -39,7 +41,7 @@ import speed  # benchmarks/speed.py
 import tyro
 
 HERE = Path(__file__).resolve().parent
-UPDATES = 1_000  # of the compiled call: the loop of the program that runs as often is the one of the updates
+UPDATES = 1_000  # of the compiled call
 
 
 class Target(NamedTuple):
@@ -111,11 +113,12 @@ def main(options: Options):
 def versions_of(target):
     versions = {}
     for name in target.packages:
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            wanted = "libtpu" if name == "libtpu" else f"{name}=={versions['jax']}"
-            raise SystemExit(f"Compiling for a {target.name} needs {name}: pip install --no-deps {wanted}.") from None
+        wanted = versions["jax"] if name.startswith("jax-cuda") else versions.get(name)
+        if versions.get(name) != wanted or wanted is None:
+            wanted = f"{name}=={wanted}" if wanted else name
+            raise SystemExit(f"Compiling for a {target.name} needs {wanted}: pip install --no-deps {wanted}")
     return versions
 
 
@@ -130,7 +133,7 @@ def source(algo):
 
 
 def compiled(algo: str, seeds: int, target: Target):
-    """(optimised HLO, its memory, bytes of the state, updates in one round of the loop) of the file's own program."""
+    """The file's own program: (optimised HLO, memory, bytes of the state, rounds of its loop, updates in a round)."""
     import jax
     from jax.experimental import topologies
 
@@ -139,9 +142,10 @@ def compiled(algo: str, seeds: int, target: Target):
     runs.states = jax.eval_shape(runs.init)
     (device,) = topologies.get_topology_desc(**target.topology).devices
     runs.mesh = jax.sharding.Mesh([device], runs.mesh.axis_names)
-    program = runs.lower("update", dataset).compile()
-    agent = module.make_agent(cfg, interface.spec)
-    return program.as_text(), program.memory_analysis(), state_bytes(runs.states), len(getattr(agent, "cycle", "1"))
+    program = runs.lower("update", {"dataset": dataset}).compile()
+    cycle = len(getattr(module.make_agent(cfg, interface.spec), "cycle", "1"))
+    rounds = getattr(cfg, "prepare_interval", UPDATES) // cycle
+    return program.as_text(), program.memory_analysis(), state_bytes(runs.states), rounds, cycle
 
 
 def state_bytes(states):
@@ -224,14 +228,14 @@ def product_flops(one, shapes):
     return 2 * math.prod(out) * math.prod(left[int(axis)] for axis in axes.split(","))
 
 
-def read(text, memory, state_size, cycle=1, rows=speed.SHAPE["rows"]):
-    """The numbers of one program, of which one round of the loop makes `cycle` updates."""
+def read(text, memory, state_size, rounds, cycle):
+    """The numbers of one program. Its loop of updates is the one that runs `rounds` times, with `cycle` in each."""
     program = computations(text)
     shapes = {name: {one.name: one.shape for one in ones} for name, ones in program.items()}
     # A TPU's program does not say how often a loop runs
-    loops = [one for one in program["ENTRY"] if one.opcode == "while" and trips(one) in (1, UPDATES // cycle)]
+    loops = [one for one, *_ in walk(program, "ENTRY") if one.opcode == "while" and trips(one) in (1, rounds)]
     if len(loops) != 1:
-        raise SystemExit(f"{len(loops)} loops of the program may be the one of {UPDATES // cycle} rounds of updates.")
+        raise SystemExit(f"{len(loops)} loops of the program may be the one of {rounds} rounds of updates.")
     (body,) = called(loops[0])
     loop = list(walk(program, body))
     products = [(product_flops(one, shapes[home]), count) for one, home, count, _ in loop if is_product(one)]
@@ -242,15 +246,15 @@ def read(text, memory, state_size, cycle=1, rows=speed.SHAPE["rows"]):
         "temporary_bytes": memory.temp_size_in_bytes,
         "conditionals": sum(one.opcode == "conditional" for one, *_ in loop),
         "host_transfers": sum(map(to_host, (one for one, *_ in loop))),
-        "dataset_copies": sum(starts and long(one, rows) for one, _, _, starts in walk(program, "ENTRY")),
+        "dataset_copies": sum(starts and long(one) for one, _, _, starts in walk(program, "ENTRY")),
         "donated_bytes": memory.alias_size_in_bytes,
         "state_bytes": state_size,
     }
 
 
-def long(one, rows):
+def long(one):
     """Whether a result is as long as the dataset, or a multiple of it, as a flat copy would be."""
-    return any(n and n % rows == 0 for dims in sizes(one.shape) for n in dims)
+    return any(n and n % speed.SHAPE["rows"] == 0 for dims in sizes(one.shape) for n in dims)
 
 
 def to_host(one):

@@ -296,8 +296,8 @@ def problem(algo: str, setting: dict, **counts):
     cfg = module.Config(batch_size=SHAPE["batch_size"], hidden=tuple(SHAPE["hidden"]), num_updates=1_000_000, **counts)
     setting = {name: tuple(value) if isinstance(value, list) else value for name, value in setting.items()}
     cfg = dataclasses.replace(cfg, **setting)
-    delay = getattr(cfg, "policy_delay", 1)  # log_interval must be a multiple of it
-    cfg = dataclasses.replace(cfg, log_interval=-(-cfg.log_interval // delay) * delay)
+    part = getattr(cfg, "prepare_interval", getattr(cfg, "policy_delay", 1))  # log_interval is a multiple of it
+    cfg = dataclasses.replace(cfg, log_interval=-(-cfg.log_interval // part) * part)
     obs_dim, action_dim, rows = SHAPE["obs_dim"], SHAPE["action_dim"], SHAPE["rows"]
     box = {"low": [-1.0] * action_dim, "high": [1.0] * action_dim, "dtype": "float32"}
     as_it_is = [0.0] * obs_dim, [1.0] * obs_dim
@@ -329,6 +329,23 @@ def problem(algo: str, setting: dict, **counts):
     return module, cfg, interface, dataset
 
 
+def trainer(module, cfg, interface, dataset):
+    """(devices, step): `step()` makes log_interval updates of each seed, as the file's `main` does."""
+    import jax
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    runs = module.Runs(cfg, interface, {})
+    runs.states = runs.init()
+    shared = {"dataset": jax.device_put(dataset, NamedSharding(runs.mesh, PartitionSpec()))}
+    train = runs.lower("update", shared).compile()
+
+    def step():
+        runs.states, metrics = train(runs.fields, (runs.states,), shared)
+        return runs.states, metrics
+
+    return list(runs.mesh.devices), step
+
+
 def worker(algo: str, setting: dict, seeds: int, updates: int, cache: str):
     """Trains as the algorithm file's `main` does, on random data, when its stdin says so."""
     import jax
@@ -341,15 +358,7 @@ def worker(algo: str, setting: dict, seeds: int, updates: int, cache: str):
     each = max(1, (updates or (1_000 if on_cpu else 50_000)) // seeds)  # updates of one seed in a compiled call
     module, cfg, interface, dataset = problem(algo, setting, num_seeds=seeds, log_interval=each)
     each = cfg.log_interval
-    runs = module.Runs(cfg, interface, {})
-    runs.states = runs.init()
-    train = runs.compile("update", dataset)
-    devices = list(runs.mesh.devices)
-
-    def step():
-        runs.states, metrics = train()
-        return runs.states, metrics
-
+    devices, step = trainer(module, cfg, interface, dataset)
     ready = time.time()
     first = first_update(float(os.environ["STITCH_STARTED"]), ready, seconds_of(step), each)
     in_use = [device.memory_stats() for device in devices]

@@ -100,24 +100,38 @@ READ = {
 
 
 def test_a_program_of_known_numbers():
-    assert kernels.read(PROGRAM, MEMORY, 96) == READ
+    assert kernels.read(PROGRAM, MEMORY, 96, rounds=1_000, cycle=1) == READ
 
 
 def test_numbers_are_those_of_one_update_where_updates_take_turns():
-    read = kernels.read(PROGRAM.replace('"n":"1000"', '"n":"500"'), MEMORY, 96, cycle=2)
+    read = kernels.read(PROGRAM, MEMORY, 96, rounds=1_000, cycle=2)
     assert read["kernels"] == 6 and read["products"] == 2 and read["flops"] == READ["flops"] / 2
     assert read["temporary_bytes"] == 640 and read["conditionals"] == 1
 
 
 def test_a_program_that_does_not_say_how_often_its_loop_runs():
     """As a TPU's; the other loop runs 7 times and so is none of the updates."""
-    assert kernels.read(PROGRAM.replace('"known_trip_count":{"n":"1000"},', ""), MEMORY, 96) == READ
+    assert kernels.read(PROGRAM.replace('"known_trip_count":{"n":"1000"},', ""), MEMORY, 96, 1_000, 1) == READ
 
 
 @pytest.mark.parametrize("n", ["999", "500"])
 def test_a_program_without_a_loop_of_updates_is_refused(n):
     with pytest.raises(SystemExit, match="0 loops"):
-        kernels.read(PROGRAM.replace('"n":"1000"', f'"n":"{n}"'), MEMORY, 96)
+        kernels.read(PROGRAM.replace('"n":"1000"', f'"n":"{n}"'), MEMORY, 96, 1_000, 1)
+
+
+def test_a_loop_of_updates_within_another():
+    """Where something is prepared before every 250 updates, 4 times."""
+    program = PROGRAM.replace("while.1 =", "while.4 =").replace("body=%body", "body=%outer").replace('"1000"', '"4"')
+    outer = """\
+%outer (state: (s32[], f32[8,3])) -> (s32[], f32[8,3]) {
+  %prepared = f32[100000]{0} negate(%reward)
+  ROOT %while.1 = (s32[], f32[8,3]{1,0}) while(%state), condition=%less, body=%body, \
+backend_config={"known_trip_count":{"n":"250"}}
+}
+"""
+    program = program.replace("ENTRY", outer + "\nENTRY")
+    assert kernels.read(program, MEMORY, 96, rounds=250, cycle=1) == READ | {"dataset_copies": 3}
 
 
 def test_a_product_of_a_tpu():
@@ -144,7 +158,7 @@ def compiled(monkeypatch, tmp_path):
 
     def compiled(algo, seeds, target):
         asked.append((algo, seeds))
-        return PROGRAM, MEMORY, 96
+        return PROGRAM, MEMORY, 96, 1_000, 1
 
     monkeypatch.setattr(kernels, "compiled", compiled)
     monkeypatch.setattr(kernels, "versions_of", lambda target: {"jax": "1"})
@@ -203,15 +217,30 @@ def test_a_row_depends_on_the_texts_that_make_its_program(text, tmp_path, monkey
     assert (kernels.source("iql") == before[1]) == (text == "algos/bc.py")
 
 
-def test_missing_wheels_are_named(monkeypatch):
+@pytest.mark.parametrize(
+    "target, installed, sentence",
+    [
+        (
+            "h100",
+            {},
+            "A NVIDIA H100 80GB needs jax-cuda12-plugin==0.9.9: pip install --no-deps jax-cuda12-plugin==0.9.9",
+        ),
+        ("h100", {"jax-cuda12-plugin": "0.9.8"}, "jax-cuda12-plugin==0.9.9"),
+        ("h100", {"jax-cuda12-plugin": "0.9.9"}, "needs jax-cuda12-pjrt==0.9.9"),
+        ("v5e", {}, "a TPU v5e needs libtpu: pip install --no-deps libtpu"),
+    ],
+)
+def test_missing_wheels_are_named(target, installed, sentence, monkeypatch):
     def version(name):
-        if name.startswith("jax-cuda"):
+        if name not in installed | {"jax": "", "jaxlib": ""}:
             raise importlib.metadata.PackageNotFoundError(name)
-        return "0.9.9"
+        return installed.get(name, "0.9.9")
 
     monkeypatch.setattr(importlib.metadata, "version", version)
-    with pytest.raises(SystemExit, match="needs jax-cuda12-plugin: pip install --no-deps jax-cuda12-plugin==0.9.9"):
-        kernels.versions_of(kernels.TARGETS["h100"])
+    with pytest.raises(SystemExit, match=f"(?i){sentence}$"):
+        kernels.versions_of(kernels.TARGETS[target])
+    installed |= {"jax-cuda12-plugin": "0.9.9", "jax-cuda12-pjrt": "0.9.9", "libtpu": "0.0.1"}
+    assert kernels.versions_of(kernels.TARGETS[target])["jax"] == "0.9.9"
 
 
 def test_the_table_says_what_a_program_should_not_have():
