@@ -19,6 +19,8 @@ What is read off the optimised program, in its loop of updates:
 - Donated bytes: of the state that the new one replaces in place. Were it not all of it, a state would be held twice.
 
 A program takes 5 to 80 s. The result file is written after each; what it holds of the same texts and versions is kept.
+Without a GPU, JAX prints at every start that it cannot load CUDA where these wheels are installed, and uses the CPU: take
+a virtual environment of their own, or set JAX_PLATFORMS=cpu.
 """
 
 import contextlib
@@ -123,9 +125,8 @@ def versions_of(target):
 
 
 def source(algo):
-    """What a row depends on: a hash of the texts that the program is made from, and of the one that counts."""
+    """What a row depends on besides versions and shapes: a hash of the texts that its program is made from."""
     texts = [HERE.parent / "algos" / f"{algo}.py", HERE.parent / "common" / "networks.py", HERE / "h100.txtpb"]
-    texts += [HERE / "speed.py", HERE / "kernels.py"]
     return hashlib.sha256(b"".join(path.read_bytes() for path in texts)).hexdigest()[:16]
 
 
