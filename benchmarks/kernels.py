@@ -19,8 +19,8 @@ What is read off the optimised program, in its loop of updates:
 - Donated bytes: of the state that the new one replaces in place. Were it not all of it, a state would be held twice.
 
 A program takes 5 to 80 s. The result file is written after each; what it holds of the same texts and versions is kept.
-Without a GPU, JAX prints at every start that it cannot load CUDA where these wheels are installed, and uses the CPU: take
-a virtual environment of their own, or set JAX_PLATFORMS=cpu.
+Where these wheels are installed and no GPU is, JAX prints at every start that it cannot load CUDA, and uses the CPU:
+install them into a virtual environment of their own, or set JAX_PLATFORMS=cpu.
 """
 
 import contextlib
