@@ -251,3 +251,14 @@ def test_a_worker_trains_the_seeds_that_it_is_asked_for(tmp_path):
     assert worker.ask("train") > 0 and worker.ask("first")["seconds"] > 0
     worker.close()
     assert worker.process.returncode == 0
+
+
+def test_constraints_are_the_versions_of_the_committed_results():
+    lines = (ROOT / "benchmarks" / "constraints.txt").read_text().splitlines()
+    pinned = dict(line.split("==") for line in lines if line and not line.startswith("#"))
+    results = [*(ROOT / "benchmarks" / "results").glob("kernels-*.json")]
+    results += [*(ROOT / "benchmarks" / "results").glob("*/*/config.json")]
+    assert results
+    for path in results:
+        for name, version in json.loads(path.read_text())["versions"].items():
+            assert pinned[name] == version, f"{path}: {name} {version}"
