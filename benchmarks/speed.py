@@ -237,7 +237,7 @@ def processor():
 
 
 def table(report):
-    """The results as Markdown, the fastest first: medians of the repetitions and, in brackets, the lowest and highest."""
+    """The results as Markdown, fastest first: medians of the repetitions and, in brackets, the lowest and highest."""
     rows = sorted(report["results"], key=lambda row: -statistics.median(row["updates_per_second"]))
     head = ["algorithm", "seeds", "updates/s, all seeds", "of the matrix-product bound", "first update: cold, warm",
             "peak memory"]  # fmt: skip
