@@ -13,7 +13,6 @@ import dataclasses
 import importlib
 import io
 import json
-import sys
 import textwrap
 from pathlib import Path
 from typing import Annotated
@@ -113,7 +112,6 @@ def read_config(run: Path) -> dict:
 
 def restore(run: Path, config: dict, row: int | None):
     """The run's policy, by its own algorithm file; one row of its seeds, or all."""
-    sys.path.insert(0, str(Path(__file__).parents[1]))  # where algos/ and common/ are
     try:
         return importlib.import_module(f"algos.{config['algo']}").restore(run, row)
     except ImportError as error:
@@ -128,11 +126,9 @@ def labels(runs, configs):
 
 
 def caption(figure, text):
-    """Below all that is drawn so far, as wide as the figure."""
-    figure.draw_without_rendering()  # a layout is made now
+    """Below a figure whose layout is constrained, so that all else is above its lower edge; as wide as it is."""
     text = textwrap.fill(text, round(12.5 * figure.get_figwidth()), break_on_hyphens=False)
-    below = (figure.get_tightbbox().y0 - 0.12) / figure.get_figheight()
-    figure.text(0.5, below, text, ha="center", va="top", fontsize=10, color="#333333")
+    figure.text(0.5, -0.1 / figure.get_figheight(), text, ha="center", va="top", fontsize=10, color="#333333")
 
 
 def save(figure, path: Path, source: str = ""):
@@ -259,7 +255,8 @@ def finish(figure, axes, configs, values, said):
         panel.grid(axis="y", color="#DDDDDD", linewidth=0.8)
         panel.set_axisbelow(True)
     handles = {line.get_label(): line for panel in axes for line in panel.lines}
-    figure.legend(handles=handles.values(), loc="outside lower center", ncols=min(3, len(handles)), fontsize=10)
+    middle, columns = axes[len(axes) // 2], min(2, len(handles))
+    middle.legend(handles=handles.values(), loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=columns, fontsize=10)
     seeds = sorted({len(x) for x in values})
     count = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
     band = f"Lines: mean of {count} seeds; bands: lowest to highest." if seeds[-1] > 1 else "One seed."

@@ -20,6 +20,7 @@ and goes on from its checkpoint, since all cells work in OUT: the machines of a 
 import contextlib
 import dataclasses
 import fnmatch
+import functools
 import importlib
 import importlib.metadata
 import inspect
@@ -50,7 +51,8 @@ cell, sys.argv, timeout = map(json.loads, sys.argv[1:])
 algo = importlib.import_module("algos." + cell["algo"])
 config = {name: tuple(value) if isinstance(value, list) else value for name, value in cell["config"].items()}
 try:
-    with filelock.FileLock(pathlib.Path(config["out"], ".lock"), timeout=timeout):
+    with filelock.FileLock(config["out"] + ".lock", timeout=timeout):
+        pathlib.Path(config["out"], "failed.json").unlink(missing_ok=True)  # a run folder holds a run and nothing else
         algo.main(algo.Config(**config), cell["grid"])
 except filelock.Timeout:
     sys.exit(75)
@@ -204,12 +206,33 @@ def does_not_apply(reason: str) -> bool:
 def ended_before(cell: Cell, folder: Path) -> str | None:
     """How this very cell ended: "" where it is finished, why it does not apply, or None where it is to be run."""
     config, summary, failed = (read(folder / f"{name}.json") for name in ("config", "summary", "failed"))
-    if config and summary and config.get("config") == full_config(cell):
+    if config and summary and same(cell, config.get("config")):
         return ""
     reason = str(failed.get("reason")) if failed else ""
-    if failed and failed.get("config") == full_config(cell) and does_not_apply(reason):
-        return reason
-    return None
+    return reason if does_not_apply(reason) and same(cell, failed.get("config")) else None
+
+
+def same(cell: Cell, recorded) -> bool:
+    """Whether a recorded configuration is the cell's: a field that is newer than the record has its default there."""
+    if not isinstance(recorded, dict):
+        return False
+    known = {**full_config(cell._replace(config={})), **recorded}
+    data = known.pop("data", None)  # which older results do not have
+    today = fingerprint(cell.config["dataset"]) if data and known == full_config(cell) else None
+    return known == full_config(cell) and today in (None, data)
+
+
+@functools.cache
+def fingerprint(dataset_id: str) -> dict | None:
+    """Of the data that this name stands for today; None where they are not on this machine, {} if they are damaged."""
+    from minari.storage.datasets_root_dir import get_dataset_path
+
+    from common.datasets import DatasetError, load_dataset
+
+    try:
+        return load_dataset(dataset_id)[1].fingerprint if Path(get_dataset_path(dataset_id)).exists() else None
+    except DatasetError:
+        return {}
 
 
 def run_cell(cell: Cell, folder: Path, command: list[str], wait: bool = False) -> str | None:

@@ -114,7 +114,7 @@ def draw_panels(curves, path, source, text, title, xlabel, ylabel, **settings):
 
 def draw_iqm(rows, text, path, source):
     order = sorted(rows, key=lambda method: iqm(rows[method]))
-    figure, axes = plt.subplots(figsize=(6, 0.32 * len(rows) + 1.2))
+    figure, axes = plt.subplots(figsize=(6, 0.32 * len(rows) + 1.2), layout="constrained")
     for y, method in enumerate(order):
         axes.plot(interval(iqm, rows[method]), [y, y], color=COLOURS[0], linewidth=6, alpha=0.3, solid_capstyle="butt")
         axes.plot(iqm(rows[method]), y, color=COLOURS[0], marker="o")
@@ -128,7 +128,7 @@ def draw_iqm(rows, text, path, source):
 
 def draw_improvement(rows, text, path, source):
     names = sorted(rows, key=lambda method: -iqm(rows[method]))
-    figure, axes = plt.subplots(figsize=(0.5 * len(names) + 2, 0.4 * len(names) + 1.8))
+    figure, axes = plt.subplots(figsize=(0.5 * len(names) + 2, 0.4 * len(names) + 1.8), layout="constrained")
     chance = np.array([[improvement(rows[x], rows[y]) for y in names] for x in names])
     axes.imshow(chance, cmap="PuOr", vmin=0, vmax=1, aspect="auto")
     for i, j in np.ndindex(chance.shape):
