@@ -134,6 +134,14 @@ def test_the_citation_is_of_this_version():
     assert f"\nversion: {project['version']}\n" in citation and f"\nlicense: {project['license']}\n" in citation
 
 
+def test_what_python_3_13_has_not_is_said():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    needs = [need for extra in project["optional-dependencies"].values() for need in extra]
+    (without,) = [need for need in needs if "python_version < '3.13'" in need]
+    assert f"On Python 3.13 `[test]` leaves out `{without.partition('>')[0]}`" in " ".join(README.split())
+    assert project["requires-python"] == ">=3.11" and "Python 3.11, 3.12 or 3.13" in README
+
+
 # --- Numbers ---------------------------------------------------------------------------------------------------
 
 
