@@ -58,7 +58,9 @@ class Options:
     against: Literal["none", "d3rlpy"] = "none"  # another library, run in turn with ours
     python: str = ""  # the Python that has it
     against_updates: int = 150  # its updates in one repetition
-    environment: str = "stitch/halfcheetah-medium-20k-v0"  # a dataset whose environment is stepped; "": none
+    environment: str = (
+        "stitch/halfcheetah-medium-20k-v0"  # whose environment is stepped: its episodes all end at the limit. "": none
+    )
     out: str = ""  # the result file; by default benchmarks/results/speed-DEVICE.json
 
 

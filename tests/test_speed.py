@@ -253,6 +253,15 @@ def test_a_worker_trains_the_seeds_that_it_is_asked_for(tmp_path):
     assert worker.process.returncode == 0
 
 
+def test_environment_steps_are_counted(umaze):
+    """300 steps of PointMaze for each of 4 seeds x 4 episodes, which random actions do not end."""
+    job = json.dumps({"dataset": "stitch/pointmaze-umaze-v0", "workers": 1})
+    worker = speed.Worker([sys.executable, str(ROOT / "benchmarks" / "speed.py"), "environment", job])
+    assert worker.ask("step") > 100
+    worker.close()
+    assert worker.process.returncode == 0
+
+
 def test_constraints_are_the_versions_of_the_committed_results():
     lines = (ROOT / "benchmarks" / "constraints.txt").read_text().splitlines()
     pinned = dict(line.split("==") for line in lines if line and not line.startswith("#"))
