@@ -25,30 +25,30 @@ Run                   python algos/qt_opt.py --dataset stitch/pointmaze-umaze-v0
 
 import contextlib
 import dataclasses
-import importlib.metadata
 import itertools
 import json
 import math
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import chex
+import filelock
 import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orjson
 import tyro
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
-from common.datasets import Spec, load_dataset
+from common.datasets import load_dataset
+from common.environments import Interface, Spec, provenance
 from common.networks import Critic
 
 
@@ -61,7 +61,8 @@ class Config:
     num_seeds: int = 3  # runs trained in one program, with seeds seed, seed + 1, ...
     num_updates: int = 6_000  # gradient steps (published runs: some 1,000,000)
     eval_interval: int = 2_000  # gradient steps between two evaluations, each with a checkpoint
-    eval_episodes: int = 20  # episodes of one evaluation, for each seed
+    eval_episodes: int = 20  # episodes of one evaluation, for each seed; 0: none, and no environment is made
+    eval_steps: int = 0  # after as many steps an episode of an evaluation is stopped; 0: the environment's own limit
     log_interval: int = 250  # gradient steps of one compiled call; the progress line moves after each
     out: str = ""  # the run folder; by default runs/ALGORITHM/DATASET
     # Optimisation
@@ -81,6 +82,24 @@ class Config:
 
 def load_data(cfg: Config):
     return load_dataset(cfg.dataset, reward_shift=cfg.reward_shift)
+
+
+def check(cfg: Config, grid: dict[str, list[float]]):
+    """Ends with one sentence where a number cannot be what its field needs."""
+    types = {field.name: field.type for field in dataclasses.fields(cfg)}
+    for name, kind in types.items():
+        value, low = grid.get(name, getattr(cfg, name)), 0 if name in ("seed", "eval_episodes", "eval_steps") else 1
+        if kind in (int, tuple[int, ...]) and not all(low <= x < 2**31 for x in np.ravel(value)):
+            raise SystemExit(f"{name} must be from {low} to {2**31 - 1}, not {value}.")
+        if kind is float and not np.all(np.abs(value) < 1e38):  # nor is NaN
+            raise SystemExit(f"{name} must be a finite number, not {value}.")
+    if wrong := [name for name in grid if types.get(name) is not float or not grid[name]]:
+        raise SystemExit(f"A grid has values of float fields, and {wrong[0]} is none or has no values.")
+    counts = {"num_updates": "eval_interval", "pretrain_updates": "eval_interval", "eval_interval": "log_interval"}
+    counts |= {"log_interval": "prepare_interval" if "prepare_interval" in types else "policy_delay"}
+    for whole, part in counts.items():
+        if getattr(cfg, whole, 0) % getattr(cfg, part, 1):
+            raise SystemExit(f"{whole} must be a multiple of {part}, which is {getattr(cfg, part)}.")
 
 
 # --- State: arrays only, so that a whole run can be vmapped, compared and saved -----------------------------
@@ -103,6 +122,20 @@ class Agent(NamedTuple):
 
 
 # --- Algorithm -----------------------------------------------------------------------------------------
+def draw(key, dataset, state, cfg: Config):
+    """A batch: rows of the dataset, uniformly and with replacement."""
+    index = jax.random.randint(key, (cfg.batch_size,), 0, len(dataset.reward))
+    return jax.tree.map(lambda x: x[index], dataset)
+
+
+def descend(tx, loss_fn, trainable, *args):
+    """One optimiser step on `loss_fn(params, *args) -> (loss, info)`."""
+    (loss, info), grads = jax.value_and_grad(loss_fn, has_aux=True)(trainable.params, *args)
+    updates, opt_state = tx.update(grads, trainable.opt_state, trainable.params)
+    params = optax.apply_updates(trainable.params, updates)
+    return Trainable(params, opt_state), {loss_fn.__name__: loss, **info}
+
+
 def cem(value, mean, std, key, cfg):
     """The cross-entropy method: an action (..., action_dim) in [-1, 1] with a large value.
 
@@ -174,190 +207,212 @@ def make_agent(cfg: Config, spec: Spec) -> Agent:
 
 
 # --- Training: the same in every file, and a test keeps it so -----------------------------------------------
-def descend(tx, loss_fn, trainable, *args):
-    """One optimiser step on `loss_fn(params, *args) -> (loss, info)`."""
-    (loss, info), grads = jax.value_and_grad(loss_fn, has_aux=True)(trainable.params, *args)
-    updates, opt_state = tx.update(grads, trainable.opt_state, trainable.params)
-    params = optax.apply_updates(trainable.params, updates)
-    return Trainable(params, opt_state), {loss_fn.__name__: loss, **info}
-
-
-def make_train(cfg: Config, agent: Agent):
-    """`train(state, dataset)`: `cfg.log_interval` updates and the means of their metrics. Pure: jit it, vmap it."""
+def make_train(cfg: Config, agent: Agent, phase: str = "update"):
+    """`train(state, dataset)`: `cfg.log_interval` updates and the mean of each metric. Pure: jit it, vmap it."""
+    first = "pretrain_" if phase == "pretrain" else ""  # of the two phases that some methods have
+    cycle = getattr(agent, first + "cycle", [getattr(agent, phase)])  # updates in turn; the last has every metric
+    prepare = getattr(agent, first + "prepare", lambda *unchanged: unchanged)
+    draw_batch = getattr(agent, first + "draw", draw)
+    interval = getattr(cfg, "prepare_interval", cfg.log_interval)
 
     def train(state, dataset):
-        if hasattr(agent, "relabel"):  # columns that are functions of the networks and of whole episodes
-            state, dataset = agent.relabel(state, dataset)
+        names = []  # of the metrics, once `step` is traced
 
-        def step(state, _):
-            key, key_batch = jax.random.split(state.key)
-            index = jax.random.randint(key_batch, (cfg.batch_size,), 0, len(dataset.reward))
-            batch = jax.tree.map(lambda x: x[index], dataset)
-            return agent.update(state._replace(key=key), batch)
+        def step(state, rows):
+            infos = []
+            for update in cycle:
+                key, key_batch = jax.random.split(state.key)
+                batch = draw_batch(key_batch, rows, state, cfg)
+                state, info = update(state._replace(key=key), batch)
+                infos.append(info)
+            names[:] = info
+            values = ([info[name] for info in infos if name in info] for name in names)
+            return state, jnp.stack([sum(x) / len(x) for x in values])  # in one array: one kernel
 
-        state, metrics = jax.lax.scan(step, state, length=cfg.log_interval)
-        return state, jax.tree.map(jnp.nanmean, metrics)  # NaN: not computed in that update
+        def steps(state, _):
+            state, rows = prepare(state, dataset)
+            return jax.lax.scan(lambda state, _: step(state, rows), state, length=interval // len(cycle))
+
+        state, metrics = jax.lax.scan(steps, state, length=cfg.log_interval // interval)
+        return state, dict(zip(names, metrics.mean(axis=(0, 1)), strict=True))
 
     return train
 
 
-def write(path: Path, content: str | bytes):
-    """Write a file so that a reader, or a kill at any moment, finds the old one or the new one whole."""
+def act_at(cfg: Config, agent: Agent, state, obs, memory, reward, t):
+    """(actions, memory) at step `t` of episodes; at their start there is no memory, and the last reward is 0."""
+    act = getattr(agent, "act_with_memory", lambda *at: (agent.act(*at[:3]), None))
+    key = jax.random.fold_in(jax.random.key(~cfg.seed), t)  # of no use elsewhere: init splits the seed's own key
+    return act(state, obs, key, memory, reward)
+
+
+class Runs:
+    """The runs of a folder: each seed at each point of a grid has a row in every array of `fields` and `states`."""
+
+    def __init__(self, cfg: Config, interface: Interface, grid: dict[str, list[float]]):
+        self.cfg, self.interface = cfg, interface
+        rows = list(itertools.product(*grid.values(), range(cfg.seed, cfg.seed + cfg.num_seeds)))
+        self.runs = [{"seed": row[-1], "grid": dict(zip(grid, row, strict=False))} for row in rows]
+        self.fields = {name: np.array([run["grid"][name] for run in self.runs], np.float32) for name in grid}
+        self.fields["seed"] = np.array([run["seed"] for run in self.runs], np.int32)
+        self.mesh = Mesh(jax.local_devices()[: math.gcd(len(self.runs), jax.local_device_count())], "run")
+        self.step = -getattr(cfg, "pretrain_updates", 0)  # updates so far; a first phase ends at 0
+        self.seconds = {"train_seconds": 0.0, "eval_seconds": 0.0}
+        self.metrics, self.lines, self.episode = {}, [], None  # of the last interval; of metrics.jsonl; of `__call__`
+        make_agent(cfg, interface.spec)  # refuses what it cannot be, before any compilation
+        init, act = self.every(lambda cfg, agent: agent.init(jax.random.key(cfg.seed))), self.every(act_at)
+        self.init = lambda: init(self.fields, (), {})
+        self.act = lambda obs, t, *episode: act(self.fields, (self.states, obs, *episode), {"t": t})
+        q = self.every(lambda cfg, agent, *at: agent.q(*at))
+        self.q = (lambda *at: q(self.fields, (self.states, *at), {})) if "q" in Agent._fields else None
+
+    def __call__(self, observation, reward=None):  # see Interface.act
+        action, self.episode = self.interface.act(self.act, observation, reward, self.episode)
+        return action
+
+    def every(self, function, donate=()):
+        """`function(cfg, agent, *row, **shared)` of every run, with its row of each array: (fields, rows, shared)."""
+
+        def of_run(fields, row, shared):
+            cfg = dataclasses.replace(self.cfg, **fields)
+            return function(cfg, make_agent(cfg, self.interface.spec), *row, **shared)
+
+        def of_device(fields, rows, shared):
+            if self.mesh.devices[0].platform == "cpu":  # its caches hold the networks of one run: they take turns
+                return jax.lax.map(lambda row: of_run(*row, shared), (fields, rows))
+            return jax.vmap(of_run, in_axes=(0, 0, None))(fields, rows, shared)
+
+        specs = {"in_specs": (P("run"), P("run"), P()), "out_specs": P("run"), "check_vma": False}
+        return jax.jit(jax.shard_map(of_device, mesh=self.mesh, **specs), donate_argnums=donate)
+
+    def lower(self, phase: str, shared):
+        train = self.every(lambda cfg, agent, *row, **shared: make_train(cfg, agent, phase)(*row, **shared), donate=1)
+        return train.lower(self.fields, (self.states,), shared)
+
+    def advance(self, train, shared, bar):
+        infos, started = [], time.perf_counter()
+        for _ in range(self.cfg.eval_interval // self.cfg.log_interval):
+            self.states, info = train(self.fields, (self.states,), shared)
+            infos.append(jax.device_get(info))
+            losses = {name: f"{x.mean():.3g}" for name, x in infos[-1].items() if name.endswith("loss")}
+            bar.set_postfix(losses, refresh=False)
+            bar.update(self.cfg.log_interval)
+        self.step += self.cfg.eval_interval
+        self.seconds["train_seconds"] += time.perf_counter() - started
+        self.metrics = {name: np.mean([info[name] for info in infos], axis=0) for name in info}
+
+    def save(self, folder: Path):
+        states = jax.device_get(self.states._replace(key=jax.random.key_data(self.states.key)))
+        saved = {name: getattr(self, name) for name in ("step", "seconds", "metrics", "lines")}
+        saved["states"] = flax.serialization.to_state_dict(states)
+        write(folder / "checkpoint.msgpack", flax.serialization.msgpack_serialize(saved, in_place=True))  # keeps order
+
+    def evaluate(self, env, folder: Path, bar):
+        columns, started = {}, time.perf_counter()
+        if self.step > 0:  # a first phase is not played
+            discount = self.fields.get("discount", getattr(self.cfg, "discount", 1.0))
+            limits = {"num_episodes": self.cfg.eval_episodes, "max_steps": self.cfg.eval_steps}
+            columns = env.measure(self.act, self.q, self.fields["seed"], discount=discount, **limits)
+            bar.set_description(f"score {columns['score'].mean():.1f}")
+        arrays = self.metrics, jax.device_get([x.params for x in self.states if isinstance(x, Trainable)])
+        finite = [np.isfinite(x).reshape(len(self.runs), -1).all(axis=1) for x in jax.tree.leaves(arrays)]
+        columns |= {**self.metrics, "diverged": ~np.all(finite, axis=0)}
+        for i, run in enumerate(self.runs):
+            self.lines.append({"step": self.step, **run, **{name: column[i] for name, column in columns.items()}})
+        write(folder / "metrics.jsonl", *self.lines)
+        self.seconds["eval_seconds"] += time.perf_counter() - started
+
+
+def restore(folder: str | Path, run: int | None = 0) -> Runs:
+    """A trained policy: `policy = restore("runs/iql/...")`; `env.step(policy(observation))`. None: all of its runs."""
+    try:
+        kept = json.loads((Path(folder) / "config.json").read_text())
+        saved = flax.serialization.msgpack_restore((Path(folder) / "checkpoint.msgpack").read_bytes())
+        fields = {name: tuple(x) if isinstance(x, list) else x for name, x in kept["config"].items()}
+        cfg = Config(**{field.name: fields[field.name] for field in dataclasses.fields(Config)})
+        runs = Runs(cfg, Interface(*kept["interface"]), fields["grid"])
+        states = flax.serialization.from_state_dict(like := jax.eval_shape(runs.init), saved["states"])
+        states = states._replace(key=jax.random.wrap_key_data(states.key))
+        chex.assert_trees_all_equal_shapes_and_dtypes(states, like)
+        if run is not None:
+            one, states = runs.runs[run], jax.tree.map(lambda x: x[run, None], states)
+            runs = Runs(dataclasses.replace(cfg, seed=one["seed"], num_seeds=1, **one["grid"]), runs.interface, {})
+        vars(runs).update(saved, states=jax.device_put(states))
+        return runs
+    except Exception as error:  # absent, torn, foreign or of another version, each in its own way
+        it = f"no run {'' if run is None else run} that {Path(__file__).name} can go on with"
+        raise SystemExit(f"{folder} holds {it} ({error!r}): choose another folder.") from error
+
+
+def read(path: Path):  # a JSON object, empty where the file is absent, torn or something else
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        return dict(orjson.loads(path.read_bytes()))
+    return {}
+
+
+def write(path: Path, *parts):
+    """Bytes, or what becomes JSON (NaN becomes null). A reader, or a kill, finds the old file or the new one whole."""
+    style = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE | orjson.OPT_INDENT_2 * (path.suffix == ".json")
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(content if isinstance(content, bytes) else content.encode())
+    temporary.write_bytes(b"".join(x if isinstance(x, bytes) else orjson.dumps(x, option=style) for x in parts))
     os.replace(temporary, path)
 
 
+@contextlib.contextmanager
+def hold(folder: Path, about: dict):
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(folder / "lock", timeout=0):
+            if not {path.suffix for path in folder.iterdir()} & {".json", ".jsonl", ".msgpack"}:  # no run yet
+                write(folder / "config.json", about)
+            if read(folder / "config.json").get("config") != orjson.loads(orjson.dumps(about["config"])):
+                raise SystemExit(f"{folder} holds something else than this very run: choose another --out.")
+            yield
+    except KeyboardInterrupt:
+        raise SystemExit(f"Stopped: the same command goes on from the last checkpoint in {folder}.") from None
+    except OSError as error:
+        raise SystemExit(f"{folder} is in use, or cannot be written ({error}): choose another --out.") from error
+
+
 def main(cfg: Config, grid: dict[str, list[float]] | None = None):
-    """Train `num_seeds` runs in one program, evaluate and checkpoint them; a killed run goes on where it stopped.
-
-    `grid` maps float fields of Config that `load_data` does not read to values: each combination trains each seed.
-    """
-    for name, value in dataclasses.asdict(cfg).items():
-        if type(value) in (int, tuple) and name != "seed" and not np.all(np.array(value) > 0):
-            raise SystemExit(f"{name} must be positive, not {value}.")
-    pretrain = getattr(cfg, "pretrain_updates", 0)  # of a first phase, whose steps are counted from -pretrain to 0
-    if cfg.num_updates % cfg.eval_interval or pretrain % cfg.eval_interval or cfg.eval_interval % cfg.log_interval:
-        counts = "num_updates and pretrain_updates" if pretrain else "num_updates"
-        raise SystemExit(f"{counts} must be a multiple of eval_interval, and eval_interval one of log_interval.")
-    algo = Path(__file__).stem
+    """Trains every seed at every point of `grid`, whose float fields `load_data` does not read; goes on if stopped."""
+    algo, grid, pretrain = Path(__file__).stem, grid or {}, getattr(cfg, "pretrain_updates", 0)
+    check(cfg, grid)
     out = Path(cfg.out or f"runs/{algo}/{cfg.dataset}")
-    config = {"algo": algo, **dataclasses.asdict(cfg), "grid": grid or {}, "out": ""}  # a folder may be moved
-    config = json.loads(json.dumps(config))
-    if (out / "config.json").exists() and json.loads((out / "config.json").read_text())["config"] != config:
-        raise SystemExit(f"{out} holds a run of another configuration: choose another --out, or remove that folder.")
-    if (out / "summary.json").exists():
-        print(f"{out} holds this very run, finished: to train again, choose another --out or remove that folder.")
-        return json.loads((out / "summary.json").read_text())
-
-    points = [dict(zip(config["grid"], values, strict=True)) for values in itertools.product(*config["grid"].values())]
-    runs = [(cfg.seed + i, point) for point in points for i in range(cfg.num_seeds)]
-    with contextlib.suppress(RuntimeError):  # JAX runs already, in a notebook or a test: take the devices it has
-        jax.config.update("jax_num_cpu_devices", math.gcd(len(runs), os.cpu_count()))
-    jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "stitch"))
+    with contextlib.suppress(RuntimeError):  # JAX runs already, in a notebook or a test; or there is no home
+        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "stitch"))
+        rows = cfg.num_seeds * math.prod(map(len, grid.values()))
+        jax.config.update("jax_num_cpu_devices", math.gcd(rows, os.cpu_count()))
     dataset, env = load_data(cfg)
-
-    # Every array of the states has a leading axis of runs, sharded over the devices. Within one device that axis is a
-    # loop on a CPU, whose caches hold the networks of one run at a time, and a vmap on an accelerator.
-    devices = jax.local_devices()[: math.gcd(len(runs), jax.local_device_count())]
-    mesh = jax.sharding.Mesh(devices, "run")
-    by_run, whole = NamedSharding(mesh, PartitionSpec("run")), NamedSharding(mesh, PartitionSpec())
-    seeds = np.array([seed for seed, _ in runs])
-    floats = {name: np.array([point[name] for _, point in runs], np.float32) for name in config["grid"]}
-
-    def agent_of(floats):
-        return make_agent(dataclasses.replace(cfg, **floats), env.spec)
-
-    def compile_train(phase):
-        """`make_train` of all runs, with the agent's `phase`: its update or, in the first phase, its pretrain."""
-
-        def train_one(state, floats, dataset):
-            agent = agent_of(floats)
-            agent = agent._replace(update=getattr(agent, phase))
-            return make_train(dataclasses.replace(cfg, **floats), agent)(state, dataset)
-
-        def train_shard(states, floats, dataset):
-            if devices[0].platform == "cpu":
-                return jax.lax.map(lambda run: train_one(*run, dataset), (states, floats))
-            return jax.vmap(train_one, in_axes=(0, 0, None))(states, floats, dataset)
-
-        in_specs = (by_run.spec, by_run.spec, whole.spec)
-        train = jax.shard_map(train_shard, mesh=mesh, in_specs=in_specs, out_specs=by_run.spec, check_vma=False)
-        return jax.jit(train, donate_argnums=0).lower(states, *arguments).compile()
-
-    @jax.jit
-    def policy(states, obs, t):
-        def act(state, floats, seed, obs):
-            return agent_of(floats).act(state, obs, jax.random.fold_in(jax.random.key(seed), t))
-
-        return jax.vmap(act)(states, floats, seeds, obs)
-
-    @jax.jit
-    def believe(states, obs, action):
-        return jax.vmap(lambda state, floats, *at: agent_of(floats).q(state, *at))(states, floats, obs, action)
-
-    def evaluate(states):
-        """Columns of metrics.jsonl, with a row for each run."""
-        discount = floats.get("discount", getattr(cfg, "discount", 1.0))
-        play = env.evaluate(partial(policy, states), seeds, cfg.eval_episodes, discount)
-        columns = {"score": env.score(play.returns).mean(axis=1), "returns": play.returns}
-        if hasattr(make_agent(cfg, env.spec), "q"):  # is what it believes of its policy true?
-            believed = np.asarray(believe(states, play.obs, play.action)) @ play.weight
-            columns |= {"believed_value": believed, "true_value": play.value}
-        return columns
-
-    started = time.perf_counter()
-    init = jax.jit(jax.vmap(lambda seed, floats: agent_of(floats).init(jax.random.key(seed))))
-    states = jax.device_put(init(seeds, floats), by_run)
-    arguments = jax.device_put(floats, by_run), jax.device_put(dataset, whole)
-    trains = {phase: compile_train(phase) for phase in ("pretrain", "update") if pretrain or phase == "update"}
-    compile_seconds, train_seconds = time.perf_counter() - started, 0.0
-
-    step, lines, score = -pretrain, [], math.nan
-    if (out / "checkpoint.msgpack").exists():
-        saved = step, train_seconds, states._replace(key=jax.random.key_data(states.key))
-        saved = flax.serialization.from_bytes(saved, (out / "checkpoint.msgpack").read_bytes())
-        step, train_seconds, states = saved
-        states = states._replace(key=jax.random.wrap_key_data(states.key))
-        states = jax.device_put(states, by_run)
-        lines = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
-        lines = [line for line in lines if line["step"] <= step]  # a kill may have come before their checkpoint
-    packages = ("jax", "flax", "optax", "numpy", "minari", "gymnasium", "gymnasium-robotics", "mujoco")
-    source = {
-        "command": " ".join(sys.argv),
-        "commit": subprocess.getoutput(f"git -C {Path(__file__).parent} describe --always --dirty --abbrev=40"),
-        "versions": {name: importlib.metadata.version(name) for name in packages},
-        "device": f"{len(devices)} x {devices[0].device_kind}",
-    }
-    out.mkdir(parents=True, exist_ok=True)
-    write(out / "config.json", json.dumps({"config": config, **source}, indent=2))
-
-    with tqdm(total=pretrain + cfg.num_updates, initial=pretrain + step, unit="update") as bar:
-        while step < cfg.num_updates:
-            infos, train = [], trains["pretrain" if step < 0 else "update"]
-            for _ in range(cfg.eval_interval // cfg.log_interval):
-                started = time.perf_counter()
-                states, info = jax.block_until_ready(train(states, *arguments))
-                train_seconds += time.perf_counter() - started
-                infos.append(info)
-                losses = {name: f"{x.mean():.3g}" for name, x in info.items() if name.endswith("loss")}
-                bar.set_postfix(losses, score=f"{score:.1f}")
-                bar.update(cfg.log_interval)
-            step += cfg.eval_interval
-            columns = evaluate(jax.device_put(states, devices[0])) if step > 0 else {}
-            score = columns["score"].mean() if columns else score
-            for i, (seed, point) in enumerate(runs):
-                metrics = {name: float(np.mean([info[name][i] for info in infos])) for name in info}
-                evaluation = {name: column[i].tolist() for name, column in columns.items()}
-                lines.append({"step": step, "seed": seed, "grid": point, **evaluation, **metrics})
-            write(out / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
-            saved = step, train_seconds, states._replace(key=jax.random.key_data(states.key))
-            write(out / "checkpoint.msgpack", flax.serialization.to_bytes(jax.device_get(saved)))
-
-    last = [line for line in lines if line["step"] == step]
-    scores = [line["score"] for line in last]
-    summary = {
-        "algo": algo,
-        "dataset": cfg.dataset,
-        "num_updates": step,
-        "seeds": [seed for seed, _ in runs],
-        "grid": [point for _, point in runs],
-        "returns": [line["returns"] for line in last],
-        "score_per_seed": scores,
-        "score_mean": np.mean(scores),
-        "score_std": np.std(scores),
-        "score_kind": env.score_kind,
-        "updates_per_second": (pretrain + step) * len(runs) / train_seconds,  # of all seeds together
-        "compile_seconds": compile_seconds,
-        "train_seconds": train_seconds,
-        **source,
-    }
-    write(out / "summary.json", json.dumps(summary, indent=2))
-    result = f"score {np.mean(scores):.1f} +- {np.std(scores):.1f} over {len(runs)} runs ({env.score_kind})"
-    print(f"{algo} on {cfg.dataset}: {result}, {summary['updates_per_second']:.0f} updates/s")
+    env.probe(cfg.eval_episodes > 0)  # says before training what will not be scored
+    started, runs = time.perf_counter(), Runs(cfg, env.interface, grid)
+    source = {**provenance(), "device": f"{runs.mesh.size} x {runs.mesh.devices[0].device_kind}"}
+    config = {"algo": algo, **dataclasses.asdict(cfg), "out": "", "grid": grid, "data": env.fingerprint}
+    with hold(out, {"config": config, "interface": list(env.interface), **source}):
+        if summary := read(out / "summary.json"):
+            print(f"{out} holds this very run, finished: to train again, choose another --out or remove it.")
+            return summary
+        runs.states = runs.init()
+        if (out / "checkpoint.msgpack").exists():
+            runs = restore(out, run=None)
+        shared = {"dataset": jax.device_put(dataset, NamedSharding(runs.mesh, P()))}
+        trains = {phase: runs.lower(phase, shared).compile() for phase in ("pretrain", "update")[runs.step >= 0 :]}
+        compile_seconds = time.perf_counter() - started
+        with tqdm(total=pretrain + cfg.num_updates, initial=pretrain + runs.step, unit="update") as bar:
+            if runs.metrics:  # a checkpoint comes before its evaluation
+                runs.evaluate(env, out, bar)
+            while runs.step < cfg.num_updates:
+                runs.advance(trains["pretrain" if runs.step < 0 else "update"], shared, bar)
+                runs.save(out)
+                runs.evaluate(env, out, bar)
+        speed = (pretrain + runs.step) * len(runs.runs) / runs.seconds["train_seconds"]  # of all runs together
+        summary = {"algo": algo, "dataset": cfg.dataset, "num_updates": runs.step, "updates_per_second": speed}
+        summary |= {"compile_seconds": compile_seconds, **runs.seconds, **env.summary(runs.lines), **source}
+        write(out / "summary.json", summary)
+    print(f"{algo} on {env.sentence(summary)}, {speed:.0f} updates/s")
     print(f"The run is in {out}; to draw it: python benchmarks/plot.py {out}")
-    return summary
+    return read(out / "summary.json")
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    main(tyro.cli(Config, description=__doc__))

@@ -15,7 +15,6 @@ import multiprocessing
 import shlex
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -27,7 +26,6 @@ from tqdm import tqdm
 
 from common.recipes import tabular
 from common.recipes.worker import EnvironmentFailure, reason, work
-from common.recipes.worker import one_line as _one_line  # noqa: F401 (datasets.py's)
 
 
 class Spec(NamedTuple):
@@ -112,11 +110,21 @@ class Interface(NamedTuple):
         obs = flatten(self.observation, observation)
         return (obs - np.array(self.obs_mean, np.float32)) / np.array(self.obs_scale, np.float32)
 
-    def apply(self, act, observation):
-        """What to do at a raw observation, or a batch of them; `act`: obs (n, obs_dim) -> actions (n, ...)."""
+    def act(self, act, observation, reward=None, episode=None):
+        """A policy's action at what an environment gives, one observation or a batch, and the episode so far.
+
+        act: (obs (1, n, obs_dim), step, memory, last rewards (1, n)) -> (actions (1, n, ...), memory). `reward` is that
+        of the step before, None where an episode begins (policies without a memory need none); `episode` is what the
+        call before gave. Returns (action in the environment's own units, episode).
+        """
+        step, memory = episode or (0, None)
         obs = self.observe(observation)
-        action = np.asarray(act(obs.reshape(-1, obs.shape[-1])))
-        return self.to_env(action.reshape(obs.shape[:-1] + action.shape[1:]))[()]  # a number, not an array of shape ()
+        rows = obs.reshape(1, -1, obs.shape[-1])
+        rewards = np.zeros(rows.shape[:2]) + (0 if reward is None else np.ravel(reward))
+        action, memory = act(rows, step, None if reward is None else memory, rewards.astype(np.float32))
+        action = np.asarray(action)[0]
+        action = self.to_env(action.reshape(obs.shape[:-1] + action.shape[1:]))
+        return action[()], (step + 1, memory)  # a number, not an array of shape ()
 
     def to_env(self, action):
         """Actions (..., action_dim) in [-1, 1], or (...) indices -> the environment's."""
@@ -206,15 +214,15 @@ class Environment:
     """Evaluates policies on the task of a dataset, through its Interface.
 
     Attributes: `dataset_id`, `interface` (Interface), `spec` (its Spec), `fingerprint` (of the data: a dict for
-    config.json), `score_kind` (what `score` returns: which normalisation, or why nothing), `seconds` (of evaluation so
-    far), `num_workers` (processes that step environments; 0: one per core; results do not depend on it).
+    config.json), `score_kind` (what `score` returns: which normalisation, or why nothing), `num_workers` (processes
+    that step environments; 0: one per core; results do not depend on it).
     """
 
-    def __init__(self, dataset, interface, fingerprint, reward_scale, reward_shift, longest_episode, make=True):
+    def __init__(self, dataset, interface, fingerprint, reward_scale, reward_shift, longest_episode):
         self.dataset_id, self.fingerprint = dataset.id, fingerprint
         self.interface = interface._replace(termination=_termination(dataset.env_spec, interface.observation))
         self.spec = self.interface.spec
-        self.seconds, self.num_workers = 0.0, 0
+        self.num_workers = 0
         self._reward_scale, self._reward_shift, self._longest = reward_scale, reward_shift, longest_episode
         self._reference, self._scored_kind = _reference(dataset.id, dataset.storage.metadata)
         needed = dataset.storage.metadata.get("requirements") or ["the package that registers it"]
@@ -223,8 +231,6 @@ class Environment:
         self._task = env_spec, dataset.observation_space, dataset.action_space, self.interface, needed
         self._workers, self._said = [], set()
         self._works = self._score_kind = self._limit = self._model = None  # until it is probed
-        if not make:
-            self._works, self._score_kind = False, "not scored: the dataset was loaded without its environment"
 
     @property
     def score_kind(self):
@@ -232,11 +238,14 @@ class Environment:
             self.probe()
         return self._score_kind
 
-    def probe(self) -> bool:
+    def probe(self, wanted=True) -> bool:
         """Whether the environment can be made, is the dataset's, and takes a step; if not, a line says why.
 
-        The first evaluation asks as well. Asked before training, it tells early that nothing will be scored.
+        The first evaluation asks as well; asked before training, it tells early. Where it is not `wanted`, nothing is
+        made, and nothing that the dataset's metadata name is run.
         """
+        if not wanted:
+            self._works, self._score_kind = False, "not scored: eval_episodes is 0"
         if self._works is None:
             try:
                 self._limit, self._model = self._ask(self._hire(1), [("probe",)])[0]
@@ -276,10 +285,11 @@ class Environment:
         return columns
 
     def summary(self, lines: list[dict]) -> dict:
-        """What summary.json says of one evaluation's lines of metrics.jsonl, one for each run."""
+        """What summary.json says of the last evaluation in the lines of metrics.jsonl, which has one for each run."""
+        lines = [line for line in lines if line["step"] == lines[-1]["step"]]
         scores = np.array([line["score"] for line in lines], float)  # None, JSON's NaN, is NaN again
         result = {"score_per_seed": scores, "score_mean": scores.mean(), "score_std": scores.std()}
-        result |= {"score_kind": self.score_kind, "eval_seconds": self.seconds}
+        result["score_kind"] = self.score_kind
         lists = {"seeds": "seed", "grid": "grid", "returns": "returns", "diverged": "diverged"}
         return result | {name: [line[column] for line in lines] for name, column in lists.items()}
 
@@ -322,7 +332,7 @@ class Environment:
             obs = np.full((*one, self.spec.obs_dim), np.nan, np.float32)
             action = np.zeros(one, int) if self.spec.discrete else np.zeros((*one, self.spec.action_dim), np.float32)
             return Evaluation(unknown, unknown[:, 0], obs, action, np.ones(1))
-        limit, started = max_steps or self._limit or self._longest, time.perf_counter()
+        limit = max_steps or self._limit or self._longest
         if not (max_steps or self._limit):
             self._say(f"{self.dataset_id}: it has no time limit, so evaluation has the data's longest, {limit} steps.")
         try:
@@ -335,8 +345,6 @@ class Environment:
         except BaseException:
             self._dismiss()  # the environments are somewhere in an episode, and answers are on their way
             raise
-        finally:
-            self.seconds += time.perf_counter() - started
 
     def _play(self, policy, seeds, num_episodes, discount, limit):
         shape, count = (len(seeds), num_episodes), len(seeds) * num_episodes
@@ -355,7 +363,8 @@ class Environment:
             now = obs.reshape(*shape, -1), step, memory, rewards.reshape(shape).astype(np.float32)
             actions, memory = policy(*now)
             actions = np.asarray(actions)
-            start_action = actions if start_action is None else start_action
+            if step == 0:  # as the environment gets it
+                start_action = actions if self.spec.discrete else np.clip(actions, -1, 1)
             actions = actions.reshape(count, *actions.shape[2:])
             lost = alive & ~np.isfinite(actions).reshape(count, -1).all(axis=1)
             returns[lost], values[lost], alive[lost] = np.nan, np.nan, False
