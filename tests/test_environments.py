@@ -695,8 +695,8 @@ def test_a_policy_or_a_critic_that_fails_costs_no_training_either(root):
     env = load(root, "stitch-test/Clock-v0")
     assert np.isnan(env.measure(cannot, None, [0], 1)["score"]).all()
     assert "FloatingPointError: the policy's own" in env.score_kind
-    env.measure(zeros, cannot, [0], 1)
-    assert "FloatingPointError" in env.score_kind
+    columns = env.measure(zeros, cannot, [0], 1)
+    assert "FloatingPointError" in env.score_kind and np.isnan(columns["score"]).all()
     assert env.measure(zeros, None, [0], 1)["score"] == [4]
     with pytest.raises(FloatingPointError):  # for whoever asks for the episodes themselves
         env.evaluate(cannot, [0], 1)
