@@ -578,7 +578,7 @@ def test_workers_do_not_import_the_callers_main_module(root, by):
 def test_workers_end_with_their_caller(root, end):
     record(root, "stitch-test/Clock-v0", fault="thread", of=1)
     run = run_script(root, end)
-    pids = [int(pid) for pid in run.stdout.split("\n")[2].split()]
+    pids = [int(pid) for pid in run.stdout.splitlines()[-1].split()]
     assert len(pids) == 2
     deadline = time.monotonic() + 10
     while any(alive(pid) for pid in pids) and time.monotonic() < deadline:
