@@ -391,4 +391,4 @@ def main(cfg: Config, grid: dict[str, list[float]] | None = None):
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    main(tyro.cli(Config, description=__doc__.partition("\n\n")[0]))
