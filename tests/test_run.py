@@ -277,7 +277,12 @@ def test_a_folder_of_other_data_under_the_same_name_is_refused(staged, tmp_path)
 
 
 def test_one_process_at_a_time_holds_a_folder(staged, unfinished):
-    code = "import filelock, sys\nwith filelock.FileLock(sys.argv[1]):\n    print('held', flush=True)\n    sys.stdin.read()"
+    code = """if True:
+        import filelock, sys
+        with filelock.FileLock(sys.argv[1]):
+            print("held", flush=True)
+            sys.stdin.read()
+    """
     holder = [sys.executable, "-c", code, str(unfinished / "lock")]
     process = subprocess.Popen(holder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
