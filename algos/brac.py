@@ -318,10 +318,9 @@ def make_train(cfg: Config, agent: Agent, phase: str = "update"):
 
 def act_at(cfg: Config, agent: Agent, state, obs, memory, reward, t):
     """(actions, memory) at step `t` of episodes; at their start there is no memory, and the last reward is 0."""
+    act = getattr(agent, "act_with_memory", lambda *at: (agent.act(*at[:3]), None))
     key = jax.random.fold_in(jax.random.key(~cfg.seed), t)  # of no use elsewhere: init splits the seed's own key
-    if hasattr(agent, "act_with_memory"):
-        return agent.act_with_memory(state, obs, key, memory, reward)
-    return agent.act(state, obs, key), None
+    return act(state, obs, key, memory, reward)
 
 
 class Runs:
@@ -441,7 +440,7 @@ def hold(folder: Path, about: dict):
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(folder / "lock", timeout=0):
-            if not any(path.suffix != ".tmp" for path in folder.glob("*.*")):  # nothing but the lock
+            if not {path.suffix for path in folder.iterdir()} & {".json", ".jsonl", ".msgpack"}:  # no run yet
                 write(folder / "config.json", about)
             if read(folder / "config.json").get("config") != orjson.loads(orjson.dumps(about["config"])):
                 raise SystemExit(f"{folder} holds something else than this very run: choose another --out.")
@@ -462,6 +461,7 @@ def main(cfg: Config, grid: dict[str, list[float]] | None = None):
         rows = cfg.num_seeds * math.prod(map(len, grid.values()))
         jax.config.update("jax_num_cpu_devices", math.gcd(rows, os.cpu_count()))
     dataset, env = load_data(cfg)
+    env.probe(cfg.eval_episodes > 0)  # says before training what will not be scored
     started, runs = time.perf_counter(), Runs(cfg, env.interface, grid)
     source = {**provenance(), "device": f"{runs.mesh.size} x {runs.mesh.devices[0].device_kind}"}
     config = {"algo": algo, **dataclasses.asdict(cfg), "out": "", "grid": grid, "data": env.fingerprint}

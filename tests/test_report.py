@@ -412,7 +412,7 @@ def test_runs_on_different_data_under_one_name_are_in_no_column_together(root, c
     of = {
         name: [cell for cell in cells if cell.startswith("[")] for name, cells in shown.items() if name[0] not in "m-"
     }
-    assert len(shown["method"]) == 6 and {name: len(cells) for name, cells in of.items()} == {
+    assert len(shown["method"]) == 5 and {name: len(cells) for name, cells in of.items()} == {
         "iql": 3, "bc": 2, "bc-top-10": 1
     }  # fmt: skip
     same = {"rows": 100, "hash": "a"}

@@ -101,7 +101,8 @@ def staged(monkeypatch):
         return columns if q is None else columns | {"believed_value": np.asarray(q(obs, actions)).mean(axis=1)}
 
     monkeypatch.setattr(Environment, "measure", measure)
-    monkeypatch.setattr(Environment, "score_kind", "staged", raising=False)
+    monkeypatch.setattr(Environment, "probe", lambda self, wanted=True: True)
+    monkeypatch.setattr(Environment, "score_kind", "staged")
 
 
 def config(algo, out="", **changes):
@@ -210,9 +211,8 @@ def test_the_score_is_that_of_the_last_evaluation_between_the_reference_scores(f
     np.testing.assert_allclose([summary["score_mean"], summary["score_std"]], [np.mean(scores), np.std(scores)])
 
 
-def test_without_reference_scores_the_score_is_the_return(staged, monkeypatch, tmp_path):
+def test_without_reference_scores_the_score_is_the_return(finished, tmp_path):
     payer.build("test/raw-v0", reference=None)
-    monkeypatch.undo()  # the staged evaluation
     summary = run("iql", tmp_path, dataset="test/raw-v0")
     assert summary["score_kind"] == "raw return"
     np.testing.assert_allclose(summary["score_per_seed"], np.mean(summary["returns"], axis=1))

@@ -34,12 +34,12 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # Minari's, of m
 
 @pytest.fixture(scope="module", autouse=True)
 def data(tmp_path_factory):
-    """(Transition, Environment), whose rewards number the rows."""
+    """Rows (a Transition) whose rewards number them, for all tests; with these comes a new Environment for each run."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path_factory.mktemp("minari")))
         payer.build()
-        rows, env = load_dataset(payer.NAME)
-        yield rows._replace(reward=np.arange(len(rows.reward), dtype=np.float32)), env
+        rows, _ = load_dataset(payer.NAME)
+        yield rows._replace(reward=np.arange(len(rows.reward), dtype=np.float32))
 
 
 class State(NamedTuple):
@@ -91,7 +91,7 @@ def toy(data, fields=None, **seams):
 
     more = [(name, kind, dataclasses.field(default=default)) for name, (kind, default) in (fields or {}).items()]
     algo.Config = dataclasses.make_dataclass("Config", more, bases=(algo.Config,), frozen=True)
-    algo.make_agent, algo.load_data = make_agent, lambda cfg: data
+    algo.make_agent, algo.load_data = make_agent, lambda cfg: (data, load_dataset(payer.NAME)[1])
     return algo
 
 
@@ -121,7 +121,7 @@ def test_as_many_updates_as_asked_each_with_its_own_batch_and_the_mean_of_all(da
     _, lines, states = train(algo, tmp_path, log_interval=log_interval, seed=3)
     np.testing.assert_array_equal(states.count, [STEPS, STEPS])
     for seed, rows in zip([3, 4], states.rows, strict=True):
-        expect = batches(algo, jax.random.key(seed), data[0], algo.Config(**TINY), STEPS)
+        expect = batches(algo, jax.random.key(seed), data, algo.Config(**TINY), STEPS)
         np.testing.assert_array_equal(rows, expect)
     # the means of 1 .. 20 and of 21 .. 40
     assert [(line["step"], line["seed"], line["count"]) for line in lines] == [
@@ -160,8 +160,8 @@ def test_the_data_are_an_argument_of_the_compiled_program(data, tmp_path, monkey
     """As constants they would be in its text, 1,000 times longer for 1,000 times the rows."""
     texts = []
     for times in (1, 1000):
-        rows = jax.tree.map(lambda x, times=times: np.concatenate([x] * times), data[0])
-        algo = toy((rows, data[1]))
+        rows = jax.tree.map(lambda x, times=times: np.concatenate([x] * times), data)
+        algo = toy(rows)
         lower = algo.Runs.lower
 
         def listen(self, phase, shared, lower=lower):
@@ -268,7 +268,7 @@ def test_draw_may_mix_by_a_ratio_that_is_a_traced_float_and_see_the_state(data, 
 
     algo.draw = draw
     _, _, states = train(algo, tmp_path, grid={"ratio": [0.0, 0.3, 0.5, 1.0]}, num_seeds=1)
-    expect = batches(toy(data), jax.random.key(0), data[0], algo.Config(**TINY), STEPS)
+    expect = batches(toy(data), jax.random.key(0), data, algo.Config(**TINY), STEPS)
     made = np.broadcast_to(-1.0 - np.arange(STEPS)[:, None], (STEPS, B))
     for rows, real in zip(states.rows, (0, 1, 2, 4), strict=True):
         np.testing.assert_array_equal(rows, np.concatenate([expect[:, :real], made[:, real:]], axis=1))
@@ -328,7 +328,7 @@ def test_without_them_the_first_phase_has_the_draw_of_the_second_and_one_update(
         data, fields, pretrain=by(2.0, x=0.0), update=by(4.0, y=0.0), cycle=[by(3.0), by(4.0, y=0.0)], prepare=prepare
     )
     _, lines, states = train(algo, tmp_path)
-    expect = batches(algo, jax.random.key(1), data[0], algo.Config(**TINY), 20)
+    expect = batches(algo, jax.random.key(1), data, algo.Config(**TINY), 20)
     np.testing.assert_array_equal(states.rows[1, :20], expect)
     np.testing.assert_array_equal(states.by, [[2.0] * 20 + [3.0, 4.0] * 20] * 2)
     np.testing.assert_array_equal(states.prepared, [4, 4])
@@ -344,7 +344,7 @@ def test_the_updates_of_a_cycle_take_turns_each_with_its_own_batch(data, tmp_pat
     np.testing.assert_array_equal(states.by, [[1.0, 2.0, 3.0] * 4] * 2)
     np.testing.assert_array_equal(states.count, [12, 12])
     for seed in (0, 1):
-        expect = batches(algo, jax.random.key(seed), data[0], algo.Config(**TINY), 12)
+        expect = batches(algo, jax.random.key(seed), data, algo.Config(**TINY), 12)
         np.testing.assert_array_equal(states.rows[seed], expect)
     # `by` adds the number of updates before: 0 .. 11, in the mean 5.5; 5.5 too for first and last; 6.5 for the last
     for line in lines:
@@ -401,6 +401,6 @@ def test_an_agent_may_ask_what_ends_an_episode(data):
     algo = toy(data, update=imagine)
     runs = algo.Runs(algo.Config(**TINY | {"batch_size": 500}), Known(*BOX), {})
     runs.states = runs.init()
-    _, info = runs.lower("update", {"dataset": data[0]}).compile()(runs.fields, (runs.states,), {"dataset": data[0]})
-    np.testing.assert_allclose(info["ends"], np.mean(data[0].next_obs[:, 0] > 0.5), atol=0.05)
+    _, info = runs.lower("update", {"dataset": data}).compile()(runs.fields, (runs.states,), {"dataset": data})
+    np.testing.assert_allclose(info["ends"], np.mean(data.next_obs[:, 0] > 0.5), atol=0.05)
     assert BOX.spec.terminal_of is None

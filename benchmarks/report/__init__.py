@@ -40,7 +40,7 @@ from report.pictures import draw, stale_pictures
 from report.runs import read_results, read_runs, short  # noqa: F401  (read_runs, short: for benchmarks/studies)
 from report.selection import report_selection
 from report.sweeps import sentence
-from report.tables import number, over_estimation, write_own, write_tables  # noqa: F401  (likewise)
+from report.tables import marked, number, over_estimation, write_own, write_tables  # noqa: F401  (likewise)
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -77,8 +77,9 @@ def main(options: Options):
     found = read_results(folder)
     for sweep in found.sweeps:
         print(sentence(sweep))
-    if folder.resolve().parent == results.resolve() and folder.name in protocols:
-        found = found._replace(sweeps=[])  # README shows none
+    committed = folder.resolve().parent == results.resolve()
+    if committed and (folder.name in protocols or marked(ROOT, folder.name)):
+        found = found._replace(sweeps=[])  # no page shows one
         stale = write_tables(ROOT, folder.name, found.runs, found.failures, options.check)
     else:
         stale = write_own(ROOT, folder, found, options.check)

@@ -22,7 +22,8 @@ def curves_of(dataset: str) -> str:
 def pictures(runs: list[Run], failures: list[Failure]) -> dict[str, list[Run]]:
     """The name of each picture of a table, and the runs that it shows."""
     names = {}
-    if comparable(runs, failures)[1]:
+    datasets, rows = comparable(runs, failures)
+    if len(datasets) > 1 and rows:
         names = dict.fromkeys(("iqm.png", "performance_profiles.png", "probability_of_improvement.png"), runs)
     for dataset in sorted({run.dataset for run in runs}):
         names[curves_of(dataset)] = [run for run in runs if run.dataset == dataset]
@@ -41,8 +42,8 @@ def draw(found: Results, folder: Path):
         text = f"Mean of the seeds. Band: {band([run.scores for run in shown[name]])}."
         draw_panels(curves, folder / name, digest(shown[name]), text, **labels)
     datasets, rows = comparable(runs, failures)
-    if not rows:
-        if runs:
+    if len(datasets) < 2 or not rows:
+        if len({run.dataset for run in runs}) > 1:
             print("No method has normalised scores on all datasets that most have: no picture is over all datasets.")
         return
     over = f"Over {', '.join(map(short, datasets))}."

@@ -19,6 +19,15 @@ from report.runs import Failure, Results, Run, comparable, short, spread
 PUBLISHED = tomllib.loads((Path(__file__).parents[1] / "published.toml").read_text())
 
 
+def pages(root: Path) -> list[Path]:
+    return [root / "README.md", *sorted((root / "benchmarks").glob("*.md")), *sorted((root / "algos").glob("*.md"))]
+
+
+def marked(root: Path, protocol: str) -> bool:
+    """Whether a page has a place for the table of a folder in benchmarks/results."""
+    return any(f"<!-- report:{protocol}:begin -->" in page.read_text() for page in pages(root) if page.exists())
+
+
 def write_tables(root: Path, protocol: str, runs: list[Run], failures: list[Failure], check: bool) -> list[str]:
     """Fills the marked places of README.md and the pages; returns the files that were not up to date.
 
@@ -26,8 +35,7 @@ def write_tables(root: Path, protocol: str, runs: list[Run], failures: list[Fail
     """
     stale, whole = [], 0
     results = root / "benchmarks" / "results"
-    pages = [root / "README.md", *sorted((root / "benchmarks").glob("*.md")), *sorted((root / "algos").glob("*.md"))]
-    for page in pages:
+    for page in pages(root):
         text = new = page.read_text()
         algo = page.stem if page.parent.name == "algos" else None
         if f"<!-- report:{protocol}:" in text:
@@ -82,6 +90,12 @@ def table(runs: list[Run], failures: list[Failure], results: str, algo: str | No
     `results` and `root` lead from the page to the folder of the runs and to the root.
     """
     aggregated, rows = comparable(runs, failures)
+
+    def rank(method: str):
+        """The highest IQM first; then those without one, by the mean of the scores that they have."""
+        scores = [run.scores for run in runs if run.method == method]
+        return method not in rows, -iqm(rows[method] if method in rows else scores) if scores else np.inf
+
     runs = [run for run in runs if algo in (None, run.algo)]
     failures = [failure for failure in failures if algo in (None, failure.algo)]
     failed = [failure for failure in failures if not failure.refused]
@@ -91,12 +105,13 @@ def table(runs: list[Run], failures: list[Failure], results: str, algo: str | No
     drawn = set(kinds)
     kinds |= {failure.dataset: "not scored" for failure in failed if failure.dataset not in kinds}
     published = {dataset: PUBLISHED["scores"][dataset] for dataset in kinds if dataset in PUBLISHED["scores"]}
-    lines = [["method"], ["---"] * (len(kinds) + 2)]
+    several = len(aggregated) > 1
+    lines = [["method"], ["---"] * (len(kinds) + 1 + several)]
     for dataset, kind in kinds.items():
         link = f"[{short(dataset)}]({join(results, curves_of(dataset))})" if dataset in drawn else short(dataset)
         lines[0].append(link if kind.startswith("normalised") else f"{link}, {kind}")
-    lines[0].append("IQM")
-    for method, name in sorted({(x.method, x.algo) for x in [*runs, *failed]}):
+    lines[0] += ["IQM"] * several
+    for method, name in sorted(sorted({(x.method, x.algo) for x in [*runs, *failed]}), key=lambda x: rank(x[0])):
         cells = dict.fromkeys(kinds, "not run")
         for failure in failures:
             if failure.method == method and failure.dataset in kinds:
@@ -108,12 +123,12 @@ def table(runs: list[Run], failures: list[Failure], results: str, algo: str | No
                     cells[run.dataset] += f"; published {published[run.dataset][method]:.1f}"
                 if run.diverged.any():
                     cells[run.dataset] += f"; {run.diverged.sum()} of {len(run.scores)} diverged"
-        total = with_interval(iqm, rows[method]) if method in rows else "–"
-        lines.append([f"[{method}]({join(root, f'algos/{name}.md')})", *cells.values(), total])
+        total = [with_interval(iqm, rows[method]) if method in rows else "–"] * several
+        lines.append([f"[{method}]({join(root, f'algos/{name}.md')})", *cells.values(), *total])
         values = {run.dataset: run.values for run in runs if run.method == method and len(run.values)}
         if algo and values:  # on its page
             cells = [over_estimation(values[dataset]) if dataset in values else "–" for dataset in kinds]
-            lines.append(["believed − true value", *cells, "–"])
+            lines.append(["believed − true value", *cells, *["–"] * several])
     foot = [footnote(runs)] if runs else []
     if any("believed" in line[0] for line in lines):
         foot.append(
@@ -128,7 +143,7 @@ def table(runs: list[Run], failures: list[Failure], results: str, algo: str | No
             "evaluated exactly, by dynamic programming; a stochastic one's probabilities are the frequencies of "
             f"{draws} draws in each state."
         )
-    if aggregated:
+    if several:
         foot.append(f"IQM: interquartile mean over {', '.join(map(short, aggregated))}.")
     if any(run.diverged.any() for run in runs):
         foot.append("Diverged: the networks of that seed are not finite.")
