@@ -335,13 +335,14 @@ def restore(folder: str | Path, run: int | None = 0) -> Runs:
         kept = json.loads((Path(folder) / "config.json").read_text())
         saved = flax.serialization.msgpack_restore((Path(folder) / "checkpoint.msgpack").read_bytes())
         fields = {name: tuple(x) if isinstance(x, list) else x for name, x in kept["config"].items()}
+        assert fields["algo"] == Path(__file__).stem, f"a run of {fields['algo']}"
         cfg = Config(**{field.name: fields[field.name] for field in dataclasses.fields(Config)})
         runs = Runs(cfg, Interface(*kept["interface"]), fields["grid"])
         states = flax.serialization.from_state_dict(like := jax.eval_shape(runs.init), saved["states"])
         states = states._replace(key=jax.random.wrap_key_data(states.key))
         chex.assert_trees_all_equal_shapes_and_dtypes(states, like)
         if run is not None:
-            one, states = runs.runs[run], jax.tree.map(lambda x: x[run, None], states)
+            one, states = dict(enumerate(runs.runs))[run], jax.tree.map(lambda x: x[run, None], states)
             runs = Runs(dataclasses.replace(cfg, seed=one["seed"], num_seeds=1, **one["grid"]), runs.interface, {})
         runs.states, runs.step, runs.seconds = jax.device_put(states), saved["step"], saved["seconds"]
         runs.metrics, runs.lines = saved["metrics"], saved["lines"]
@@ -415,8 +416,7 @@ def main(cfg: Config, grid: dict[str, list[float]] | None = None):
         summary = {"algo": algo, "dataset": cfg.dataset, "num_updates": runs.step, "updates_per_second": speed}
         summary |= {"compile_seconds": compile_seconds, **runs.seconds, **env.summary(runs.lines), **source}
         write(out / "summary.json", summary)
-    print(f"{algo} on {env.sentence(summary)}, {speed:.0f} updates/s")
-    print(f"The run is in {out}; to draw it: python benchmarks/plot.py {out}")
+    print(f"{algo} on {env.sentence(summary)}, {speed:.0f} updates/s\nTo draw it: python benchmarks/plot.py {out}")
     return read(out / "summary.json")
 
 

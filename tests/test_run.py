@@ -610,7 +610,7 @@ def test_restoring_a_run_of_a_grid_gives_that_run(diverged):
     np.testing.assert_allclose(one(points), one.interface.to_env(np.asarray(rows)[3]), rtol=1e-4)
     assert not np.allclose(rows[2], rows[3], rtol=1e-4)
     for absent in (8, "x"):
-        assert f"no run {absent}" in sentence(load("iql").restore, out, run=absent)
+        assert repr(absent) in sentence(load("iql").restore, out, run=absent)
     assert "no run that" in sentence(load("iql").restore, out.parent / "nowhere", run=None).replace("  ", " ")
 
 
