@@ -90,6 +90,8 @@ def check(cfg: Config, grid: dict[str, list[float]]):
             raise SystemExit(f"{name} must be from {low} to {2**31 - 1}, not {value}.")
         if kind is float and not np.all(np.abs(value) < 1e38):  # nor is NaN
             raise SystemExit(f"{name} must be a finite number, not {value}.")
+    if cfg.seed + cfg.num_seeds > 2**31:
+        raise SystemExit(f"seed + num_seeds must be at most {2**31}, not {cfg.seed + cfg.num_seeds}.")
     if wrong := [name for name in grid if types.get(name) is not float or not grid[name]]:
         raise SystemExit(f"A grid has values of float fields, and {wrong[0]} is none or has no values.")
     counts = {"num_updates": "eval_interval", "pretrain_updates": "eval_interval", "eval_interval": "log_interval"}
@@ -339,11 +341,11 @@ def restore(folder: str | Path, run: int | None = 0) -> Runs:
         if run is not None:
             one, states = runs.runs[run], jax.tree.map(lambda x: x[run, None], states)
             runs = Runs(dataclasses.replace(cfg, seed=one["seed"], num_seeds=1, **one["grid"]), runs.interface, {})
-        vars(runs).update(saved, states=jax.device_put(states))
+        runs.states, runs.step, runs.seconds = jax.device_put(states), saved["step"], saved["seconds"]
+        runs.metrics, runs.lines = saved["metrics"], saved["lines"]
         return runs
     except Exception as error:  # absent, torn, foreign or of another version, each in its own way
-        it = f"no run {'' if run is None else run} that {Path(__file__).name} can go on with"
-        raise SystemExit(f"{folder} holds {it} ({error!r}): choose another folder.") from error
+        raise SystemExit(f"{folder} holds no run that {Path(__file__).name} can go on with ({error!r}).") from error
 
 
 def read(path: Path):  # a JSON object, empty where the file is absent, torn or something else
@@ -391,7 +393,7 @@ def main(cfg: Config, grid: dict[str, list[float]] | None = None):
     source = {**provenance(), "device": f"{runs.mesh.size} x {runs.mesh.devices[0].device_kind}"}
     config = {"algo": algo, **dataclasses.asdict(cfg), "out": "", "grid": grid, "data": env.fingerprint}
     with hold(out, {"config": config, "interface": list(env.interface), **source}):
-        if summary := read(out / "summary.json"):
+        if (summary := read(out / "summary.json")).get("algo") == algo:
             print(f"{out} holds this very run, finished: to train again, choose another --out or remove it.")
             return summary
         runs.states = runs.init()
@@ -417,4 +419,4 @@ def main(cfg: Config, grid: dict[str, list[float]] | None = None):
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    main(tyro.cli(Config, description=__doc__.partition("\n\n")[0]))

@@ -3,6 +3,7 @@
 import os
 import pickle
 import sys
+import threading
 import time
 
 import gymnasium
@@ -124,6 +125,7 @@ FAULTS = {
     "array": lambda obs, reward, *rest: (obs, np.array([reward]), *rest),
     "matrix of one": lambda obs, reward, *rest: (obs, np.array([[reward]], np.float32), *rest),
     "array end": lambda obs, reward, terminated, *rest: (obs, reward, np.array([terminated]), *rest),
+    "thread": lambda *answer: threading.Thread(target=time.sleep, args=(600,)).start() or answer,
     "sleep": lambda *answer: time.sleep(3600),
     "modules": lambda *answer: raises(RuntimeError(f"JAX is imported: {'jax' in sys.modules}")),
 }

@@ -1,7 +1,6 @@
 """A small task of which everything is known, for tests of whole runs. Quick to import: worker processes make `Payer`.
 
-It shows a random point in [-1, 1]^2, pays its action, in [-2, 3], and lasts four steps. At (x, y)
-the data's action is -x.
+It shows random points (x, y) in [-1, 1]^2, pays its action, in [-2, 3], and lasts four steps. The data's action is -x.
 """
 
 import gymnasium

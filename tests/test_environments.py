@@ -307,8 +307,8 @@ def test_returns_are_undiscounted_sums_over_whole_episodes(root, echo):
 
 
 def test_returns_are_summed_in_double_precision(root):
-    env = load(root, "stitch-test/ClockWithoutLimit-v0", rewards=(16777216.0, 1.0, 0.1), steps=3)
-    assert env.evaluate(zeros, [0], 1).returns.item() == 16777217.1
+    env = load(root, "stitch-test/ClockWithoutLimit-v0", rewards=(0.1,), steps=3)
+    assert env.evaluate(zeros, [0], 1).returns.item() == 0.1 + 0.1 + 0.1
 
 
 def test_seeds_and_episodes_do_not_depend_on_each_other(echo):
@@ -493,6 +493,8 @@ def test_believed_values_are_weighted_by_how_likely_a_start_is(root):
     np.testing.assert_allclose(columns["returns"][:, 0], [0.25, 1.0, 0.75])
     np.testing.assert_allclose(columns["believed_value"], [17.5 + 0.25, 17.5 + 1, 17.5])  # 10/4 + 20 * 3/4 = 17.5
     assert env.measure(policy, q, [0, 1, 2], 2, max_steps=1)["returns"][2, 0] == 0.5
+    env._reward_scale = 4.0  # as normalize_reward sets it
+    np.testing.assert_allclose(env.measure(policy, q, [0, 1, 2], 2)["true_value"], [1.0, 4.0, 3.0])
     env = load_dataset(NAME, reward_shift=-1.0)[1]
     assert np.isnan(env.measure(policy, q, [0, 1, 2], 2)["true_value"]).all()
 
@@ -574,9 +576,9 @@ def test_workers_do_not_import_the_callers_main_module(root, by):
 
 @pytest.mark.parametrize("end", ["", "os.kill(os.getpid(), 9)", "os._exit(3)", "raise ValueError"])
 def test_workers_end_with_their_caller(root, end):
-    record(root, "stitch-test/Clock-v0")
+    record(root, "stitch-test/Clock-v0", fault="thread", of=1)
     run = run_script(root, end)
-    pids = [int(pid) for pid in run.stdout.split("\n")[2].split()]
+    pids = [int(pid) for pid in run.stdout.splitlines()[-1].split()]
     assert len(pids) == 2
     deadline = time.monotonic() + 10
     while any(alive(pid) for pid in pids) and time.monotonic() < deadline:

@@ -411,6 +411,24 @@ def test_the_example_of_a_sweep_ends_in_its_best_value(own_data):
     assert list((own_data / "results" / "mine").glob("sweep_*.png"))
 
 
+@pytest.mark.parametrize("episodes, runs", [(0, False), (1, True)])
+def test_without_evaluations_nothing_that_the_metadata_name_is_run(own_data, tmp_path, monkeypatch, episodes, runs):
+    """README's advice on data of strangers. The environment of this dataset is `os.mkdir`: with 1 it is run."""
+    iql = importlib.import_module("algos.iql")
+    shutil.copytree(own_data / "minari", tmp_path / "minari")
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+    metadata = tmp_path / "minari" / "mine" / "pendulum-v0" / "data" / "metadata.json"
+    content = json.loads(metadata.read_text())
+    hostile = {"entry_point": "os:mkdir", "kwargs": {"path": str(tmp_path / "was-run")}}
+    content["eval_env_spec"] = json.dumps(json.loads(content["eval_env_spec"]) | hostile)
+    metadata.write_text(json.dumps(content))
+    tiny = [f"--{item.replace('_', '-')}" for item in TINY]
+    options = ["--dataset", "mine/pendulum-v0", "--out", str(tmp_path / "run"), *tiny, "--hidden", "8", "8"]
+    summary = iql.main(tyro.cli(iql.Config, args=[*options, f"--eval-episodes={episodes}"]))
+    assert summary["score_mean"] is None and (tmp_path / "was-run").exists() == runs
+    assert "`--eval-episodes 0`: then no environment is made" in " ".join(README.split())
+
+
 @pytest.fixture(scope="module")
 def fork(tmp_path_factory):
     """A copy of the project in which README's steps to fork a file were taken, but for their last, the tests."""

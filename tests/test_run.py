@@ -101,7 +101,8 @@ def staged(monkeypatch):
         return columns if q is None else columns | {"believed_value": np.asarray(q(obs, actions)).mean(axis=1)}
 
     monkeypatch.setattr(Environment, "measure", measure)
-    monkeypatch.setattr(Environment, "score_kind", "staged", raising=False)
+    monkeypatch.setattr(Environment, "probe", lambda self, wanted=True: True)
+    monkeypatch.setattr(Environment, "score_kind", "staged")
 
 
 def config(algo, out="", **changes):
@@ -210,9 +211,8 @@ def test_the_score_is_that_of_the_last_evaluation_between_the_reference_scores(f
     np.testing.assert_allclose([summary["score_mean"], summary["score_std"]], [np.mean(scores), np.std(scores)])
 
 
-def test_without_reference_scores_the_score_is_the_return(staged, monkeypatch, tmp_path):
+def test_without_reference_scores_the_score_is_the_return(finished, tmp_path):
     payer.build("test/raw-v0", reference=None)
-    monkeypatch.undo()  # the staged evaluation
     summary = run("iql", tmp_path, dataset="test/raw-v0")
     assert summary["score_kind"] == "raw return"
     np.testing.assert_allclose(summary["score_per_seed"], np.mean(summary["returns"], axis=1))
@@ -277,7 +277,12 @@ def test_a_folder_of_other_data_under_the_same_name_is_refused(staged, tmp_path)
 
 
 def test_one_process_at_a_time_holds_a_folder(staged, unfinished):
-    code = "import filelock, sys; filelock.FileLock(sys.argv[1]).acquire(); print('held', flush=True); sys.stdin.read()"
+    code = """if True:
+        import filelock, sys
+        with filelock.FileLock(sys.argv[1]):
+            print("held", flush=True)
+            sys.stdin.read()
+    """
     holder = [sys.executable, "-c", code, str(unfinished / "lock")]
     process = subprocess.Popen(holder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
