@@ -74,14 +74,13 @@ REMARKS["D4RL/antmaze/"] = "an episode counts once"  # Minari's goes on at the g
 
 # When episodes end, from `terminated` in the sources of Gymnasium: possible lengths of an observation; whether bounds
 # are inside; (name of the argument healthy_.._range, first column, one past the last, low, high), to leave which ends.
-FINITE = "", 0, None, -3e38, 3e38
 TERMINATIONS = {
-    "Ant": ((27, 105, 111), True, [("z", 0, 1, 0.2, 1), FINITE]),
+    "Ant": ((27, 105, 111), True, [("z", 0, 1, 0.2, 1), ("", 0, None, -3e38, 3e38)]),
     "CartPole": ((4,), True, [("", 0, 1, -2.4, 2.4), ("", 2, 3, -np.pi / 15, np.pi / 15)]),
     "HalfCheetah": ((17,), True, []),
     "Hopper": ((11,), False, [("z", 0, 1, 0.7, None), ("angle", 1, 2, -0.2, 0.2), ("state", 1, 11, -100, 100)]),
     "Humanoid": ((348, 376), False, [("z", 0, 1, 1, 2)]),
-    "InvertedPendulum": ((4,), True, [("", 1, 2, -0.2, 0.2), FINITE]),
+    "InvertedPendulum": ((4,), True, [("", 1, 2, -0.2, 0.2), ("", 0, None, -3e38, 3e38)]),
     "Walker2d": ((17,), False, [("z", 0, 1, 0.8, 2), ("angle", 1, 2, -1, 1)]),
 }
 
@@ -213,22 +212,19 @@ def ends(closed, ranges, next_obs):
 class Environment:
     """Evaluates policies on the task of a dataset, through its Interface.
 
-    Attributes: `dataset_id`, `interface` (Interface), `spec` (its Spec), `fingerprint` (of the data: a dict for
-    config.json), `score_kind` (what `score` returns: which normalisation, or why nothing), `num_workers` (processes
-    that step environments; 0: one per core; results do not depend on it).
+    Attributes: `dataset_id`, `interface`, `spec`, `fingerprint` (of the data), `score_kind` (its normalisation, or why
+    nothing is scored), `num_workers` (processes that step environments; 0: one per core; no result depends on it).
     """
 
     def __init__(self, dataset, interface, fingerprint, reward_scale, reward_shift, longest_episode):
         self.dataset_id, self.fingerprint = dataset.id, fingerprint
         self.interface = interface._replace(termination=_termination(dataset.env_spec, interface.observation))
-        self.spec = self.interface.spec
-        self.num_workers = 0
+        self.spec, self.num_workers = self.interface.spec, 0
         self._reward_scale, self._reward_shift, self._longest = reward_scale, reward_shift, longest_episode
         self._reference, self._scored_kind = _reference(dataset.id, dataset.storage.metadata)
         needed = dataset.storage.metadata.get("requirements") or ["the package that registers it"]
-        env_spec = dataset._eval_env_spec or dataset.env_spec
-        env_spec = env_spec and env_spec.to_json()
-        self._task = env_spec, dataset.observation_space, dataset.action_space, self.interface, needed
+        env_spec, spaces = dataset._eval_env_spec or dataset.env_spec, (dataset.observation_space, dataset.action_space)
+        self._task = env_spec and env_spec.to_json(), *spaces, self.interface, needed
         self._workers, self._said = [], set()
         self._works = self._score_kind = self._limit = self._model = None  # until it is probed
 
@@ -239,13 +235,11 @@ class Environment:
         return self._score_kind
 
     def probe(self, wanted=True) -> bool:
-        """Whether the environment can be made, is the dataset's, and takes a step; if not, a line says why.
-
-        The first evaluation asks as well; asked before training, it tells early. Where it is not `wanted`, nothing is
-        made, and nothing that the dataset's metadata name is run.
-        """
+        """Whether the environment can be made, is the dataset's, and takes a step; if not, a line says why. Evaluations
+        ask as well. Where it is not `wanted`, nothing is made, and nothing that the dataset's metadata name is run."""
         if not wanted:
-            self._works, self._score_kind = False, "not scored: eval_episodes is 0"
+            self._score_kind = "not scored: eval_episodes is 0"
+            return False
         if self._works is None:
             try:
                 self._limit, self._model = self._ask(self._hire(1), [("probe",)])[0]
@@ -269,16 +263,14 @@ class Environment:
         """
         columns = {"score": np.full(len(seeds), np.nan), "returns": np.full((len(seeds), num_episodes), np.nan)}
         columns |= {} if q is None else {name: np.full(len(seeds), np.nan) for name in ("believed_value", "true_value")}
-        if not num_episodes:
-            self._score_kind = "not scored: eval_episodes is 0"
-        if not num_episodes or not self.probe():
+        if not self.probe(wanted=num_episodes > 0):
             return columns
         try:
             play = self.evaluate(policy, seeds, num_episodes, discount, max_steps)
-            columns |= {"score": self.score(play.returns).mean(axis=1), "returns": play.returns}
             if q is not None:  # is what the critic believes of the policy true?
                 believed = np.asarray(q(play.obs, play.action)) @ play.weight
                 columns |= {"believed_value": believed, "true_value": play.value}
+            columns |= {"score": self.score(play.returns).mean(axis=1), "returns": play.returns}
             self._score_kind = self._scored_kind
         except Exception as error:
             self._fail(f"the evaluation failed ({reason(error)})")
@@ -372,8 +364,7 @@ class Environment:
                 self._say(f"{self.dataset_id}: episodes whose actions are not finite have no score.")
             acting = [i for i, mine in enumerate(own) if alive[mine].any()]
             turns = [own[i][alive[own[i]]] for i in acting]
-            actions = [self.interface.to_env(actions[mine]) for mine in turns]
-            messages = [("step", mine // len(workers), a) for mine, a in zip(turns, actions, strict=True)]
+            messages = [("step", mine // len(workers), self.interface.to_env(actions[mine])) for mine in turns]
             for mine, answer in zip(turns, self._ask([workers[i] for i in acting], messages), strict=True):
                 obs[mine], rewards[mine], ended = answer
                 returns[mine] += rewards[mine]
