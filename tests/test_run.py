@@ -161,9 +161,14 @@ def copy(whole, out, without=()):
 
 def sentence(call, *args, **kwargs):
     """What the user reads where `call` refuses: one sentence, with status 1."""
-    with pytest.raises(SystemExit) as error:
+    with pytest.raises((SystemExit, KeyboardInterrupt)) as error:
         call(*args, **kwargs)
-    assert isinstance(error.value.code, str) and "\n" not in error.value.code and error.value.code.endswith(".")
+    assert (
+        error.type is not KeyboardInterrupt
+        and isinstance(error.value.code, str)
+        and "\n" not in error.value.code
+        and error.value.code.endswith(".")
+    )
     assert len(error.value.code) < 1500
     return error.value.code
 
@@ -479,6 +484,8 @@ def test_a_run_killed_in_every_window_ends_as_one_that_was_not(staged, tmp_path,
     whole, out = tmp_path / "whole", tmp_path / "killed"
     summary = run(name, whole)
     with monkeypatch.context() as context:
+        advance, trained = load(name).Runs.advance, []
+        context.setattr(load(name).Runs, "advance", lambda runs, *args: trained.append(1) or advance(runs, *args))
         torn = tear_every_write_once(load(name), context)
         for kills in range(2 * len(steps) + 2):
             with pytest.raises(Killed):
@@ -487,6 +494,7 @@ def test_a_run_killed_in_every_window_ends_as_one_that_was_not(staged, tmp_path,
         again = run(name, out)
     evaluations = [(file, step) for step in steps for file in ("checkpoint.msgpack", "metrics.jsonl")]
     assert torn == [("config.json", 0), *evaluations, ("summary.json", 0)]
+    assert len(trained) == 2 * len(steps), "what is in a whole checkpoint is not trained again"
     assert_same_end(out, whole)
     assert {k: x for k, x in again.items() if "second" not in k} == {
         k: x for k, x in summary.items() if "second" not in k
@@ -637,11 +645,11 @@ def test_an_evaluation_that_fails_costs_a_line_and_no_training(finished, tmp_pat
         np.testing.assert_array_equal(flatten(checkpoint(tmp_path)["states"])[name], x)
 
 
-def test_without_episodes_it_trains_and_plays_nothing(finished, tmp_path, monkeypatch):
-    def evaluate(*args, **kwargs):
+def test_without_episodes_it_trains_and_makes_no_environment(finished, tmp_path, monkeypatch):
+    def made(*args):
         raise Killed
 
-    monkeypatch.setattr(Environment, "evaluate", evaluate)
+    monkeypatch.setattr(Environment, "_hire", made)  # the workers, in which environments are made
     summary = run("iql", tmp_path, eval_episodes=0)
     assert summary["returns"] == [[], []] and summary["score_mean"] is None and "eval_episodes" in summary["score_kind"]
     for name, x in flatten(checkpoint(finished[0])["states"]).items():
