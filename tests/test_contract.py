@@ -62,7 +62,9 @@ def config(algo, **changes):
     small = dict(num_updates=40, eval_interval=10, log_interval=10, batch_size=B)
     fields = {f.name for f in dataclasses.fields(algo.Config)}
     small |= {name: (8, 8) for name in fields if name.endswith("hidden")}
-    small |= {"prepare_interval": 5} if "prepare_interval" in fields else {}
+    counts = dict(prepare_interval=5, num_members=3, num_elites=2, rollout_batch_size=16, horizon=2, buffer_size=64,
+                  real_ratio=0.5)  # fmt: skip
+    small |= {name: value for name, value in counts.items() if name in fields}
     return algo.Config(**(small | changes))
 
 
@@ -111,8 +113,12 @@ def case(request):
 
 
 def jitted(agent):
-    """The agent with each of its functions compiled once; a field may also hold None or a list of functions."""
-    return type(agent)(*jax.tree.map(jax.jit, tuple(agent)))
+    """The agent with each of its functions compiled once; a field may also hold None or a list of functions.
+
+    What draws stays as it is: it takes a Config.
+    """
+    fields = agent._asdict().items()
+    return type(agent)(**{name: x if name.endswith("draw") else jax.tree.map(jax.jit, x) for name, x in fields})
 
 
 @pytest.fixture(params=ALGOS)
