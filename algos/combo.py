@@ -159,7 +159,7 @@ class Agent(NamedTuple):
 
 # --- Algorithm -----------------------------------------------------------------------------------------
 # Keys that SAC does not spend are fold_in(key, number), beyond those of split, whose i-th key is fold_in(key, i)
-MODEL, ROWS, ROLL_OUT, IMAGINED, PROPOSE = range(2**31 - 5, 2**31)
+PROPOSE, MODEL, ROWS, ROLL_OUT, IMAGINED = range(2**31 - 5, 2**31)
 REPORT = "holdout_min", "holdout_max", "zero_rows", "model_terminal", "model_reward", "data_reward"
 choose = jax.vmap(jnp.where)  # row by row
 

@@ -63,8 +63,8 @@ def test_the_threshold_is_of_the_largest_disagreement_over_the_data():
 
 
 def test_the_threshold_is_taken_once():
-    state = prepare(LINEAR, split_state(LINEAR, largest=7.0), rows(np.full(20, 4.0)))
-    assert state.largest == 7.0 and state.report["unknown"] == 0.0
+    state = prepare(LINEAR, split_state(LINEAR, largest=70.0), rows(np.full(20, 4.0)))
+    assert state.largest == 70.0 and state.report["unknown"] == 0.0
 
 
 def test_what_the_members_agree_on_is_known_and_a_pessimism_without_bound_makes_all_unknown():
