@@ -34,7 +34,8 @@ ROOMS = ("datasets", "environments", "networks")  # of common/, beside the recip
 N, B = 64, 16  # rows of the data and of a batch
 # What papers do on purpose, and a test would take for a defect
 RELATIVE = {"marwil", "reps", "td3_bc", "td3_awr", "rebrac"}  # weights relative to the batch's own scale
-PROPOSES = {"cql": {"weight": 0.0}}  # actions of pi(.|s') are proposals in every row, and this leaves them out
+PROPOSES = dict.fromkeys(("cql", "combo"), {"weight": 0.0})  # pi(.|s') proposes actions in every row; this leaves them out
+ALL_REAL = {"combo": {"real_ratio": 1.0}}  # pushes values up in a part of the rows alone, and this makes it all of them
 NEEDS = {"cql": {"lagrange": True}}  # options without which a float of theirs does nothing
 ACTS_ON_SAMPLES = {"bcq", "bear", "emaq", "qt_opt"}  # act takes the best of actions that it draws
 BELIEVES = {"bear": 0.75}  # weight of the smaller critic in `q`, where it is not the smaller one alone
@@ -279,6 +280,7 @@ def test_loss_of_a_batch_is_the_mean_over_its_rows(case, monkeypatch):
         monkeypatch.setattr(jax.random, draw, lambda key, shape=(), *args, **kwargs: jnp.zeros(shape))
     monkeypatch.setattr(jax.random, "categorical", lambda key, logits, axis=-1, **kwargs: logits.argmax(axis=axis))
     still = {f.name: 0.0 for f in dataclasses.fields(case.cfg) if f.name.endswith("learning_rate")}
+    still |= ALL_REAL.get(case.algo.__name__.removeprefix("algos."), {})
     update = jax.jit(case.algo.make_agent(dataclasses.replace(case.cfg, **still), case.spec).update)
 
     def losses(batch):
