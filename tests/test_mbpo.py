@@ -15,7 +15,7 @@ from common.environments import Spec
 
 
 def never(next_obs):
-    return jnp.zeros(next_obs.shape[:-1], bool)
+    return np.zeros(next_obs.shape[:-1], bool)  # as that of HalfCheetah does
 
 
 SMALL = dict(batch_size=8, num_updates=20, eval_interval=20, log_interval=20, prepare_interval=10, pretrain_updates=20)
