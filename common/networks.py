@@ -7,7 +7,7 @@ A policy is a network that returns a distribution with `sample(key)`, `log_prob(
 dimensions), `mode()` and `entropy()`. An algorithm that needs no more works with discrete and continuous actions.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -99,7 +99,8 @@ class Dense(nn.Module):
 
     "orthogonal": kernel orthogonal times sqrt(2), bias 0 (jaxrl, IQL). "torch": both uniform in +-1 / sqrt(inputs)
     (PyTorch's nn.Linear: TD3, TD3+BC). "edac": that kernel, bias 0.1 (EDAC's hidden layers, ReBRAC's). "lecun": flax's
-    default. A number: both uniform within it.
+    default. "mbpo": kernel normal with deviation 1 / (2 sqrt(inputs)), cut at twice it, bias 0 (MBPO's dynamics, as
+    TensorFlow cuts it). A number: both uniform within it.
     """
 
     features: int
@@ -116,10 +117,14 @@ class Dense(nn.Module):
             kernel, bias = _uniform(x.shape[-1] ** -0.5), nn.initializers.constant(0.1)
         elif self.initializer == "lecun":
             kernel = _alone(nn.initializers.lecun_normal())
+        elif self.initializer == "mbpo":
+            kernel = _alone(nn.initializers.truncated_normal(0.5 * x.shape[-1] ** -0.5))
         elif isinstance(self.initializer, float):
             kernel = bias = _uniform(self.initializer)
         else:
-            raise ValueError(f"initializer is 'orthogonal', 'torch', 'edac' or 'lecun', not {self.initializer!r}")
+            raise ValueError(
+                f"initializer is 'orthogonal', 'torch', 'edac', 'lecun' or 'mbpo', not {self.initializer!r}"
+            )
 
         def masked_dot(x, kernel, *args, **kwargs):
             return jax.lax.dot_general(x, kernel * mask, *args, **kwargs)
@@ -146,7 +151,10 @@ def _alone(initializer):
 
 
 class MLP(nn.Module):
-    """Hidden layers with ReLU (LayerNorm before or after it), then a linear layer: (..., inputs) -> (..., outputs)."""
+    """Hidden layers with ReLU (LayerNorm before or after it), then a linear layer: (..., inputs) -> (..., outputs).
+
+    `activation` stands in the place of the ReLU.
+    """
 
     outputs: int
     hidden: Sequence[int] = (256, 256)
@@ -154,13 +162,14 @@ class MLP(nn.Module):
     layer_norm: bool = False
     relu_first: bool = False  # LayerNorm after the ReLU
     output_bound: float | None = None  # the last layer starts uniform within it, not as `initializer` says
+    activation: Callable = nn.relu
 
     @nn.compact
     def __call__(self, x):
         for features in self.hidden:
             x = Dense(features, self.initializer)(x)
             norm = nn.LayerNorm() if self.layer_norm else (lambda x: x)
-            x = norm(nn.relu(x)) if self.relu_first else nn.relu(norm(x))
+            x = norm(self.activation(x)) if self.relu_first else self.activation(norm(x))
         return Dense(self.outputs, self.output_bound or self.initializer)(x)
 
 
@@ -349,7 +358,43 @@ class DiscreteCritic(nn.Module):
         return q if action is None else select(q, jnp.broadcast_to(action, q.shape[:-1]))
 
 
-def _ensemble(size):
-    return nn.vmap(
-        MLP, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=None, out_axes=0, axis_size=size
-    )
+# --- Models of the dynamics ------------------------------------------------------------------------------
+
+
+class Prediction(NamedTuple):
+    """What each member of an ensemble expects of a step."""
+
+    mean: jax.Array  # (members, batch, obs_dim + 1): of the observation's change and, last, of the reward
+    log_var: jax.Array  # of the same, a Gaussian without correlations
+    terminal: jax.Array | None  # (members, batch): logit of the episode's end, if the model learns it
+
+
+class Dynamics(nn.Module):
+    """An ensemble of Gaussians p(s' - s, r | s, a) (MBPO, https://arxiv.org/abs/1906.08253), independent of each other.
+
+    Called with (batch, ...) it shows every member the same rows, with (members, batch, ...) each its own. Inputs are
+    scaled: (x - mean) / std. The log-variance stays between two learned bounds, which it approaches softly.
+    """
+
+    num_members: int
+    obs_dim: int
+    hidden: Sequence[int] = (200, 200, 200, 200)
+    learns_terminal: bool = False
+
+    @nn.compact
+    def __call__(self, obs, action, mean, std):
+        x = jnp.concatenate([obs, action], axis=-1)
+        x = (jnp.broadcast_to(x, (self.num_members, *x.shape[-2:])) - mean[None, None]) / std[None, None]
+        width = self.obs_dim + 1
+        network = _ensemble(self.num_members, in_axes=0)
+        outputs = network(2 * width + self.learns_terminal, self.hidden, "mbpo", activation=nn.swish)(x)
+        high = self.param("max_log_var", nn.initializers.constant(0.5), (self.num_members, width))[:, None]
+        low = self.param("min_log_var", nn.initializers.constant(-10.0), (self.num_members, width))[:, None]
+        log_var = high - nn.softplus(high - outputs[..., width : 2 * width])
+        log_var = low + nn.softplus(log_var - low)
+        return Prediction(outputs[..., :width], log_var, outputs[..., -1] if self.learns_terminal else None)
+
+
+def _ensemble(size, in_axes=None):
+    axes = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}, "in_axes": in_axes, "out_axes": 0}
+    return nn.vmap(MLP, axis_size=size, **axes)

@@ -34,7 +34,8 @@ ROOMS = ("datasets", "environments", "networks")  # of common/, beside the recip
 N, B = 64, 16  # rows of the data and of a batch
 # What papers do on purpose, and a test would take for a defect
 RELATIVE = {"marwil", "reps", "td3_bc", "td3_awr", "rebrac"}  # weights relative to the batch's own scale
-PROPOSES = {"cql": {"weight": 0.0}}  # actions of pi(.|s') are proposals in every row, and this leaves them out
+PROPOSES = dict.fromkeys(("cql", "combo"), {"weight": 0.0})  # pi(.|s') proposes in every row; this leaves it out
+ALL_REAL = {"combo": {"real_ratio": 1.0}}  # pushes values up in a part of the rows alone, and this makes it all of them
 NEEDS = {"cql": {"lagrange": True}}  # options without which a float of theirs does nothing
 ACTS_ON_SAMPLES = {"bcq", "bear", "emaq", "qt_opt"}  # act takes the best of actions that it draws
 BELIEVES = {"bear": 0.75}  # weight of the smaller critic in `q`, where it is not the smaller one alone
@@ -62,7 +63,9 @@ def config(algo, **changes):
     small = dict(num_updates=40, eval_interval=10, log_interval=10, batch_size=B)
     fields = {f.name for f in dataclasses.fields(algo.Config)}
     small |= {name: (8, 8) for name in fields if name.endswith("hidden")}
-    small |= {"prepare_interval": 5} if "prepare_interval" in fields else {}
+    counts = dict(prepare_interval=5, num_members=3, num_elites=2, rollout_batch_size=16, horizon=2, buffer_size=64,
+                  real_ratio=0.5)  # fmt: skip
+    small |= {name: value for name, value in counts.items() if name in fields}
     return algo.Config(**(small | changes))
 
 
@@ -111,8 +114,12 @@ def case(request):
 
 
 def jitted(agent):
-    """The agent with each of its functions compiled once; a field may also hold None or a list of functions."""
-    return type(agent)(*jax.tree.map(jax.jit, tuple(agent)))
+    """The agent with each of its functions compiled once; a field may also hold None or a list of functions.
+
+    What draws stays as it is: it takes a Config.
+    """
+    fields = agent._asdict().items()
+    return type(agent)(**{name: x if name.endswith("draw") else jax.tree.map(jax.jit, x) for name, x in fields})
 
 
 @pytest.fixture(params=ALGOS)
@@ -273,6 +280,7 @@ def test_loss_of_a_batch_is_the_mean_over_its_rows(case, monkeypatch):
         monkeypatch.setattr(jax.random, draw, lambda key, shape=(), *args, **kwargs: jnp.zeros(shape))
     monkeypatch.setattr(jax.random, "categorical", lambda key, logits, axis=-1, **kwargs: logits.argmax(axis=axis))
     still = {f.name: 0.0 for f in dataclasses.fields(case.cfg) if f.name.endswith("learning_rate")}
+    still |= ALL_REAL.get(case.algo.__name__.removeprefix("algos."), {})
     update = jax.jit(case.algo.make_agent(dataclasses.replace(case.cfg, **still), case.spec).update)
 
     def losses(batch):

@@ -20,6 +20,7 @@ from common.networks import (
     Dense,
     DeterministicActor,
     DiscreteCritic,
+    Dynamics,
     GaussianActor,
     Normal,
     TanhGaussianActor,
@@ -479,6 +480,12 @@ def test_edac_is_torchs_kernel_and_a_constant_bias():
     np.testing.assert_array_equal(bias, np.float32(0.1))
 
 
+def test_mbpo_is_a_normal_cut_at_twice_its_deviation():
+    kernel, bias = linear_of_100(300, "mbpo")  # 1 / (2 sqrt(100)) = 0.05, and 0.88 of that once it is cut
+    assert 0.097 < np.abs(kernel).max() <= 0.1 and not bias.any()
+    np.testing.assert_allclose(kernel.std(), 0.8796 * 0.05, rtol=0.02)
+
+
 def test_a_number_is_the_bound_of_kernel_and_bias():
     for x in linear_of_100(300, 0.003):
         assert -0.003 <= x.min() < -0.0028 and 0.0028 < x.max() <= 0.003
@@ -496,7 +503,7 @@ def test_output_bound_is_of_the_last_layer_alone(network):
 
 
 def test_unknown_initializer():
-    with pytest.raises(ValueError, match="'orthogonal', 'torch', 'edac' or 'lecun', not 'xavier'"):
+    with pytest.raises(ValueError, match="'orthogonal', 'torch', 'edac', 'lecun' or 'mbpo', not 'xavier'"):
         Value(HIDDEN, "xavier").init(KEY, OBS)
 
 
@@ -509,6 +516,65 @@ def test_layers_and_seeds_draw_their_own_numbers(initializer):
     assert len(square) == 2 and not np.isclose(*square).any()
     for a, b in zip(kernels(first).values(), kernels(other).values(), strict=True):
         assert not np.isclose(a, b).any()
+
+
+# --- Models of the dynamics --------------------------------------------------------------------------------
+
+
+def dynamics(raw, learns_terminal=False, hidden=(), kernel=0.0, members=1):
+    """One observation, one action; every output is `raw`, or what `kernel` makes of the inputs beside it."""
+    network = Dynamics(members, 1, hidden, learns_terminal)
+    inputs = np.zeros((1, 1)), np.zeros((1, 1)), np.zeros(2), np.ones(2)
+    values = {"kernel": kernel, "bias": raw}
+    params = jax.tree_util.tree_map_with_path(
+        lambda path, x: np.broadcast_to(np.float32(values[path[-1].key]), x.shape) if path[-1].key in values else x,
+        network.init(KEY, *inputs),
+    )
+    return network, params, inputs
+
+
+def test_the_log_variance_approaches_its_bounds_softly():
+    raw = np.float32([-20, -10, 0, 0.5, 5, 1e4, -1e4])
+    bounded = []
+    for x in raw:
+        network, params, inputs = dynamics(x)
+        bounded.append(network.apply(params, *inputs).log_var)
+    expect = [-9.999955, -9.306867, -0.474004, -0.193092, 0.488980, 0.500028, -10.0]
+    np.testing.assert_allclose(np.ravel(bounded), np.repeat(expect, 2), rtol=1e-5)
+
+
+def test_hidden_layers_of_the_dynamics_are_swish():
+    network, params, inputs = dynamics(0.0, hidden=(1,), kernel=1.0)
+    ahead = [network.apply(params, np.float32([[x]]), *inputs[1:]).mean[0, 0, 0] for x in (1.0, -1.0)]
+    np.testing.assert_allclose(ahead, [0.731059, -0.268941], rtol=1e-5)
+
+
+def test_inputs_of_the_dynamics_are_scaled():
+    network, params, _ = dynamics(0.0, kernel=np.float32([[1.0], [10.0]]), learns_terminal=True)
+    at = np.float32([[5.0]]), np.float32([[0.5]]), np.float32([1.0, 0.25]), np.float32([2.0, 0.5])
+    prediction = network.apply(params, *at)  # (5 - 1) / 2 + 10 (0.5 - 0.25) / 0.5 = 7
+    np.testing.assert_allclose(
+        np.ravel([prediction.mean[0, 0, 0], prediction.mean[0, 0, 1], prediction.terminal[0, 0]]), 7
+    )
+
+
+def test_members_of_the_dynamics_see_the_same_rows_or_their_own():
+    network = Dynamics(2, 3, (8,), True)
+    scale = np.zeros(5, np.float32), np.ones(5, np.float32)
+    params = network.init(KEY, OBS_3, ACTION, *scale)
+    same = network.apply(params, OBS_3, ACTION, *scale)
+    assert same.mean.shape == same.log_var.shape == (2, 7, 4) and same.terminal.shape == (2, 7)
+    assert not np.isclose(same.mean[0], same.mean[1]).any()  # drawn from keys of their own
+    own = network.apply(params, np.stack([OBS_3, OBS_3[::-1]]), np.stack([ACTION, ACTION[::-1]]), *scale)
+    for ours, theirs in zip(own, same, strict=True):
+        np.testing.assert_allclose(ours[0], theirs[0], rtol=1e-6)
+        np.testing.assert_allclose(ours[1], theirs[1][::-1], rtol=1e-6)
+    assert (
+        Dynamics(2, 3, (8,))
+        .apply(Dynamics(2, 3, (8,)).init(KEY, OBS_3, ACTION, *scale), OBS_3, ACTION, *scale)
+        .terminal
+        is None
+    )
 
 
 # --- Many seeds in one program --------------------------------------------------------------------------
