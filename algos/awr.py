@@ -77,7 +77,6 @@ class Config:
     td_lambda: float = 0.95  # lambda: 1 is the return of the data, 0 the one-step target
     max_weight: float = 20.0  # clip of exp(beta A), for stability
     prepare_interval: int = 250  # gradient steps between two relabellings of the data with lambda-returns
-    prepare_batch_size: int = 10_000  # rows of the data that a relabelling computes at once
     act: Literal["mode", "sample"] = "mode"  # what evaluations take: the most likely action of the policy, or a draw
 
 
@@ -180,7 +179,7 @@ def make_agent(cfg: Config, spec: Spec) -> Agent:
 
     def prepare(state, dataset):
         def v(obs):  # in blocks of rows: the hidden layers of all of them do not fit beside those of other runs
-            return jax.lax.map(partial(value.apply, state.value.params), obs, batch_size=cfg.prepare_batch_size)
+            return jax.lax.map(partial(value.apply, state.value.params), obs, batch_size=10_000)
 
         rows = dataset.reward, dataset.terminal, dataset.episode, v(dataset.next_obs)
         returns = lambda_returns(*rows, cfg.discount, cfg.td_lambda)

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from algos import awr, bc
-from common.datasets import Spec, Transition
+from common.datasets import Transition
+from common.environments import Spec
 from common.networks import CategoricalActor, Value
 
 

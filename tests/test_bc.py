@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from algos import bc
-from common.datasets import Spec, Transition
+from common.datasets import Transition
+from common.environments import Spec
 
 SMALL = dict(batch_size=512, hidden=(16,), learning_rate=3e-3, num_updates=1500, log_interval=1500)
 

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from algos import bcq, emaq
-from common.datasets import Spec, Transition
+from common.datasets import Transition
+from common.environments import Spec
 from common.networks import VAE
 
 CHOOSE = 1e6  # of a decoder: tanh(1e6 z) is -1 or 1, each with probability 1/2, whatever the clip of z

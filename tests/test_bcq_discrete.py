@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from algos import bc, bcq_discrete, dqn
-from common.datasets import Spec, Transition
+from common.datasets import Transition
+from common.environments import Spec
 
 LOGITS = np.log([6.0, 3.0, 1.0])  # of G = (0.6, 0.3, 0.1)
 

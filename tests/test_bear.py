@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from algos import bear, brac
-from common.datasets import Spec, Transition
+from common.datasets import Transition
+from common.environments import Spec
 
 STILL = dict(learning_rate=0.0, actor_learning_rate=0.0, alpha_learning_rate=0.0)
 LINEAR = bear.Config(hidden=(), vae_hidden=(), mmd_sigma=10.0, **STILL)

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from algos import brac
-from common.datasets import Spec, Transition
+from common.datasets import Transition
+from common.environments import Spec
 from common.networks import Categorical, CategoricalActor, DiscreteCritic, TanhNormal
 
 LINEAR = brac.Config(hidden=(), learning_rate=0.0, actor_learning_rate=0.0, alpha=2.0, num_samples=2)

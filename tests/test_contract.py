@@ -24,18 +24,22 @@ import numpy as np
 import pytest
 import tyro
 
-from common.datasets import Spec, Transition
+from common.datasets import Transition
+from common.environments import Spec
 
 ROOT = pathlib.Path(__file__).parents[1]
 ALGOS = sorted(p.stem for p in (ROOT / "algos").glob("*.py") if p.stem != "__init__")
 CONTINUOUS, DISCRETE = Spec(3, 2), Spec(3, 4, discrete=True)
+ROOMS = ("datasets", "environments", "networks")  # of common/, beside the recipes
 N, B = 64, 16  # rows of the data and of a batch
 # What papers do on purpose, and a test would take for a defect
-RELATIVE = {"marwil", "reps"}  # the actor's weights are relative to the batch's own scale
+RELATIVE = {"marwil", "reps", "td3_bc", "td3_awr", "rebrac"}  # weights relative to the batch's own scale
 PROPOSES = {"cql": {"weight": 0.0}}  # actions of pi(.|s') are proposals in every row, and this leaves them out
 NEEDS = {"cql": {"lagrange": True}}  # options without which a float of theirs does nothing
 ACTS_ON_SAMPLES = {"bcq", "bear", "emaq", "qt_opt"}  # act takes the best of actions that it draws
+BELIEVES = {"bear": 0.75}  # weight of the smaller critic in `q`, where it is not the smaller one alone
 ACTS_BY_TARGETS = {"qt_opt"}  # the averaged critic is the one that its paper acts by
+RELABELS = {"awr"}  # its returns are made anew while it trains
 GAUSSIAN = {"epsilon_std"}  # floats of a Gaussian policy: a categorical one has no use for them
 
 
@@ -56,8 +60,10 @@ def load(name):
 
 def config(algo, **changes):
     small = dict(num_updates=40, eval_interval=10, log_interval=10, batch_size=B)
-    layers = {f.name: (8, 8) for f in dataclasses.fields(algo.Config) if f.name.endswith("hidden")}
-    return algo.Config(**(small | layers | changes))
+    fields = {f.name for f in dataclasses.fields(algo.Config)}
+    small |= {name: (8, 8) for name in fields if name.endswith("hidden")}
+    small |= {"prepare_interval": 5} if "prepare_interval" in fields else {}
+    return algo.Config(**(small | changes))
 
 
 def takes(algo, spec):
@@ -97,11 +103,16 @@ def case(request):
     algo = load(name)
     cfg = config(algo)
     agent = algo.make_agent(cfg, spec)
-    agent = type(agent)(*map(jax.jit, agent))
+    agent = jitted(agent)
     data = random_data(spec, jax.random.key(7))
     train = jax.jit(algo.make_train(cfg, agent))
     state = agent.init(jax.random.key(0))
     return Case(algo, cfg, spec, agent, train, state, data, jax.tree.map(lambda x: x[:B], data))
+
+
+def jitted(agent):
+    """The agent with each of its functions compiled once; a field may also hold None or a list of functions."""
+    return type(agent)(*jax.tree.map(jax.jit, tuple(agent)))
 
 
 @pytest.fixture(params=ALGOS)
@@ -121,26 +132,16 @@ def differ(a, b):
     return any(not np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
 
 
-def updated(case, state, batch, times):
-    """The states after 1, 2, ... `times` updates: more than one where a network waits for its turn."""
-    if hasattr(case.agent, "relabel"):
-        state, batch = case.agent.relabel(state, batch)
-    states = []
-    for _ in range(times):
-        state, _ = case.agent.update(state, batch)
-        states.append(state)
-    return states
+def updated(case, state, batch):
+    """The state after one whole update, of which every network is a part."""
+    if hasattr(case.agent, "prepare"):
+        state, batch = case.agent.prepare(state, batch)
+    return case.agent.update(state, batch)[0]
 
 
 def pretrained(algo, cfg, agent, state, data):
     """The state after the first phase of training, where there is one."""
-    if not hasattr(agent, "pretrain"):
-        return state
-    return algo.make_train(cfg, agent._replace(update=agent.pretrain))(state, data)[0]
-
-
-def delay(case):
-    return getattr(case.cfg, "policy_delay", 1)
+    return algo.make_train(cfg, agent, "pretrain")(state, data)[0] if hasattr(agent, "pretrain") else state
 
 
 # --- State -----------------------------------------------------------------------------------------------
@@ -251,7 +252,7 @@ def test_what_follows_a_terminal_is_never_read(case):
         case = case._replace(agent=agent._replace(update=jax.jit(agent.update)))
     batch = case.batch._replace(terminal=jnp.ones(B))
     garbage = batch._replace(next_obs=1e3 + batch.next_obs, next_action=jnp.zeros_like(batch.next_action))
-    a, b = (updated(case, case.state, x, delay(case))[-1] for x in (batch, garbage))
+    a, b = (updated(case, case.state, x) for x in (batch, garbage))
     chex.assert_trees_all_equal(networks(a), networks(b))
 
 
@@ -261,7 +262,7 @@ def test_what_follows_a_time_out_is_read(case):
     if getattr(case.cfg, "td", True) is False:
         pytest.skip("its values are of whole returns")
     batch = case.batch._replace(terminal=jnp.zeros(B))
-    a, b = (updated(case, case.state, x, delay(case))[-1] for x in (batch, batch._replace(next_obs=1 + batch.next_obs)))
+    a, b = (updated(case, case.state, x) for x in (batch, batch._replace(next_obs=1 + batch.next_obs)))
     assert differ(networks(a), networks(b))
 
 
@@ -282,7 +283,7 @@ def test_loss_of_a_batch_is_the_mean_over_its_rows(case, monkeypatch):
     rows = [losses(jax.tree.map(lambda x, i=i: jnp.stack([x[i]] * B), case.batch)) for i in range(B)]
     for name in whole:
         relative = name == "actor_loss" and case.algo.__name__.removeprefix("algos.") in RELATIVE
-        if np.isfinite(whole[name]) and not relative:  # NaN: not computed in this update
+        if not relative:
             np.testing.assert_allclose(whole[name], np.mean([r[name] for r in rows]), rtol=1e-4, err_msg=name)
 
 
@@ -291,19 +292,33 @@ def test_targets_start_equal_and_move_by_tau(case):
         chex.assert_trees_all_equal(
             getattr(case.state, name), params(getattr(case.state, name.removeprefix("target_")))
         )
-    before = updated(case, case.state, case.batch, delay(case))[-1]  # now online and target differ
-    after = updated(case, before, case.batch, delay(case))
+    before = updated(case, case.state, case.batch)  # now online and target differ
+    after = updated(case, before, case.batch)
     for name in (n for n in case.state._fields if n.startswith("target_")):
-        online, old = params(getattr(after[-1], name.removeprefix("target_"))), getattr(before, name)
+        online, old = params(getattr(after, name.removeprefix("target_"))), getattr(before, name)
         expect = jax.tree.map(lambda o, t: case.cfg.tau * o + (1 - case.cfg.tau) * t, online, old)
-        chex.assert_trees_all_close(getattr(after[-1], name), expect, rtol=1e-5, atol=1e-7)
-        assert differ(getattr(after[-1], name), old)
-        assert all(not differ(getattr(s, name), old) for s in after[:-1]), "a delayed target moves once per delay"
+        chex.assert_trees_all_close(getattr(after, name), expect, rtol=1e-5, atol=1e-7)
+        assert differ(getattr(after, name), old)
+
+
+def test_a_delayed_network_moves_in_its_turn_alone(case):
+    """Of the updates that take turns, the last is the whole one; the others move the critic, and no target."""
+    if not hasattr(case.agent, "cycle"):
+        pytest.skip("every update is a whole one")
+    *partial, whole = case.agent.cycle
+    assert len(partial) == case.cfg.policy_delay - 1 == 1 and whole is case.agent.update
+    state, info = partial[0](case.state, case.batch)
+    moved = {name for name, x in networks(state).items() if differ(x, networks(case.state)[name])}
+    assert moved == {"critic"} and set(info) < set(whole(case.state, case.batch)[1])
+    # The critic is the same after its own update and after a whole one
+    chex.assert_trees_all_equal(state.critic, whole(case.state, case.batch)[0].critic)
+    three = case.algo.make_agent(dataclasses.replace(case.cfg, policy_delay=3), case.spec)
+    assert len(three.cycle) == 3 and three.cycle[0] is three.cycle[1] is not three.update
 
 
 def test_every_network_learns(case):
     before = pretrained(case.algo, case.cfg, case.agent, case.state, case.data)
-    after = updated(case, before, case.data, delay(case))[-1]
+    after = updated(case, before, case.data)
     for name, before in networks(case.state).items():
         for (path, x), y in zip(
             jax.tree_util.tree_leaves_with_path(params(before)),
@@ -343,6 +358,50 @@ def test_what_it_believes_is_a_number_for_each_state_and_depends_on_the_action(c
     assert q.shape == (N,) and differ(q, case.agent.q(case.state, case.data.obs, case.data.next_action))
 
 
+def test_what_it_believes_is_the_smaller_of_its_critics(case):
+    """One critic's last bias raised far above the other changes nothing, lowered it carries the value down with it."""
+    critics = getattr(case.state, "critic", None)
+    leaves = jax.tree_util.tree_leaves_with_path(params(critics))
+    biases = [x for path, x in leaves if jax.tree_util.keystr(path).endswith("['bias']")]
+    if not hasattr(case.agent, "q") or biases[-1].ndim == 1:
+        pytest.skip("learns no Q-function, or a single one")
+    count, last = biases[-1].shape[0], jax.tree_util.keystr(leaves[-1][0]).split("['linear']")[0]
+
+    def shifted(by):
+        """The state whose critics but the first say `by` more than they did."""
+
+        def move(path, x):
+            final = jax.tree_util.keystr(path) == last + "['linear']['bias']"
+            return x.at[1:].add(by) if final else x
+
+        tree = jax.tree_util.tree_map_with_path(move, params(critics))
+        return case.state._replace(critic=critics._replace(params=tree))
+
+    at = case.data.obs, case.data.action
+    low, high, far = (case.agent.q(shifted(by), *at) for by in (-1e3, 1e3, 2e3))
+    smaller = BELIEVES.get(case.algo.__name__.removeprefix("algos."), 1.0)
+    assert count >= 2 and np.all(low < -500 * smaller)
+    if case.algo.__name__.endswith("qt_opt"):  # a sigmoid: its values have a bound
+        np.testing.assert_allclose(high, far, rtol=1e-5)
+    else:
+        np.testing.assert_allclose((far - high) / 1e3, 1 - smaller, atol=1e-3)
+
+
+def test_the_policy_is_what_acts(case):
+    """Where the policy has a density: act is its mode, and a draw of it with act="sample"."""
+    if getattr(case.agent, "policy", None) is None:
+        assert not hasattr(case.cfg, "act"), "without a density there is nothing to choose"
+        pytest.skip("the policy has no density")
+    obs, key = case.data.obs, jax.random.key(0)
+    pi = case.agent.policy(case.state, obs)
+    np.testing.assert_array_equal(case.agent.act(case.state, obs, key), pi.mode())
+    sampling = case.algo.make_agent(dataclasses.replace(case.cfg, act="sample"), case.spec)
+    a, b, c = (jax.jit(sampling.act)(case.state, obs, jax.random.key(k)) for k in (0, 0, 1))
+    np.testing.assert_array_equal(a, b)
+    assert differ(a, c) and differ(a, pi.mode())
+    assert pi.log_prob(case.data.action).shape == (N,)
+
+
 def test_it_acts_and_believes_by_the_networks_it_trains(case):
     """Not by their slow copies and, where there is a policy, by that and not by the clone that it is held to."""
     name, rng = case.algo.__name__.removeprefix("algos."), np.random.default_rng(0)
@@ -377,8 +436,6 @@ def test_actions_it_cannot_take_are_refused_in_one_sentence(algo):
 
 
 def test_how_often_we_look_does_not_change_training(case):
-    if hasattr(case.agent, "relabel"):
-        pytest.skip("log_interval is its iteration")
     once = case.algo.make_train(dataclasses.replace(case.cfg, log_interval=20, eval_interval=20), case.agent)
     once, _ = jax.jit(once)(case.state, case.data)
     twice, _ = case.train(case.train(case.state, case.data)[0], case.data)
@@ -415,6 +472,29 @@ def test_the_dataset_is_an_argument_of_the_compiled_program(case):
     assert len(text[1]) < 1.1 * len(text[0])
 
 
+@pytest.mark.parametrize("name", ALGOS)
+def test_every_option_of_the_data_reaches_them(name, monkeypatch):
+    """Each field of Config that names an option of load_dataset is handed on, and the discount of whole returns is."""
+    algo, calls = load(name), []
+
+    def record(dataset_id, **options):
+        calls.append({"dataset_id": dataset_id, **options})
+        n = np.zeros(4, np.float32)
+        return Transition(n[:, None], n[:, None], n, n[:, None], n, episode=np.arange(4), return_to_go=n + 1), None
+
+    monkeypatch.setattr(algo, "load_dataset", record)
+    fields = {f.name for f in dataclasses.fields(algo.Config)}
+    changes = {"dataset": "my/data-v0", "normalize_obs": None, "normalize_reward": None, "reward_shift": 0.5}
+    for field, value in changes.items():
+        if field in fields:
+            value = not getattr(algo.Config(), field) if value is None else value
+            algo.load_data(dataclasses.replace(algo.Config(), **{field: value}))
+            assert calls[-1]["dataset_id" if field == "dataset" else field] == value, field
+    algo.load_data(dataclasses.replace(algo.Config(), **({"discount": 0.5} if "discount" in fields else {})))
+    if "return_to_go" in calls[-1].get("columns", ()) and name not in RELABELS:
+        assert calls[-1].get("discount", 1.0) == (0.5 if "discount" in fields else 1.0)
+
+
 # --- The files -------------------------------------------------------------------------------------------
 
 
@@ -448,17 +528,28 @@ def test_shared_blocks_are_identical(name):
         experiment = text[text.index("    # Experiment\n") : text.index("    # Optimisation\n")]
         experiment = re.sub('dataset: str = "[^"]*"', "", experiment)  # some take discrete actions only
         nodes = {n.name: ast.get_source_segment(text, n) for n in ast.parse(text).body if hasattr(n, "name")}
-        agent = [line for line in nodes["Agent"].splitlines() if not re.match(r" +(q|pretrain|relabel):", line)]
-        return training, experiment, nodes["Trainable"], [line.split("  #")[0] for line in agent]
+        own = re.compile(r" +(policy|q|pretrain|cycle|(pretrain_)?(draw|prepare)|act_with_memory):")
+        agent = [line.split("  #")[0] for line in nodes["Agent"].splitlines() if not own.match(line)]
+        return training, experiment, nodes["check"], nodes["Trainable"], nodes["descend"], agent
 
     assert blocks(source(name)) == blocks(source("iql"))
+
+
+def test_the_shared_text_stays_short():
+    """A reader of each of these files passes it: main is a screen, and so is every function."""
+    text = source("iql")
+    training = text[text.index("# --- Training: the same in every file") :]
+    assert len(training.splitlines()) <= 210
+    for node in ast.walk(ast.parse(training)):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno < 60, node.name
 
 
 @pytest.mark.parametrize("name", ALGOS)
 def test_imports_no_sibling(name):
     modules = [n.module for n in ast.walk(ast.parse(source(name))) if isinstance(n, ast.ImportFrom)]
     assert not [m for m in modules if m and m.startswith("algos")]
-    assert {m for m in modules if m and m.startswith("common")} == {"common.datasets", "common.networks"}
+    assert {m for m in modules if m and m.startswith("common")} == {f"common.{m}" for m in ROOMS}
 
 
 @pytest.mark.parametrize("name", ALGOS)
@@ -493,13 +584,38 @@ def test_page_names_every_config_field_and_metric(case):
     names = [f.name for f in dataclasses.fields(case.cfg)]
     for update in {case.agent.update, getattr(case.agent, "pretrain", case.agent.update)}:
         names += list(jax.eval_shape(update, case.state, case.batch)[1])
-    names += ["believed_value", "true_value"] if hasattr(case.agent, "q") else []  # main logs them
+    names += ["diverged", *(("believed_value", "true_value") if hasattr(case.agent, "q") else ())]  # main logs them
     assert not [n for n in names if f"`{n}`" not in page]
+
+
+@pytest.mark.parametrize("name", ALGOS)
+def test_defaults_are_those_of_the_page(name):
+    """The page's table has each default beside the reference's value: a default that moves must move there too."""
+    config = load(name).Config()
+    rows = re.findall(
+        r"^\| (`[^|]*) \| ([^|]*) \| [^|]* \|(?: [^|]* \|)?$", (ROOT / "algos" / f"{name}.md").read_text(), re.M
+    )
+    written = {}
+    for fields, defaults in rows:
+        fields = re.findall(r"`(\w+)`", fields)
+        defaults = re.split(r", (?![^(]*\))", defaults)
+        if set(fields) <= {f.name for f in dataclasses.fields(config)}:
+            assert len(fields) == len(defaults) or len(defaults) == 1, (fields, defaults)
+            written |= dict(zip(fields, defaults * (len(fields) if len(defaults) == 1 else 1), strict=True))
+    for field, text in written.items():
+        text = text.strip("` ").replace("−", "-").replace("–", "-")
+        text = {"no": "False", "yes": "True", "none": "None", "not set": "None"}.get(text, text)
+        text = re.sub(r"(?<=\d),(?=\d{3}\b)", "", text)
+        default = getattr(config, field)
+        assert str(default) == text or float(default) == float(text), (field, text)
+    experiment = source(name)[source(name).index("    # Experiment\n") : source(name).index("    # Optimisation\n")]
+    own = {f.name for f in dataclasses.fields(config) if f"    {f.name}: " not in experiment} - {"act"}
+    assert own <= written.keys(), own - written.keys()
 
 
 def test_common_holds_data_and_networks_only():
     files = {p.relative_to(ROOT / "common").as_posix() for p in (ROOT / "common").rglob("*.py")}
-    assert {f for f in files if not f.startswith("recipes/")} == {"__init__.py", "datasets.py", "networks.py"}
+    assert {f for f in files if not f.startswith("recipes/")} == {"__init__.py", *(f"{room}.py" for room in ROOMS)}
 
 
 @pytest.mark.parametrize("name", ALGOS)
@@ -519,7 +635,7 @@ def test_help_shows_every_field_and_a_misspelt_option_is_an_error(name, capsys, 
 @pytest.mark.parametrize("name", ALGOS)
 def test_a_file_is_a_script(name):
     last = ast.unparse(ast.parse(source(name)).body[-1])
-    assert last == "if __name__ == '__main__':\n    main(tyro.cli(Config))"
+    assert last == "if __name__ == '__main__':\n    main(tyro.cli(Config, description=__doc__))"
 
 
 def test_config_is_json():

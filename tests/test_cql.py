@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from algos import cql, sac
-from common.datasets import Spec, Transition
+from common.datasets import Transition
+from common.environments import Spec
 
 LINEAR = cql.Config(hidden=(), learning_rate=0.0, actor_learning_rate=0.0, discount=0.9, num_samples=10)
 EIGHT = cql.Config(hidden=(8,), num_samples=2)

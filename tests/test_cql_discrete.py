@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from algos import cql_discrete, dqn
-from common.datasets import Spec, Transition
+from common.datasets import Transition
+from common.environments import Spec
 
 
 def random_batch(n=8):

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from algos import bc, crr
-from common.datasets import Spec, Transition
+from common.datasets import Transition
+from common.environments import Spec
 from common.networks import CategoricalActor, DiscreteCritic
 
 SMALL = dict(batch_size=512, hidden=(32,), learning_rate=3e-3, tau=0.05, max_weight=np.inf)

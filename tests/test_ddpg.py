@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from algos import ddpg, td3
-from common.datasets import Spec, Transition
+from common.datasets import Transition
+from common.environments import Spec
 
 LINEAR = ddpg.Config(hidden=(), learning_rate=0.0)  # networks that stand still
 SMALL = dict(hidden=(8, 8), learning_rate=3e-3, tau=0.1)

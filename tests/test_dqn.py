@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from algos import dqn
-from common.datasets import Spec, Transition
+from common.datasets import Transition
+from common.environments import Spec
 
 LINEAR = dqn.Config(hidden=(), learning_rate=0.0, discount=0.9)
 

@@ -11,7 +11,8 @@ import optax
 import pytest
 
 from algos import edac, sac_n
-from common.datasets import Spec, Transition
+from common.datasets import Transition
+from common.environments import Spec
 from common.networks import Critic
 
 

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from algos import emaq
-from common.datasets import Spec, Transition
+from common.datasets import Transition
+from common.environments import Spec
 
 # --- The operator ----------------------------------------------------------------------------------------
 

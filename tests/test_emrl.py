@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from algos import bc, emrl
-from common.datasets import Spec, Transition
+from common.datasets import Transition
+from common.environments import Spec
 
 CFG = emrl.Config(hidden=(), learning_rate=0.03, target="reward")  # no hidden layer: a table, one row per state
 

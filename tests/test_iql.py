@@ -8,7 +8,8 @@ import optax
 import pytest
 
 from algos import bc, iql
-from common.datasets import Spec, Transition
+from common.datasets import Transition
+from common.environments import Spec
 from common.networks import DiscreteCritic, Value
 
 SMALL = dict(batch_size=512, hidden=(32,), learning_rate=1e-3, tau=0.05)  # large batches: little noise in V

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from algos import bc, marwil
-from common.datasets import Spec, Transition
+from common.datasets import Transition
+from common.environments import Spec
 from common.networks import Value
 
 NAN = jnp.nan  # for what must not be read

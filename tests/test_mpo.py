@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from algos import bc, mpo
-from common.datasets import Spec, Transition
+from common.datasets import Transition
+from common.environments import Spec
 from common.networks import Categorical, CategoricalActor, DiscreteCritic, GaussianActor, Normal
 
 EIGHT = mpo.Config(hidden=(8,), learning_rate=0.1, num_samples=3)

@@ -36,7 +36,8 @@ from algos import (
     td3,
     td3_bc,
 )
-from common.datasets import Spec, Transition
+from common.datasets import Transition
+from common.environments import Spec
 from common.networks import Normal
 
 FOLDER = pathlib.Path(__file__).parent / "parity"

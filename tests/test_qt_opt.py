@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from algos import qt_opt
-from common.datasets import Spec, Transition
+from common.datasets import Transition
+from common.environments import Spec
 from common.networks import Critic
 
 

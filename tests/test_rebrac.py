@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from algos import rebrac, td3_bc
-from common.datasets import Spec, Transition
+from common.datasets import Transition
+from common.environments import Spec
 
 SPEC = Spec(1, 2)
 STILL = dict(actor_learning_rate=0.0, critic_learning_rate=0.0)

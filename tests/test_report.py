@@ -13,7 +13,7 @@ import pytest
 import tyro
 
 from common import recipes
-from common.datasets import D4RL_REFERENCE_SCORES
+from common.environments import D4RL_REFERENCE_SCORES
 from common.recipes import manipulation, pointmaze, storage
 
 ROOT = pathlib.Path(__file__).parents[1]

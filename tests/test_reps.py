@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from algos import reps
-from common.datasets import Spec, Transition
+from common.datasets import Transition
+from common.environments import Spec
 from common.networks import Value
 
 

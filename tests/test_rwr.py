@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from algos import bc, rwr
-from common.datasets import Spec, Transition
+from common.datasets import Transition
+from common.environments import Spec
 
 
 def zeros(agent):

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from algos import cql, edac, sac, sac_n
-from common.datasets import Spec, Transition
+from common.datasets import Transition
+from common.environments import Spec
 from common.networks import Critic, TanhGaussianActor
 
 LINEAR = sac.Config(hidden=(), discount=0.9)

@@ -14,7 +14,8 @@ import pytest
 import tyro
 
 from algos import sac, sac_n
-from common.datasets import Spec, Transition
+from common.datasets import Transition
+from common.environments import Spec
 from common.networks import Critic, TanhGaussianActor
 
 SPEC = Spec(3, 2)

@@ -18,7 +18,7 @@ import types
 
 import pytest
 
-from common.datasets import Spec
+from common.environments import Spec
 
 ROOT = pathlib.Path(__file__).parents[1]
 UMAZE = "stitch/pointmaze-umaze-v0"

@@ -11,7 +11,8 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 from algos import td3, td3_bc
-from common.datasets import Spec, Transition
+from common.datasets import Transition
+from common.environments import Spec
 
 LINEAR = td3.Config(hidden=(), policy_delay=1, learning_rate=0.0, policy_noise=0.0)  # networks that stand still
 SMALL = dict(hidden=(8, 8), learning_rate=3e-3, tau=0.1)

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from algos import td3_awr, td3_bc
-from common.datasets import Spec, Transition
+from common.datasets import Transition
+from common.environments import Spec
 
 LINEAR = td3_awr.Config(hidden=(), policy_noise=0.0, policy_delay=1, critic_bc=0.0)
 STILL = dataclasses.replace(LINEAR, learning_rate=0.0)

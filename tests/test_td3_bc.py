@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from algos import td3_bc
-from common.datasets import Spec, Transition
+from common.datasets import Transition
+from common.environments import Spec
 
 LINEAR = td3_bc.Config(hidden=(), policy_noise=0.0, policy_delay=1)
 

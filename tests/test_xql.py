@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from algos import bc, eql, sql, xql
-from common.datasets import Spec, Transition
+from common.datasets import Transition
+from common.environments import Spec
 from common.networks import CategoricalActor, DiscreteCritic, Value
 
 SMALL = dict(batch_size=512, hidden=(32,), learning_rate=1e-3, tau=0.05)

@@ -33,7 +33,8 @@ import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 from provenance import device, provenance  # noqa: E402
 
-from common.datasets import Spec, Transition  # noqa: E402
+from common.datasets import Transition  # noqa: E402
+from common.environments import Spec  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 LEARNING_RATE, DISCOUNT, STEPS = 0.1, 0.99, 300

@@ -32,7 +32,8 @@ import numpy as np  # noqa: E402
 from provenance import device, provenance  # noqa: E402
 
 from algos import bear, brac  # noqa: E402
-from common.datasets import Spec, Transition  # noqa: E402
+from common.datasets import Transition  # noqa: E402
+from common.environments import Spec  # noqa: E402
 from common.networks import TanhGaussianActor  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
