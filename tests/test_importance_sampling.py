@@ -40,7 +40,7 @@ def estimates(episodes, discount=0.9):
     ids=["D1", "D2", "D2-counted", "D2-laplace"],
 )
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
-def test_episodes_of(rows, mu, right, dtype):
+def test_chain(rows, mu, right, dtype):
     # D1: PDWIS is 1.68 where an ended episode drops out of the sums of weights, and 0.932308 where it joins them with
     # weight 1: neither would be consistent, since D1 has the behaviour's own frequencies.
     with jax.enable_x64(dtype == np.float64):
