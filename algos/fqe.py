@@ -13,8 +13,7 @@ From equation to code
     estimate = mean of V(s_0) over the first observations of the data's episodes                      Estimates
 
 Order of one update   Q, target.
-Hyper-parameters      discount, batch_size, hidden: the reference's train_eval.py; learning_rate and tau are larger than
-                      its 3e-4 and 0.005, for the short default run.
+Hyper-parameters      The reference's train_eval.py, but for larger learning_rate and tau, for the short default run.
 Deviations            1. No weight decay, no noise on observations and rewards, no clip of the targets (the reference).
                       2. Observations are normalised as the policy has them; the estimate is not the target critic's.
 Run                   python algos/fqe.py --policy RUN_FOLDER --dataset stitch/icu-sepsis-v0
@@ -109,8 +108,10 @@ def load_data(cfg: Config):
     task, data = ((x.observation, x.spec, own.spec.discrete and x.action) for x in (own, theirs))
     if task != data:
         raise SystemExit(f"{cfg.policy} has other observations or actions than {cfg.dataset}: choose data of its task.")
-    obs, next_obs = observed(own, dataset.obs), observed(own, dataset.next_obs)
-    dataset = dataset._replace(obs=obs, next_obs=next_obs, action=rescaled(theirs, own, dataset.action))
+    number = np.random.default_rng(0).permutation(dataset.episode[-1] + 1)  # the folds must not follow their order
+    scaled = {"obs": observed(own, dataset.obs), "next_obs": observed(own, dataset.next_obs)}
+    scaled |= {"action": rescaled(theirs, own, dataset.action), "episode": number[dataset.episode]}
+    dataset = dataset._replace(**scaled)
     return dataset, Estimates(cfg, env, runs, dataset)
 
 
@@ -204,8 +205,7 @@ def make_agent(cfg: Config, spec: Spec) -> Agent:
     def expectation(params, state, obs, key):
         """V(s) = E_{a ~ pi} Q(s, a): (...)."""
         actions, weights = choices(cfg, spec, pi, state.policy, obs, key, cfg.num_samples)
-        q = jax.vmap(lambda action: critic.apply(params, obs, action)[0])(actions)
-        return (weights * q).sum(axis=0)
+        return (weights * jax.vmap(lambda action: critic.apply(params, obs, action)[0])(actions)).sum(axis=0)
 
     def critic_loss(params, batch, target, used):
         (q,) = critic.apply(params, batch.obs, batch.action)
@@ -223,7 +223,7 @@ def make_agent(cfg: Config, spec: Spec) -> Agent:
         next_v = expectation(state.target_critic, state, batch.next_obs, key_action)
         target = batch.reward + cfg.discount * (1 - batch.terminal) * next_v
         left_out = cfg.folds > 1 and batch.episode % cfg.folds == cfg.seed // count % cfg.folds
-        used = jnp.where(left_out, jnp.zeros_like(target), 1.0)
+        used = jnp.where(left_out, 0.0, jnp.ones_like(target))
         new_critic, critic_info = descend(adam, critic_loss, state.critic, batch, target, used)
         target_critic = optax.incremental_update(new_critic.params, state.target_critic, cfg.tau)
         return State(key, new_critic, target_critic, state.policy), critic_info
@@ -264,7 +264,7 @@ class Estimates:
     def __init__(self, cfg: Config, env, runs, dataset):
         self.env, self.runs, self.interface = env, runs, runs.interface
         self.spec, self.fingerprint, self.discount = env.spec, env.fingerprint, cfg.discount
-        self.first = dataset.obs[np.diff(dataset.episode, prepend=-1) > 0]  # (episodes, obs_dim)
+        self.first = dataset.obs[np.diff(dataset.episode, prepend=-1) != 0]  # (episodes, obs_dim)
         self.largest = np.abs(dataset.reward).max()
 
         def choose(_, agent, state, obs):
