@@ -81,15 +81,18 @@ def load_data(cfg: Config):
 
 
 def check(cfg: Config, grid: dict[str, list[float]]):
-    """One sentence for a number that its field cannot have."""
-    for name, value in {**dataclasses.asdict(cfg), **grid, "seed": (cfg.seed, cfg.seed + cfg.num_seeds)}.items():
-        low = 0 if name in ("seed", "eval_episodes", "eval_steps") else 1
-        if type(value) in (int, tuple) and not low <= np.min(value) <= np.max(value) < 2**31:
+    """Ends with one sentence where a number cannot be what its field needs."""
+    types = {field.name: field.type for field in dataclasses.fields(cfg)}
+    for name, kind in types.items():
+        value, low = grid.get(name, getattr(cfg, name)), 0 if name in ("seed", "eval_episodes", "eval_steps") else 1
+        if kind in (int, tuple[int, ...]) and not all(low <= x < 2**31 for x in np.ravel(value)):
             raise SystemExit(f"{name} must be from {low} to {2**31 - 1}, not {value}.")
-        if type(value) in (float, list) and not np.all(np.abs(value) < 1e38):  # nor is NaN
+        if kind is float and not np.all(np.abs(value) < 1e38):  # nor is NaN
             raise SystemExit(f"{name} must be a finite number, not {value}.")
+    if wrong := [name for name in grid if types.get(name) is not float or not grid[name]]:
+        raise SystemExit(f"A grid has values of float fields, and {wrong[0]} is none or has no values.")
     counts = {"num_updates": "eval_interval", "pretrain_updates": "eval_interval", "eval_interval": "log_interval"}
-    counts |= {"log_interval": "prepare_interval" if hasattr(cfg, "prepare_interval") else "policy_delay"}
+    counts |= {"log_interval": "prepare_interval" if "prepare_interval" in types else "policy_delay"}
     for whole, part in counts.items():
         if getattr(cfg, whole, 0) % getattr(cfg, part, 1):
             raise SystemExit(f"{whole} must be a multiple of {part}, which is {getattr(cfg, part)}.")
@@ -226,7 +229,7 @@ def make_train(cfg: Config, agent: Agent, phase: str = "update"):
 
 def act_at(cfg: Config, agent: Agent, state, obs, memory, reward, t):
     """(actions, memory) at step `t` of episodes; at their start there is no memory, and the last reward is 0."""
-    key = jax.random.fold_in(jax.random.key(cfg.seed), t)
+    key = jax.random.fold_in(jax.random.key(~cfg.seed), t)  # of no use elsewhere: init splits the seed's own key
     if hasattr(agent, "act_with_memory"):
         return agent.act_with_memory(state, obs, key, memory, reward)
     return agent.act(state, obs, key), None
@@ -321,7 +324,7 @@ def restore(folder: str | Path, run: int | None = 0) -> Runs:
         states = states._replace(key=jax.random.wrap_key_data(states.key))
         chex.assert_trees_all_equal_shapes_and_dtypes(states, like)
         if run is not None:
-            one, states = runs.runs[run], jax.tree.map(lambda x: x[[run]], states)
+            one, states = runs.runs[run], jax.tree.map(lambda x: x[run, None], states)
             runs = Runs(dataclasses.replace(cfg, seed=one["seed"], num_seeds=1, **one["grid"]), runs.interface, {})
         vars(runs).update(saved, states=jax.device_put(states))
         return runs

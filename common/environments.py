@@ -182,7 +182,7 @@ class Environment:
     config.json), `score_kind` (what `score` returns: which normalisation, or why nothing).
     """
 
-    def __init__(self, dataset, interface, fingerprint, reward_scale, reward_shift, longest_episode):
+    def __init__(self, dataset, interface, fingerprint, reward_scale, reward_shift, longest_episode, make=True):
         self.dataset_id, self.interface, self.spec = dataset.id, interface, interface.spec
         self.fingerprint = fingerprint
         self._dataset = dataset
@@ -190,6 +190,9 @@ class Environment:
         self._reference, self._scored_kind = _reference(dataset.id, dataset.storage.metadata)
         self._envs, self._model, self._said = [], None, set()
         self.score_kind = self._scored_kind
+        if not make:
+            self._fail("no environment was asked for")
+            return
         try:
             self._max_steps = self._probe().spec.max_episode_steps or longest_episode
         except Exception as error:  # whatever gymnasium and the environment's package raise: training needs neither

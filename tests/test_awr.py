@@ -48,7 +48,9 @@ def test_lambda_return_of_the_chain():
 
 
 def train(data, spec, num_updates, **changes):
-    cfg = awr.Config(**dict(batch_size=256, hidden=(32,), learning_rate=1e-3, log_interval=100) | changes)
+    cfg = awr.Config(
+        **dict(batch_size=256, hidden=(32,), learning_rate=1e-3, log_interval=100, prepare_interval=100) | changes
+    )
     agent = awr.make_agent(cfg, spec)
     step = jax.jit(awr.make_train(cfg, agent))
     state = agent.init(jax.random.key(0))
@@ -97,7 +99,7 @@ def test_relabelling_and_one_update():
     cfg = awr.Config(hidden=(8,), learning_rate=0.1, max_weight=np.inf)
     agent = awr.make_agent(cfg, Spec(3, 2))
     data = random_batch(n=32)
-    before, labelled = jax.jit(agent.relabel)(agent.init(jax.random.key(0)), data)
+    before, labelled = jax.jit(agent.prepare)(agent.init(jax.random.key(0)), data)
     v, next_v = (Value(cfg.hidden).apply(before.value.params, x) for x in (data.obs, data.next_obs))
     returns = loop(data.reward, data.terminal, data.episode, next_v, 0.99, 0.95)
     np.testing.assert_allclose(labelled.return_to_go, returns, rtol=1e-4, atol=1e-5)
@@ -111,14 +113,14 @@ def test_relabelling_and_one_update():
 
 def test_training_relabels_with_the_present_value():
     """One call of training starts from the returns that its state's V gives, whatever column the data bring."""
-    cfg = awr.Config(hidden=(8,), log_interval=5, batch_size=8)
+    cfg = awr.Config(hidden=(8,), log_interval=5, prepare_interval=5, batch_size=8)
     agent = awr.make_agent(cfg, Spec(3, 2))
     state, data = agent.init(jax.random.key(0)), random_batch(n=32)
     step = jax.jit(awr.make_train(cfg, agent))
     first, _ = step(state, data)
     chex.assert_trees_all_equal(step(state, data._replace(return_to_go=jnp.full(32, jnp.nan)))[0].actor, first.actor)
-    _, labelled = agent.relabel(first, data)
-    assert not np.allclose(labelled.return_to_go, agent.relabel(state, data)[1].return_to_go)
+    _, labelled = agent.prepare(first, data)
+    assert not np.allclose(labelled.return_to_go, agent.prepare(state, data)[1].return_to_go)
 
 
 def test_weights_are_clipped_and_finite():

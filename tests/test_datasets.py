@@ -4,7 +4,9 @@ In a labelled dataset the observation of episode k at step t is (k, t), its acti
 so that each row can be checked by itself. `Echo` is the environment: it records what it is given.
 """
 
+import collections
 import errno
+import itertools
 import json
 import os
 import pathlib
@@ -12,6 +14,7 @@ import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures.process import BrokenProcessPool
 
 import gymnasium
 import h5py
@@ -26,6 +29,8 @@ from minari.data_collector import EpisodeBuffer
 from algos.bc import keep_best
 from common import datasets
 from common.datasets import DatasetError, Spec, Transition, load_dataset
+from common.environments import flatten, layout
+from common.recipes import rollouts
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # Minari's, of missing authors and descriptions
 
@@ -124,14 +129,19 @@ def write_echo(name=NAME, env_id="stitch-test/Echo-v0", longest=4, **kwargs):
     return write([episode(0, longest, **changes)], name, env=env)
 
 
+def skip_without_arrow(data_format):
+    if data_format != "hdf5":
+        pytest.importorskip("pyarrow")
+
+
 def stack(samples):
     if isinstance(samples[0], dict):
         return {key: stack([sample[key] for sample in samples]) for key in samples[0]}
     return np.stack(samples)
 
 
-def edit_metadata(root, **changes):
-    path = root / NAME / "data" / "metadata.json"
+def edit_metadata(root, name=NAME, **changes):
+    path = root / name / "data" / "metadata.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
@@ -173,11 +183,14 @@ def test_terminal_is_the_end_of_the_mdp_not_of_the_recording():
     np.testing.assert_array_equal(data.terminal, [0, 0, 1, 0, 0, 0, 0, 0, 1, 0, 0, 0])
 
 
-def test_terminal_inside_an_episode_is_kept():
+def test_a_recording_may_say_that_it_goes_on_after_a_termination(root):
+    """As OGBench's play data, which are labelled afterwards."""
     write([episode(0, 4, None, terminations=np.array([False, True, False, False]))])
-    data, _ = load_dataset(NAME)
+    edit_metadata(root, goes_on_after_termination=True)
+    data, _ = load_dataset(NAME, columns=("return_to_go",))
     np.testing.assert_array_equal(data.terminal, [0, 1, 0, 0])
     np.testing.assert_array_equal(data.next_obs, labels(0, 5)[1:])
+    np.testing.assert_array_equal(data.return_to_go, [1, 1, 5, 3])  # a terminal row ends the sum
 
 
 def test_terminal_rows_are_kept_with_their_reward():
@@ -213,15 +226,21 @@ def test_discrete_next_action():
 
 def test_return_to_go_stops_at_the_end_of_its_episode():
     first = episode(0, 3, rewards=np.array([1.0, 2.0, 4.0]))
-    timeout = episode(1, 2, "timeout", rewards=np.array([8.0, 16.0]))
-    inside = episode(2, 3, None, rewards=np.array([1.0, 2.0, 4.0]), terminations=np.array([False, True, False]))
-    write([first, timeout, inside])
+    write([first, episode(1, 2, "timeout", rewards=np.array([8.0, 16.0]))])
     data, _ = load_dataset(NAME, columns=("return_to_go",), discount=0.5)
-    # 1 + 2/2 + 4/4; 8 + 16/2, with nothing for what would have followed the time-out; a terminal row ends the sum too
-    np.testing.assert_array_equal(data.return_to_go, [3, 4, 4, 16, 16, 2, 2, 4])
+    # 1 + 2/2 + 4/4; 8 + 16/2, with nothing for what would have followed the time-out
+    np.testing.assert_array_equal(data.return_to_go, [3, 4, 4, 16, 16])
     assert data.return_to_go.dtype == np.float32
     data, _ = load_dataset(NAME, columns=("return_to_go",), discount=1.0, reward_shift=-1)  # of the shifted rewards
-    np.testing.assert_array_equal(data.return_to_go, [4, 4, 3, 22, 15, 1, 1, 3])
+    np.testing.assert_array_equal(data.return_to_go, [4, 4, 3, 22, 15])
+
+
+def test_starts_and_ends_of_episodes():
+    write([episode(k, length, end) for k, (length, end) in enumerate([(3, "terminal"), (1, "timeout"), (2, None)])])
+    data, _ = load_dataset(NAME, columns=("start", "end"))
+    np.testing.assert_array_equal(data.start, [1, 0, 0, 1, 1, 0])
+    np.testing.assert_array_equal(data.end, [2, 2, 2, 3, 5, 5])
+    assert data.start.dtype == np.float32 and data.end.dtype == np.int32
 
 
 def test_episode_without_a_step_is_no_episode(root):
@@ -230,11 +249,23 @@ def test_episode_without_a_step_is_no_episode(root):
     with h5py.File(root / NAME / "data" / "main_data.hdf5", "a") as file:
         for field, size in {"observations": 1, "actions": 0, "rewards": 0, "terminations": 0, "truncations": 0}.items():
             file["episode_1"][field].resize(size, axis=0)
+    edit_metadata(root, total_steps=4)
     data, _ = load_dataset(NAME, columns=("episode", "next_action"))
     np.testing.assert_array_equal(data.obs[:, 0], [0, 0, 2, 2])
     np.testing.assert_array_equal(data.next_obs[:, 1], [1, 2, 1, 2])
     np.testing.assert_array_equal(data.episode, [0, 0, 1, 1])
     np.testing.assert_array_equal(unscale(data.next_action)[:, 1], [1, 1, 1, 1])
+
+
+@pytest.mark.parametrize("data_format", ["arrow", "parquet"])
+def test_episode_without_a_step_in_a_folder(data_format):
+    skip_without_arrow(data_format)
+    parts = [episode(k, length, actions=np.zeros(length, int)) for k, length in enumerate((2, 1, 2))]
+    parts[1] = EpisodeBuffer(observations=labels(1, 1), actions=[], rewards=[], terminations=[], truncations=[])
+    write(parts, action_space=spaces.Discrete(3), data_format=data_format)
+    data, _ = load_dataset(NAME, columns=("episode",))
+    np.testing.assert_array_equal(data.obs[:, 0], [0, 0, 2, 2])
+    np.testing.assert_array_equal(data.episode, [0, 0, 1, 1])
 
 
 def test_combined_datasets_follow_each_other():
@@ -248,7 +279,7 @@ def test_combined_datasets_follow_each_other():
     np.testing.assert_array_equal(data.next_obs, label_rows((2, 2, 3)) + [0, 1])
     np.testing.assert_array_equal(data.terminal, [0, 1, 0, 1, 0, 0, 0])
     np.testing.assert_array_equal(data.episode, [0, 0, 1, 1, 2, 2, 2])
-    assert np.isfinite(env.evaluate(zeros, [0], 1).returns).all()
+    assert not env.score_kind.startswith("not scored")
 
 
 # --- Returns: reward scaling and the filter of bc.py, which need true episode bounds -------------------------
@@ -320,14 +351,44 @@ def test_dict_observations_are_flattened_as_gymnasium_does():
 
 
 @pytest.mark.parametrize("kind", OBSERVATIONS)
-def test_environment_flattens_as_gymnasium_does(kind):
+def test_the_interface_flattens_as_gymnasium_does(kind):
     write_echo(observation=kind)
     _, env = load_dataset(NAME)
-    Echo.log.clear()
-    seen = []
-    env.evaluate(lambda obs, step: seen.append(obs.copy()) or zeros(obs, step), [0], 1)
-    first = next(observation for event, observation in Echo.log if event == "reset")
-    np.testing.assert_array_equal(seen[0][0, 0], spaces.flatten(OBSERVATIONS[kind], first).astype(np.float32))
+    sample = OBSERVATIONS[kind].sample()
+    flat = spaces.flatten(OBSERVATIONS[kind], sample).astype(np.float32)
+    np.testing.assert_array_equal(env.interface.observe(sample), flat)
+
+
+@pytest.mark.parametrize("data_format", ["hdf5", "arrow", "parquet"])
+def test_dict_observations_are_in_the_sorted_order_of_their_keys(data_format):
+    """Whatever the order in which the space declares them, and the file and the environment hold them."""
+    skip_without_arrow(data_format)
+    box = spaces.Box(-9, 9, (1,), np.float32)
+    inner = spaces.Dict(collections.OrderedDict([("d", box), ("c", box)]))
+    space = spaces.Dict(collections.OrderedDict([("z", box), ("b", inner), ("a", spaces.Discrete(2))]))
+    assert list(space) == ["z", "b", "a"]  # gymnasium keeps the order of an OrderedDict
+
+    def observations(n):
+        column = np.arange(n, dtype=np.float32)[:, None]
+        return {"z": column + 1, "b": {"d": column + 2, "c": column + 3}, "a": np.arange(n) % 2}
+
+    write([episode(0, 2, observations=observations(3))], observation_space=space, data_format=data_format)
+    data, env = load_dataset(NAME)
+    expected = [[1, 0, 3, 2, 1], [0, 1, 4, 3, 2], [1, 0, 5, 4, 3]]  # a as one-hot, b/c, b/d, z
+    np.testing.assert_array_equal(data.obs, expected[:2])
+    np.testing.assert_array_equal(data.next_obs, expected[1:])
+    np.testing.assert_array_equal(env.interface.observe(observations(3)), expected)
+    assert list(layout(space)["dict"]) == ["a", "b", "z"] and list(layout(space)["dict"]["b"]["dict"]) == ["c", "d"]
+    np.testing.assert_array_equal(flatten({"dict": {"z": [1], "a": [1]}}, {"z": [1], "a": [2]}), [2, 1])
+
+
+def test_a_discrete_observation_costs_its_own_rows_alone():
+    """K1.9: an identity matrix of 200,000 rows and columns would take 149 GiB."""
+    write([episode(0, 3, observations=np.array([199_999, 0, 7, 7]))], observation_space=spaces.Discrete(200_000))
+    data, env = load_dataset(NAME)
+    np.testing.assert_array_equal(np.argmax(data.obs, axis=-1), [199_999, 0, 7])
+    np.testing.assert_array_equal(data.obs.sum(axis=-1), [1, 1, 1])
+    assert env.interface.observe(5)[5] == 1
 
 
 def test_discrete_observations_are_one_hot():
@@ -345,8 +406,7 @@ def test_discrete_actions_count_from_zero_and_back():
     assert env.spec == Spec(obs_dim=2, action_dim=3, discrete=True)
     np.testing.assert_array_equal(data.action, [2, 0, 1, 0])
     assert data.action.dtype == np.int32
-    env.evaluate(lambda obs, step: np.full(obs.shape[:2], data.action[step % 3]), [0], 1)
-    np.testing.assert_array_equal([action for event, action in Echo.log if event == "step"][:3], [5, 3, 4])
+    np.testing.assert_array_equal(env.interface.to_env(data.action), [5, 3, 4, 3])
 
 
 @pytest.mark.parametrize("low, high", [(-1.0, 1.0), (-4.0, 4.0), (0.0, 2048.0), (-3.0, 5.0)])
@@ -357,8 +417,7 @@ def test_actions_are_scaled_and_reach_the_environment_as_they_were(low, high, dt
     write([episode(0, 3, actions=actions)], env=gymnasium.make("stitch-test/Echo-v0", low=low, high=high, dtype=dtype))
     data, env = load_dataset(NAME)
     np.testing.assert_array_equal(data.action, np.array([[-128, 128], [-127, 127], [0, -51]]) / 128)
-    env.evaluate(lambda obs, step: np.broadcast_to(data.action[step % 3], (1, 1, 2)), [0], 1)
-    taken = [action for event, action in Echo.log if event == "step"][:3]
+    taken = env.interface.to_env(data.action)
     np.testing.assert_array_equal(taken, actions)
     assert taken[0].dtype == dtype
 
@@ -375,8 +434,7 @@ def test_the_environment_never_gets_an_action_outside_its_bounds():
     write_echo(low=-0.3, high=0.1)
     _, env = load_dataset(NAME)
     outputs = np.array([[-1, 1], [-7, 7], [0.9999999, -0.9999999]], np.float32)
-    env.evaluate(lambda obs, step: np.broadcast_to(outputs[step % 3], (1, 1, 2)), [0], 1)
-    taken = [action for event, action in Echo.log if event == "step"][:3]
+    taken = env.interface.to_env(outputs)
     bounds = [np.float32(-0.3), np.float32(0.1)]
     np.testing.assert_array_equal(taken[:2], [bounds, bounds])
     assert all(bounds[0] <= a <= bounds[1] for a in taken[2])
@@ -387,8 +445,7 @@ def test_action_dimension_that_cannot_move():
     write([episode(0, 2, actions=np.full((2, 2), 2.0, np.float32))], env=env)
     data, env = load_dataset(NAME)
     np.testing.assert_array_equal(data.action, np.zeros((2, 2)))
-    env.evaluate(zeros, [0], 1)
-    np.testing.assert_array_equal([action for event, action in Echo.log if event == "step"][0], [2, 2])
+    np.testing.assert_array_equal(env.interface.to_env(np.array([1.0, -1.0])), [2, 2])
 
 
 # --- Normalisation and scores ---------------------------------------------------------------------------
@@ -403,14 +460,8 @@ def test_data_and_environment_are_normalised_by_the_same_formula():
     np.testing.assert_allclose(data.obs, (raw - mean) / scale, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(data.next_obs, (raw + [0, 1] - mean) / scale, rtol=1e-5, atol=1e-6)
 
-    Echo.log.clear()
-    seen = []
-    returns = env.evaluate(lambda obs, step: seen.append(obs.copy()) or zeros(obs, step), [0], 1).returns
-    start = next(observation for event, observation in Echo.log if event == "reset")
-    np.testing.assert_allclose(seen[0][0, 0], (start - mean) / scale, rtol=1e-5)
-    np.testing.assert_allclose(seen[1][0, 0], (start + [0, 1] - mean) / scale, rtol=1e-5)
-    # zeros are 1024 for Echo: each step pays start + 0.1 * 2048, neither scaled nor shifted
-    np.testing.assert_allclose(returns, len(seen) * (start[0] + 204.8))
+    observation = np.array([0.3, 7.0])
+    np.testing.assert_allclose(env.interface.observe(observation), (observation - mean) / scale, rtol=1e-5)
 
 
 def test_observations_that_never_change_stay_finite_and_comparable():
@@ -690,7 +741,7 @@ def test_a_download_is_loaded(download):
 def test_a_download_that_was_broken_off(root, download):
     (root / "mujoco" / "hopper" / "medium-v0").mkdir(parents=True)
     download(lambda name: None)  # Minari skips the download where the folder exists
-    assert "remove it" in message("mujoco/hopper/medium-v0")
+    assert "if it was downloaded, remove it" in message("mujoco/hopper/medium-v0")
 
 
 def truncate(folder):
@@ -698,82 +749,378 @@ def truncate(folder):
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
 
-def lose_an_episode(folder):
-    with h5py.File(folder / "main_data.hdf5", "a") as file:
-        del file["episode_1"]
+def in_file(change):
+    def damage(folder):
+        with h5py.File(folder / "main_data.hdf5", "a") as file:
+            change(file)
+
+    return damage
 
 
-def lose_a_field(folder):
-    with h5py.File(folder / "main_data.hdf5", "a") as file:
-        del file["episode_1"]["rewards"]
+def in_metadata(**changes):
+    def damage(folder):
+        metadata = json.loads((folder / "metadata.json").read_text())
+        (folder / "metadata.json").write_text(json.dumps(metadata | changes))
+
+    return damage
 
 
-def break_spaces(folder):
-    path = folder / "metadata.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"observation_space": '{"type": "Bax"}'}))
+def number_from_one(file):
+    file.move("episode_1", "episode_2")
+    file.move("episode_0", "episode_1")
 
 
-def narrow_the_space(folder):
-    path = folder / "metadata.json"
-    space = '{"type": "Box", "dtype": "float64", "shape": [1], "low": [0], "high": [1]}'
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"observation_space": space}))
+def replace_by_a_group(file):
+    file.pop("episode_1/observations")
+    file.create_group("episode_1/observations")
 
 
-def come_from_the_future(folder):
-    path = folder / "metadata.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"minari_version": "99.0.0"}))
+DAMAGES = {  # and what the sentence says of them
+    "truncated": (truncate, "truncated file"),
+    "episode": (in_file(lambda file: file.pop("episode_1")), "episode 1 is missing"),
+    "numbers": (in_file(number_from_one), "counted from 0, but episode 0 is missing and episode 2 is not among them"),
+    "field": (in_file(lambda file: file.pop("episode_1/rewards")), "episode 1: KeyError"),
+    "parts": (in_file(replace_by_a_group), "episode 1: it does not have the parts that the spaces declare"),
+    "spaces": (in_metadata(observation_space='{"type": "Bax"}'), "space_dict"),
+    "fewer-episodes": (
+        in_metadata(total_episodes=1),
+        "says 1 episodes, counted from 0, but episode 1 is not among them",
+    ),
+    "more-episodes": (in_metadata(total_episodes=3), "says 3 episodes, counted from 0, but episode 2 is missing"),
+    "steps": (in_metadata(total_steps=99), "metadata.json says 99 steps, and 100 can be read"),
+    "text": (in_metadata(total_episodes="2"), "TypeError"),
+    "format": (in_metadata(data_format="csv"), "csv"),
+    "empty-file": (lambda folder: (folder / "main_data.hdf5").write_bytes(b""), ""),
+    "no-file": (lambda folder: (folder / "main_data.hdf5").unlink(), "No data found"),
+    "no-metadata": (lambda folder: (folder / "metadata.json").unlink(), "No such file"),
+    "bad-json": (lambda folder: (folder / "metadata.json").write_text("{"), "JSONDecodeError"),
+    "no-keys": (lambda folder: (folder / "metadata.json").write_text("{}"), ""),
+}
 
 
+@pytest.mark.parametrize("damage, reason", DAMAGES.values(), ids=DAMAGES)
 @pytest.mark.parametrize(
-    "damage",
+    "name, advice",
     [
-        truncate,
-        lose_an_episode,
-        lose_a_field,
-        break_spaces,
-        narrow_the_space,
-        come_from_the_future,
-        lambda folder: (folder / "main_data.hdf5").write_bytes(b""),
-        lambda folder: (folder / "main_data.hdf5").unlink(),
-        lambda folder: (folder / "metadata.json").unlink(),
-        lambda folder: (folder / "metadata.json").write_text("{"),
-        lambda folder: (folder / "metadata.json").write_text("{}"),
+        (NAME, "mend it, or copy or record it again"),
+        ("stitch/icu-sepsis-3k-v0", "remove it, and it will be built again"),
+        ("D4RL/pen/human-v2", "if it was downloaded, remove it, and it will be downloaded again"),
     ],
-    ids="truncated episode field spaces width version empty-file no-file no-metadata bad-json no-keys".split(),
+    ids=["own", "recipe", "server"],
 )
-def test_damaged_file(root, damage):
-    write([episode(k, 50) for k in range(2)])
-    damage(root / NAME / "data")
+def test_damaged_file(root, name, advice, damage, reason):
+    """Nobody is told to remove a recording that may be the only one."""
+    write([episode(k, 50) for k in range(2)], name)
+    damage(root / name / "data")
+    text = message(name)
+    assert "cannot be read" in text and str(root / name) in text and reason in text and text.endswith(f"{advice}.")
+
+
+@pytest.mark.parametrize("lost", [1, 2])
+@pytest.mark.parametrize("data_format", ["arrow", "parquet"])
+def test_an_episode_that_is_lost_from_a_folder(root, data_format, lost):
+    """Minari reads on, and gives the others its number."""
+    skip_without_arrow(data_format)
+    write([episode(k, 3) for k in range(3)], data_format=data_format)
+    for file in (root / NAME / "data" / str(lost)).glob("part*"):
+        file.unlink()
     text = message()
-    assert "cannot be read" in text and str(root / NAME) in text and "remove it" in text
+    assert f"episode {lost} is missing" in text and "damaged" in text and "remove" not in text
+
+
+def test_a_file_of_another_minari(root):
+    write([episode(0, 2)])
+    edit_metadata(root, minari_version="99.0.0")
+    text = message()
+    assert "was written by a Minari that the installed one cannot read" in text and "99.0.0" in text
+    assert "remove" not in text and "damaged" not in text
+
+
+def test_a_file_that_its_recorder_holds(root):
+    write([episode(0, 2)])
+    code = f"import h5py, sys; f = h5py.File({str(root / NAME / 'data' / 'main_data.hdf5')!r}, 'a'); print(1); input()"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-uc", code], **pipes) as recorder:
+        recorder.stdout.readline()
+        text = message()
+        recorder.communicate(b"\n")
+    assert "is being written by another process" in text and "wait" in text
+    assert "remove" not in text and "damaged" not in text
+    assert len(load_dataset(NAME)[0].obs) == 2
+
+
+@pytest.mark.parametrize("where", [(minari, "load_dataset"), (h5py, "File")])
+def test_a_file_of_another_user(root, monkeypatch, where):
+    """Simulated, since root may read everything."""
+    write([episode(0, 2)])
+    monkeypatch.setattr(*where, raises(PermissionError(errno.EACCES, "Permission denied")))
+    text = message()
+    assert "may not be read by this user" in text and f"change the permissions of {root / NAME}" in text
+    assert "remove" not in text and "damaged" not in text
+
+
+def test_an_error_that_says_nothing_of_the_data(root, monkeypatch):
+    write([episode(0, 2)])
+    monkeypatch.setattr(h5py, "File", raises(OSError(errno.EMFILE, "Too many open files")))
+    text = message()
+    assert "Too many open files" in text and "mend that and start again" in text
+    assert "remove" not in text and "damaged" not in text
 
 
 @pytest.mark.parametrize(
-    "changes, numbers",
+    "error, says",
     [
-        ({"observations": labels(0, 3)}, "3 observations, 3 actions and 3 terminations for 3 rewards"),
-        ({"actions": labels(0, 4)}, "4 observations, 4 actions"),
-        ({"terminations": np.zeros(2, bool)}, "2 terminations"),
+        (OSError(errno.ENOSPC, "No space left on device"), "make room"),
+        (BrokenProcessPool("A worker process was terminated"), "for want of memory"),
+        (ImportError("No module named 'ogbench'"), "pip install -e '.[suite]'"),
     ],
 )
-def test_fields_that_do_not_fit_together(changes, numbers):
-    write([episode(0, 3, **changes)])
-    assert numbers in message()
+def test_a_build_that_fails(monkeypatch, error, says):
+    monkeypatch.setattr(datasets, "build", raises(error))
+    text = message("stitch/cube-single-play-2k-v0")
+    assert str(error) in text and says in text
+
+
+def test_too_little_memory(root, monkeypatch):
+    """1M steps would need 4 * (3 * 2 + 3 * 2 + 8) bytes each: 80 MB, 0.07 GiB."""
+    write([episode(0, 2)])
+    load_dataset(NAME)
+    monkeypatch.setattr(datasets, "_aligned", raises(MemoryError()))
+    text = message()
+    assert "needs about 0.0 GiB of memory (2 steps with observations of 2 numbers)" in text and "remove" not in text
+    monkeypatch.setattr(minari.MinariDataset, "total_steps", 10**9)
+    assert "needs about 74.5 GiB of memory (1,000,000,000 steps" in message()
+    (root / NAME / "data" / "stitch-cache.npz").unlink()
+    monkeypatch.setattr(datasets, "_read_episodes", raises(MemoryError()))
+    assert "needs about 74.5 GiB" in message()
+
+
+# What a field must hold: (what is written, what the sentence says of it, which space the actions have)
+DISCRETE = {"action_space": spaces.Discrete(3)}
+FROM_ONE = {"action_space": spaces.Discrete(3, start=1)}
+ONE_HOT = "declare Discrete(3, start=1), and if rows are one-hot, store np.argmax(x, -1)"
+DICT = {"observation_space": OBSERVATIONS["dict"]}
+
+
+def dict_observations(length, **changes):
+    inner = {"x": np.zeros(length, np.float32), "y": labels(1, length)} | changes.pop("a", {})
+    return {"z": np.arange(length) % 3 - 1, "a": inner} | changes
+
+
+WRONG = [
+    ({"rewards": np.ones((3, 2))}, "rewards of episode 1 must be finite numbers, and they have the shape (3, 2)", {}),
+    ({"rewards": np.array([0, np.nan, 1])}, "rewards of episode 1 must be finite numbers, and row 1 holds nan", {}),
+    ({"rewards": np.array([0, 1, -np.inf])}, "row 2 holds -inf", {}),
+    ({"rewards": np.array([np.inf, 1, 1])}, "row 0 holds inf", {}),
+    ({"rewards": np.arange(3) + 1j}, "rewards of episode 1 must be finite numbers, and they have the type complex", {}),
+    ({"rewards": ["a", "b", "c"]}, "rewards of episode 1 must be finite numbers, and they have the type object", {}),
+    ({"rewards": np.ones((1, 3))}, "1 rewards", {}),
+    ({"terminations": np.array([0, 0, np.nan])}, "terminations of episode 1 must be 0 or 1, and row 2 holds nan", {}),
+    ({"terminations": np.array([0, 0.5, 1])}, "terminations of episode 1 must be 0 or 1, and row 1 holds 0.5", {}),
+    ({"terminations": np.array([0, 0, 2])}, "terminations of episode 1 must be 0 or 1, and row 2 holds 2", {}),
+    ({"truncations": np.array([0, 0, -1])}, "truncations of episode 1 must be 0 or 1, and row 2 holds -1", {}),
+    ({"terminations": ["no", "no", "yes"]}, "terminations of episode 1 must be 0 or 1, and they have the type", {}),
+    ({"terminations": np.zeros((3, 2), bool)}, "terminations of episode 1 must be 0 or 1, and they have the shape", {}),
+    ({"observations": np.full((4, 2), 1e300)}, "observations of episode 1 must be finite", {}),
+    ({"observations": np.full((4, 2), 1e300)}, "row 0 holds 1e+300", {}),
+    ({"observations": np.array([[0, 0], [0, 0], [0, 0], [0, np.nan]])}, "row 3 holds nan", {}),
+    ({"observations": np.ones((4, 3))}, "they have the shape (4, 3) where (4, 2) is declared", {}),
+    (
+        {"observations": np.ones((4, 2)) * 1j},
+        "observations of episode 1 must be finite numbers of float32, and they",
+        {},
+    ),
+    ({"actions": np.full((3, 2), np.inf, np.float32)}, "actions of episode 1 must be finite", {}),
+    ({"actions": np.ones((3, 3), np.float32)}, "they have the shape (3, 3) where (3, 2) is declared", {}),
+    ({"actions": np.array([0, 0.7, 1])}, "whole numbers in Discrete(3, start=0), and row 1 holds 0.7", DISCRETE),
+    ({"actions": np.array([1, 2, 3])}, f"row 2 holds 3: if they count from 1, {ONE_HOT}", DISCRETE),
+    ({"actions": np.array([0, -1, 3])}, "row 1 holds -1", DISCRETE),
+    ({"actions": np.array([0, 1, 2])}, "Discrete(3, start=1), and row 0 holds 0", FROM_ONE),
+    (
+        {"actions": np.eye(3)},
+        f"they have the shape (3, 3) where (3,) is declared: if they count from 1, {ONE_HOT}",
+        DISCRETE,
+    ),
+    ({"observations": np.array([2, 6, 3, 2])}, "row 1 holds 6", {"observation_space": OBSERVATIONS["discrete"]}),
+    ({"observations": np.array([2, 1, 3, 2])}, "row 1 holds 1", {"observation_space": OBSERVATIONS["discrete"]}),
+    (
+        {"observations": dict_observations(4, z=np.array([0, 0.5, 0, 0]))},
+        "observations/z of episode 1 must be whole",
+        DICT,
+    ),
+    (
+        {"observations": dict_observations(4, a={"x": np.full(4, np.nan)})},
+        "observations/a/x of episode 1 must be",
+        DICT,
+    ),
+    ({"observations": dict_observations(4, z=np.zeros(3, int))}, "3 observations/z", DICT),
+    ({"observations": labels(0, 3)}, "episode 1 holds 3 observations, 3 actions, 3 rewards, 3 terminations", {}),
+    ({"observations": labels(0, 3)}, "add the observation after the last step", {}),
+    ({"actions": labels(0, 4)}, "4 observations, 4 actions", {}),
+    ({"terminations": np.zeros(2, bool)}, "2 terminations", {}),
+    ({"truncations": np.zeros(4, bool)}, "4 truncations", {}),
+    ({"terminations": np.array([True, False, True])}, "terminations of episode 1 are set in row 0, and it goes on", {}),
+    ({"terminations": np.array([1, 0, 1])}, "split it there (one EpisodeBuffer per episode", {}),
+    (
+        {"truncations": np.array([False, True, False])},
+        "truncations of episode 1 are set in row 1, and it goes on to row 2",
+        {},
+    ),
+    ({"truncations": np.array([False, True, True])}, "split it there (one EpisodeBuffer per episode", {}),
+]
 
 
 @pytest.mark.parametrize(
-    "changes, kwargs",
+    "changes, reason, spaces_", WRONG, ids=[f"{next(iter(w[0]))}-{i}" for i, w in enumerate(WRONG)]
+)
+@pytest.mark.parametrize("data_format", ["hdf5", "arrow"])
+def test_a_field_that_does_not_hold_what_it_should(changes, reason, spaces_, data_format):
+    """One sentence with field, episode and row, also when it is read again; no word of removing or of damage."""
+    skip_without_arrow(data_format)
+    right = {"actions": np.array([1, 2, 1])} if "action_space" in spaces_ else {}
+    if spaces_ is DICT:
+        right = {"observations": dict_observations(4)}
+    elif "observation_space" in spaces_:
+        right = {"observations": np.array([2, 3, 4, 5])}
+    try:
+        write([episode(0, 3, **right), episode(1, 3, **(right | changes))], data_format=data_format, **spaces_)
+    except Exception:
+        assert data_format == "arrow"  # Minari writes no such file
+        return
+    if data_format == "arrow" and reason in ("1 rewards", "4 truncations"):  # which Minari has put right
+        assert len(load_dataset(NAME)[0].obs) == 6
+        return
+    text = message()
+    assert "episode 1" in text and (reason in text or data_format == "arrow")
+    assert "remove" not in text and "damaged" not in text and text.startswith(f"{NAME}: ")
+    assert message() == text
+
+
+RIGHT = [
+    ({"rewards": np.array([[1], [2], [3]])}, "reward", [1, 2, 3]),
+    ({"rewards": np.array([1, 2, 3], np.int64)}, "reward", [1, 2, 3]),
+    ({"rewards": np.array([1, 2, 3], np.float16)}, "reward", [1, 2, 3]),
+    ({"rewards": np.array([True, False, True])}, "reward", [1, 0, 1]),
+    ({"terminations": np.array([[False], [False], [True]])}, "terminal", [0, 0, 1]),
+    ({"terminations": np.array([0, 0, 1], np.int8)}, "terminal", [0, 0, 1]),
+    ({"terminations": np.array([0, 0, 1.0])}, "terminal", [0, 0, 1]),
+    ({"truncations": np.array([0, 0, 1]), "terminations": np.zeros(3, int)}, "terminal", [0, 0, 0]),
+    ({"observations": np.arange(8, dtype=np.float16).reshape(4, 2)}, "obs", [[0, 1], [2, 3], [4, 5]]),
+    ({"observations": np.arange(8).reshape(4, 2, 1)}, "next_obs", [[2, 3], [4, 5], [6, 7]]),
+    ({"actions": np.full((3, 2), 1024, np.int32)}, "action", np.zeros((3, 2))),
+]
+
+
+@pytest.mark.parametrize("changes, name, expected", RIGHT)
+@pytest.mark.parametrize("data_format", ["hdf5", "arrow", "parquet"])
+def test_other_types_and_shapes_of_the_same_numbers(changes, name, expected, data_format):
+    """Beside an episode with the usual ones: each episode of a file may have its own."""
+    skip_without_arrow(data_format)
+    try:
+        write([episode(0, 2), episode(1, 3, **changes)], data_format=data_format)
+    except Exception:
+        assert data_format != "hdf5"  # Minari writes no such file
+        return
+    column = getattr(load_dataset(NAME)[0], name)
+    np.testing.assert_array_equal(column[2:], expected)
+    assert column.dtype == np.float32
+
+
+@pytest.mark.parametrize(
+    "actions", [np.array([[0], [2], [1]]), np.array([0.0, 2.0, 1.0]), np.array([0, 2, 1], np.uint8)]
+)
+def test_other_types_and_shapes_of_discrete_actions(actions):
+    write([episode(0, 3, actions=actions)], **DISCRETE)
+    data, _ = load_dataset(NAME)
+    np.testing.assert_array_equal(data.action, [0, 2, 1])
+    assert data.action.dtype == np.int32
+
+
+def test_an_arrow_file_without_the_last_observation(root):
+    """Minari pads the other fields to the observations, and cuts the last row off: a step would vanish silently."""
+    skip_without_arrow("arrow")
+    write([episode(0, 3), episode(1, 3, observations=labels(1, 3))], data_format="arrow")
+    text = message()
+    assert "episode 1 says 3 steps, and 2 can be read" in text and "observation after the last step" in text
+
+
+def test_a_key_that_one_episode_has_not(root):
+    write([episode(k, 3, observations=dict_observations(4)) for k in range(2)], **DICT)
+    in_file(lambda file: file.pop("episode_1/observations/a/x"))(root / NAME / "data")
+    assert "episode 1 has no observations/a/x" in message()
+
+
+def box(*actions, low=-1.0, high=1.0):
+    """A dataset of one-dimensional actions."""
+    actions = np.array(actions, np.float32)[:, None]
+    write([episode(0, 1, actions=actions[:1]), episode(1, len(actions) - 1, actions=actions[1:])],
+          action_space=spaces.Box(low, high, (1,)))  # fmt: skip
+
+
+def test_actions_a_little_outside_the_bounds_are_clipped_and_said(capsys):
+    """People's recordings have them: D4RL's door-human exceeds [-1, 1] in 82 % of its rows, by up to 0.37."""
+    box(0.5, -1.37, 1.0, 1.2, -1.0)
+    data, _ = load_dataset(NAME)
+    np.testing.assert_array_equal(data.action[:, 0], np.array([0.5, -1, 1, 1, -1], np.float32))
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "clipped" in line]
+    assert "2 of 5 rows" in line and "1.37 where the bounds are -1 and 1" in line
+
+
+def test_the_largest_excess_is_half_of_the_half_width(capsys):
+    box(4, 8.5, 10, low=0, high=8)
+    np.testing.assert_array_equal(load_dataset(NAME)[0].action[:, 0], [0, 1, 1])
+    assert "2 of 3 rows" in (out := capsys.readouterr().out) and "the largest is 1.5 where" in out
+
+
+@pytest.mark.parametrize(
+    "actions, low, high, reason",
     [
-        ({"actions": np.array([0, 3, 1])}, {"action_space": spaces.Discrete(3)}),
-        ({"actions": np.array([0, 1, 2])}, {"action_space": spaces.Discrete(3, start=1)}),
-        ({"observations": np.array([2, 6, 3, 2])}, {"observation_space": OBSERVATIONS["discrete"]}),
-        ({"observations": np.array([2, 1, 3, 2])}, {"observation_space": OBSERVATIONS["discrete"]}),
+        (
+            (10, 50, 90, 30),
+            -1,
+            1,
+            "actions[0] range from 10 to 90 (first in episode 0, row 0) where the space says -1 to 1",
+        ),
+        ((0, 1, -1.51), -1, 1, "range from -1.51 to 1 (first in episode 1, row 1)"),
+        ((4, 10.1), 0, 8, "range from 4 to 10.1 (first in episode 1, row 0) where the space says 0 to 8"),
+        ((2, 2, 7), 2, 2, "where the space says 2 to 2"),
     ],
 )
-def test_elements_outside_a_discrete_space(changes, kwargs):
-    """JAX clamps an index that is too large, and NumPy counts a negative one from the end: nobody would notice."""
-    write([episode(0, 3, **changes)], **kwargs)
-    assert "is not in Discrete" in message()
+def test_actions_far_outside_the_bounds_are_refused(actions, low, high, reason):
+    box(*actions, low=low, high=high)
+    text = message()
+    assert reason in text and "declare the Box of what was recorded" in text
+    assert message() == text  # from the cache too
+
+
+def test_rounding_is_not_outside_the_bounds(capsys):
+    bounds = np.array([1000.1, 1000.3])
+    write(
+        [episode(0, 2, actions=bounds.astype(np.float32)[:, None])], action_space=spaces.Box(*bounds, (1,), np.float64)
+    )
+    load_dataset(NAME)
+    assert "clipped" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "rewards, options, reason",
+    [
+        ([0, 1e300], {}, "reward of episode 1, row 1 becomes inf"),
+        ([0, 1], {"reward_shift": 1e39}, "reward of episode 0, row 0 becomes inf"),
+        ([0, 5e-324], {"normalize_reward": True}, "reward of episode 0, row 0 becomes nan"),
+        ([1e38, 3e38], {"columns": ("return_to_go",)}, "return_to_go of episode 1, row 0 becomes inf"),
+        ([1, 1], {"columns": ("return_to_go",), "discount": 1e39}, "return_to_go of episode 1, row 0 becomes inf"),
+    ],
+)
+def test_what_is_handed_out_is_finite(rewards, options, reason):
+    write([episode(0, 2, rewards=np.zeros(2)), episode(1, 2, rewards=np.array(rewards, float))])
+    text = message(**options)
+    assert reason in text and "reward_shift" in text
+
+
+def test_normalize_reward_may_bring_large_rewards_down():
+    write([episode(0, 1, rewards=np.array([1e300])), episode(1, 1, rewards=np.zeros(1))])
+    np.testing.assert_allclose(load_dataset(NAME, normalize_reward=True)[0].reward, [1000, 0], rtol=1e-6)
 
 
 def test_missing_reader_of_the_format(root, monkeypatch):
@@ -783,60 +1130,66 @@ def test_missing_reader_of_the_format(root, monkeypatch):
     assert "package that is missing" in text and "minari[arrow]" in text
 
 
-@pytest.mark.parametrize("field, value", [("observations", np.nan), ("actions", np.inf), ("rewards", -np.inf)])
-def test_not_finite(field, value):
-    broken = episode(1, 4)
-    array = getattr(broken, field)
-    array.reshape(len(array), -1)[1:3, 0] = value
-    write([episode(0, 4), broken])
-    text = message()
-    assert f"(2 in {field})" in text  # and not in the others
-    assert message() == text  # from the cache too
-
-
-def test_every_field_that_is_not_finite_is_named():
-    write([episode(0, 1, observations=np.full((2, 2), np.nan), rewards=np.array([np.inf]))])
-    assert "(4 in observations, 1 in rewards)" in message()
-
-
 def test_empty_dataset():
     write([])
     assert "no transitions" in message()
 
 
 @pytest.mark.parametrize(
-    "space, sample",
+    "space, sample, how",
     [
-        (spaces.MultiDiscrete([2, 3]), np.zeros((2, 2), int)),
-        (spaces.MultiBinary(2), np.zeros((2, 2), np.int8)),
-        (spaces.Box(-np.inf, np.inf, (2,)), np.zeros((2, 2), np.float32)),
-        (spaces.Box(-1, 1, (2, 2)), np.zeros((2, 2, 2), np.float32)),
-        (spaces.Box(-128, 127, (2,), np.int8), np.zeros((2, 2), np.int8)),
-        (spaces.Dict({"a": spaces.Discrete(2)}), {"a": np.zeros(2, int)}),
+        (spaces.MultiDiscrete([2, 3]), np.zeros((2, 2), int), "np.ravel_multi_index(x.T, nvec)"),
+        (spaces.MultiBinary(2), np.zeros((2, 2), np.int8), "Discrete(2 ** n)"),
+        (spaces.Box(-np.inf, np.inf, (2,)), np.zeros((2, 2), np.float32), "Box(x.min(axis=0), x.max(axis=0))"),
+        (spaces.Box(0, np.inf, (2,)), np.zeros((2, 2), np.float32), "Box(x.min(axis=0), x.max(axis=0))"),
+        (spaces.Box(-3.4e38, 3.4e38, (2,)), np.zeros((2, 2), np.float32), "Box(x.min(axis=0), x.max(axis=0))"),
+        (spaces.Box(-1, 1, (2, 2)), np.zeros((2, 2, 2), np.float32), "x.reshape(len(x), -1)"),
+        (spaces.Box(-1, 1, ()), np.zeros(2, np.float32), "x.reshape(len(x), -1)"),
+        (spaces.Box(-128, 127, (2,), np.int8), np.zeros((2, 2), np.int8), "x.astype(np.float32)"),
+        (spaces.Dict({"a": spaces.Discrete(2)}), {"a": np.zeros(2, int)}, "np.concatenate(parts, axis=-1)"),
+        (spaces.Tuple([spaces.Discrete(2)]), (np.zeros(2, int),), "np.concatenate(parts, axis=-1)"),
+        (spaces.Box(-1, 1, (0,)), np.zeros((2, 0), np.float32), "make numbers of it"),
+        (spaces.Text(5), ["a", "b"], "make numbers of it"),
     ],
 )
-def test_unsupported_action_space(space, sample):
+def test_unsupported_action_space(space, sample, how):
+    """It says how to convert what was recorded, and sends nobody to another dataset."""
     write([episode(0, 2, actions=sample)], action_space=space)
     text = message()
-    assert text.startswith("Actions must be") and " ".join(str(space).split()) in text
+    assert text.startswith("Actions must be") and " ".join(str(space).split()) in text and how in text
+    assert "choose another dataset" not in text
 
 
 IMAGE = spaces.Box(0, 255, (40, 40, 3), np.uint8)
 
 
 @pytest.mark.parametrize(
-    "space, sample, named",
+    "space, sample, named, how",
     [
-        (spaces.MultiBinary(2), np.zeros((3, 2), np.int8), "MultiBinary(2)"),
-        (spaces.Tuple([LABELS]), (np.zeros((3, 2)),), "Tuple"),
-        (IMAGE, np.zeros((3, 40, 40, 3), np.uint8), "(40, 40, 3)"),
-        (spaces.Dict({"a": spaces.MultiDiscrete([2])}), {"a": np.zeros((3, 1), int)}, "MultiDiscrete([2])"),
+        (spaces.MultiBinary(2), np.zeros((3, 2), np.int8), "MultiBinary(2)", "x.astype(np.float32)"),
+        (spaces.Tuple([LABELS]), (np.zeros((3, 2)),), "Tuple", "make a Dict of it"),
+        (IMAGE, np.zeros((3, 40, 40, 3), np.uint8), "(40, 40, 3)", "x.reshape(len(x), -1)"),
+        (
+            spaces.Dict({"a": spaces.MultiDiscrete([2])}),
+            {"a": np.zeros((3, 1), int)},
+            "and MultiDiscrete([2])",
+            "floats",
+        ),
+        (spaces.Box(-1, 1, (0,)), np.zeros((3, 0), np.float32), "(0,)", "make numbers of it"),
+        (spaces.Text(5), ["a", "b", "c"], "Text", "make numbers of it"),
     ],
 )
-def test_unsupported_observation_space(space, sample, named):
+def test_unsupported_observation_space(space, sample, named, how):
     write([episode(0, 2, observations=sample)], observation_space=space)
     text = message()
-    assert text.startswith("Observations must be") and named in text
+    assert text.startswith("Observations must be") and named in text and how in text
+    assert "choose another dataset" not in text
+
+
+def test_observations_of_an_empty_dict(root):
+    write([episode(0, 2)])
+    edit_metadata(root, observation_space='{"type": "Dict", "subspaces": {}}')
+    assert message().startswith("Observations must be")
 
 
 def test_missing_environment_package(root):
@@ -849,8 +1202,10 @@ def test_missing_environment_package(root):
 
 
 def test_normalize_reward_of_equal_returns():
-    write([episode(k, 2, rewards=np.ones(2)) for k in range(2)])
-    assert "normalize_reward" in message(normalize_reward=True)
+    rewards = np.array([[0.1, 0.2, 0.3], [0.3, 0.2, 0.1]])  # equal but for rounding
+    assert np.ptp(rewards.cumsum(axis=1)[:, -1]) > 0
+    write([episode(k, 3, rewards=rewards[k]) for k in range(2)])
+    assert "normalize_reward needs episodes of different return" in message(normalize_reward=True)
 
 
 def test_a_script_ends_with_the_sentence_and_status_1(root):
@@ -859,6 +1214,148 @@ def test_a_script_ends_with_the_sentence_and_status_1(root):
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environ)
     assert run.returncode == 1
     assert run.stderr.startswith("hopper is not a dataset name") and run.stderr.count("\n") == 1
+
+
+# --- What is said, and what identifies data --------------------------------------------------------------
+
+
+def test_the_rewards_that_the_algorithm_sees_are_said(capsys):
+    write([episode(0, 4, rewards=np.array([0, 0, 1.0, 2.0]))])
+    load_dataset(NAME, reward_shift=-1.0)
+    out = capsys.readouterr().out
+    assert f"{NAME}: 4 rows in 1 episodes; rewards as the algorithm sees them: from -1 to 1, mean -0.25." in out
+    assert "Warning" not in out
+
+
+@pytest.mark.parametrize(
+    "shift, says", [(-1, "0 (reward_shift -1): nothing tells"), (0, "1 (reward_shift 0): only the")]
+)
+def test_rewards_that_are_all_equal_are_warned_of(capsys, shift, says):
+    """CartPole pays 1 a step: a shift of -1 leaves nothing to learn from."""
+    write([episode(k, 3, rewards=np.ones(3)) for k in range(2)])
+    load_dataset(NAME, reward_shift=shift)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Warning")]
+    assert says in line
+
+
+def fingerprint(**options):
+    return load_dataset(NAME, **options)[1].fingerprint
+
+
+def test_the_fingerprint_is_of_the_data_alone(root, monkeypatch):
+    """Neither the cache, nor a move, nor options, nor the format of the file change it."""
+    parts = [episode(0, 3), episode(1, 4, "timeout")]
+    dataset = write(parts)
+    first = fingerprint()
+    sizes = {"rows": 7, "episodes": 2, "obs_dim": 2, "action_dim": 2}
+    assert {name: first[name] for name in sizes} == sizes and first["spaces"][0] == [2]
+    assert json.loads(json.dumps(first)) == first
+    assert (root / NAME / "data" / "stitch-cache.npz").exists()
+    assert fingerprint(normalize_obs=True, normalize_reward=True, reward_shift=-1.0) == first
+    assert fingerprint(columns=("next_action", "episode", "start")) == first
+    dataset.storage.update_metadata({"description": "the same"})
+    shutil.copytree(root / NAME, root / "moved" / NAME)
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(root / "moved"))
+    assert fingerprint() == first
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(root))
+    pytest.importorskip("pyarrow")
+    shutil.rmtree(root / NAME)
+    write(parts, data_format="arrow")
+    assert fingerprint() == first
+
+
+@pytest.mark.parametrize("field", ["observations", "actions", "rewards", "terminations", "order", "split", "space"])
+def test_any_number_changes_the_fingerprint(root, field):
+    parts, kwargs = [episode(0, 3, None), episode(1, 3, None)], {}
+    write(parts)
+    first = fingerprint()
+    shutil.rmtree(root / NAME)
+    if field == "order":
+        parts = parts[::-1]
+    elif field == "space":
+        kwargs["action_space"] = spaces.Box(0, 4096, (2,), np.float32)
+    elif field == "split":  # the same numbers in the same order, cut elsewhere
+        names = ("observations", "actions", "rewards", "terminations", "truncations")
+        flat = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
+        cut = {name: 3 if name == "observations" else 2 for name in names}
+        parts = [{n: x[: cut[n]] for n, x in flat.items()}, {n: x[cut[n] :] for n, x in flat.items()}]
+        parts = [EpisodeBuffer(**part) for part in parts]
+    else:
+        array = getattr(parts[1], field)
+        array[-1] = 1 - array[-1] if field == "terminations" else array[-1] + 1
+    write(parts, **kwargs)
+    assert fingerprint() != first
+    assert fingerprint()["hash"] != first["hash"] or field == "space"
+
+
+def test_what_is_handed_out_is_aligned():
+    write([episode(k, 7) for k in range(3)])
+    columns = ("next_action", "episode", "return_to_go", "start", "end")
+    for _ in range(5):  # memory may begin there by chance
+        data, _ = load_dataset(NAME, columns=columns, normalize_obs=True)
+        assert [x.ctypes.data % 64 for x in data] == [0] * 10
+        assert all(x.flags.c_contiguous and x.flags.writeable for x in data)
+
+
+def test_all_cpu_devices_share_the_arrays(root):
+    """K8.35: one copy for each virtual device otherwise."""
+    write([episode(k, 50) for k in range(3)])
+    code = f"""
+import jax, numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from common.datasets import load_dataset
+data, _ = load_dataset({NAME!r})
+shared = jax.device_put(data, NamedSharding(Mesh(np.array(jax.devices()), "x"), PartitionSpec()))
+for host, array in zip(jax.tree.leaves(data), jax.tree.leaves(shared)):
+    assert [s.data.unsafe_buffer_pointer() for s in array.addressable_shards] == [host.ctypes.data] * 4
+print("shared", len(jax.tree.leaves(shared)))
+"""
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    assert script(root, code, **flags).stdout.endswith("shared 5\n")
+
+
+def script(root, code, args=("-c",), **environ):
+    environ |= {"PYTHONPATH": os.pathsep.join(sys.path), "MINARI_DATASETS_PATH": str(root), "PATH": os.environ["PATH"]}
+    args = [sys.executable, *args, *([code] if "-c" in args else [])]
+    run = subprocess.run(args, input=code, capture_output=True, text=True, env=environ, timeout=120)
+    assert run.returncode == 0, run.stderr
+    return run
+
+
+def test_without_an_environment_nothing_of_the_metadata_is_run(root, capsys):
+    dataset = write_echo()
+    spec = json.loads(dataset.env_spec.to_json()) | {"entry_point": f"{__name__}:cannot_be_made"}
+    edit_metadata(root, env_spec=json.dumps(spec))
+    made = []
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(sys.modules[__name__], "cannot_be_made", lambda *args, **kwargs: made.append(1))
+        data, env = load_dataset(NAME, environment=False)
+        assert not made and len(data.obs) == 4
+        assert env.score_kind == "not scored: no environment was asked for"
+        edit_metadata(root, observation_space=None)
+        metadata = json.loads((root / NAME / "data" / "metadata.json").read_text())
+        del metadata["observation_space"]  # then Minari itself makes the environment
+        (root / NAME / "data" / "metadata.json").write_text(json.dumps(metadata))
+        assert "its environment must be made" in message(environment=False)
+        assert not made
+
+
+@pytest.mark.parametrize("how", ["file", "stdin"])
+def test_a_recipe_builds_from_a_script_without_a_guard(root, tmp_path, how):
+    """K7.28: processes that import the caller's main module would build, and start processes, without end."""
+    code = 'from common.datasets import load_dataset\nprint(len(load_dataset("stitch/hopper-random-2k-v0")[0].obs))'
+    (tmp_path / "unguarded.py").write_text(code)
+    run = script(root, code, args=("-",) if how == "stdin" else (str(tmp_path / "unguarded.py"),))
+    assert "2000" in run.stdout.splitlines()
+
+
+def test_a_process_that_dies_ends_the_build():
+    with rollouts.processes(2) as run:
+        assert list(run(abs, range(-5, 0))) == [5, 4, 3, 2, 1]
+        numbers = run(abs, itertools.count())  # endless
+        assert [next(numbers) for _ in range(9)] == [*range(9)]
+        with pytest.raises(Exception, match="worker"):
+            list(run(os._exit, [3]))
 
 
 # --- Cache ---------------------------------------------------------------------------------------------

@@ -338,12 +338,12 @@ def program(name):
     shapes = jax.eval_shape(make_agent(cfg, spec).init, jax.random.key(0))  # to run it would take longer than all else
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes._replace(key=None))
 
-    @jax.jit
-    def update(learning_rate, tau, state, batch):
+    @functools.partial(jax.jit, static_argnames="turn")
+    def update(learning_rate, tau, state, batch, turn):
         rates = [field.name for field in dataclasses.fields(cfg) if field.name.endswith("learning_rate")]
         changes = dict.fromkeys(rates, learning_rate) | ({"tau": tau} if hasattr(cfg, "tau") else {})
         agent = make_agent(dataclasses.replace(cfg, **changes), spec)
-        return with_its_noise(agent.update, arrays)(state, batch)
+        return with_its_noise(getattr(agent, "cycle", [agent.update])[turn], arrays)(state, batch)
 
     return arrays, zeros._replace(key=jax.random.key(0)), update
 
@@ -352,16 +352,17 @@ def program(name):
 def run(name, num_updates, learning_rate, tau):
     """(arrays, state, metrics) after `num_updates` of ours from d3rlpy's weights, all on d3rlpy's batch."""
     arrays, state, update = program(name)
-    if num_updates == 1 and hasattr(state, "step"):
-        state = state._replace(step=state.step + 1)  # the actor of TD3+BC moves at its second update
     start = {key.removeprefix("start/"): arrays[key] for key in arrays if key.startswith("start/")}
     state = load(state, arrays | (start if num_updates > 1 else {}))
     columns = [column for column in Transition._fields if f"batch/{column}" in arrays]
     batch = Transition(**{column: jnp.asarray(arrays[f"batch/{column}"]) for column in columns})
     if CASES[name][2].discrete:
         batch = batch._replace(action=batch.action.astype(jnp.int32))
-    for _ in range(num_updates):
-        new, metrics = update(learning_rate, tau, state, batch)
+    turns = getattr(
+        CASES[name][1], "policy_delay", 1
+    )  # a single update is a whole one: the last of those that take turns
+    for i in range(num_updates):
+        new, metrics = update(learning_rate, tau, state, batch, i % turns if num_updates > 1 else turns - 1)
         state = new._replace(log_alpha=state.log_alpha) if name == "sac_n" else new  # d3rlpy's temperature is held
     return arrays, state, metrics
 

@@ -155,8 +155,8 @@ def test_is_td3_bc_with_one_penalty_and_its_networks():
         theirs, their_info = their_update(theirs, batch)
     np.testing.assert_allclose(2.5 * our_info["actor_loss"], their_info["actor_loss"], rtol=1e-4)
     np.testing.assert_allclose(our_info["bc_loss"] / 2, their_info["bc_loss"], rtol=1e-4)
-    assert ours.key == theirs.key and ours.step == theirs.step
-    for x, y in zip(ours[2:], theirs[2:], strict=True):
+    assert ours.key == theirs.key
+    for x, y in zip(ours[1:], theirs[1:], strict=True):
         chex.assert_trees_all_close(getattr(x, "params", x), getattr(y, "params", y), rtol=1e-4, atol=2e-5)
 
 

@@ -135,7 +135,7 @@ def test_the_committed_exact_part_is_repeated(study):
         for x, y in pairs:
             assert x is None if y is None else x == pytest.approx(y, rel=1e-6, abs=1e-9), name
     policy = study.constrained_greedy(*study.empirical_mdp(data, env.spec.action_dim))
-    play = env.evaluate(lambda obs, step: policy[obs.argmax(axis=-1)], [0], 1, study.DISCOUNT)
+    play = env.evaluate(lambda obs, *at: (policy[obs.argmax(axis=-1)], None), [0], 1, study.DISCOUNT)
     assert result["true"] == pytest.approx(play.value[0], abs=1e-6)  # its time limit, 500 steps, hardly matters
     for size in study.SIZES:  # eq. 1 pushes further down, so its bound at the start holds from a smaller alpha on
         one, two = (committed["tabular"][size][equation] for equation in ("eq. 1", "eq. 2"))

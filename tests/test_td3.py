@@ -137,9 +137,10 @@ def random_batch(n=16):
 def six_states():
     """The start and six updates of tiny networks, with the metrics of each."""
     cfg = td3.Config(**SMALL)
-    states, infos = [jax.jit(td3.make_agent(cfg, Spec(2, 1)).init)(jax.random.key(0))], []
-    for _ in range(6):
-        state, info = update(cfg, {}, states[-1], random_batch())
+    agent = td3.make_agent(cfg, Spec(2, 1))
+    states, infos, turns = [jax.jit(agent.init)(jax.random.key(0))], [], [jax.jit(turn) for turn in agent.cycle]
+    for i in range(6):
+        state, info = turns[i % 2](states[-1], random_batch())
         states.append(state)
         infos.append(info)
     return states, infos
@@ -152,11 +153,10 @@ def test_is_td3_bc_without_its_cloning():
     """
     (start, _, ours, *_), _ = six_states()
     theirs = td3_bc.State(*(td3_bc.Trainable(*x) if isinstance(x, td3.Trainable) else x for x in start))
-    their_update = jax.jit(td3_bc.make_agent(td3_bc.Config(**SMALL, alpha=1e6), Spec(2, 1)).update)
-    for _ in range(2):
-        theirs, _ = their_update(theirs, random_batch())
-    assert ours.key == theirs.key and ours.step == theirs.step
-    for x, y in zip(ours[2:], theirs[2:], strict=True):
+    for their_update in td3_bc.make_agent(td3_bc.Config(**SMALL, alpha=1e6), Spec(2, 1)).cycle:
+        theirs, _ = jax.jit(their_update)(theirs, random_batch())
+    assert ours.key == theirs.key
+    for x, y in zip(ours[1:], theirs[1:], strict=True):
         chex.assert_trees_all_close(getattr(x, "params", x), getattr(y, "params", y), atol=5e-5)  # eps of Adam
     ours, theirs = (ravel_pytree(state.actor.opt_state[0].mu)[0] for state in (ours, theirs))
     ours_norm, theirs_norm = jnp.linalg.norm(ours), jnp.linalg.norm(theirs)
@@ -170,7 +170,7 @@ def test_actor_and_targets_wait_for_every_second_update():
         first = [jax.tree.leaves(getattr(state, name))[0] for state in states]
         moved = [not np.array_equal(*pair) for pair in zip(first, first[1:], strict=False)]
         assert moved == ([True] * 6 if name == "critic" else [False, True] * 3), name
-    assert [bool(np.isnan(info["actor_loss"])) for info in infos] == [True, False] * 3
+    assert ["actor_loss" in info for info in infos] == [False, True] * 3
 
 
 def test_discrete_actions_are_refused_in_one_sentence():

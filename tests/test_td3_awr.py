@@ -189,17 +189,17 @@ def test_beta_zero_and_no_penalty_is_td3_bc_bit_for_bit():
 
 def test_actor_value_and_targets_wait_for_every_second_update():
     agent = td3_awr.make_agent(td3_awr.Config(hidden=(8,)), Spec(1, 1))
-    step, states, infos = jax.jit(agent.update), [jax.jit(agent.init)(jax.random.key(0))], []
+    states, infos = [jax.jit(agent.init)(jax.random.key(0))], []
     batch = batch_of([0.3, -2.0, 1.1], [0.5, -0.2, 0.9], reward=1.0)
-    for _ in range(4):
-        state, info = step(states[-1], batch)
+    for turn in agent.cycle * 2:
+        state, info = jax.jit(turn)(states[-1], batch)
         states.append(state)
         infos.append(info)
     for name in ("actor", "value", "target_actor", "target_critic"):
         last = [jax.tree.leaves(getattr(state, name))[-2] for state in states]
         moved = [not np.array_equal(*pair) for pair in zip(last, last[1:], strict=False)]
         assert moved == [False, True, False, True], name
-    assert [bool(np.isnan(info["value_loss"])) for info in infos] == [True, False, True, False]
+    assert ["value_loss" in info for info in infos] == [False, True, False, True]
 
 
 def test_load_data_asks_for_the_next_action(monkeypatch):

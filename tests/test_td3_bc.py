@@ -127,8 +127,8 @@ def test_the_actor_waits_for_every_second_update():
     states = [jax.jit(agent.init)(jax.random.key(0))]
     batch = batch_of([0.3, -2.0, 1.1], jnp.array([0.5, -0.2, 0.9]), reward=1.0)
     infos = []
-    for _ in range(4):
-        state, info = jax.jit(agent.update)(states[-1], batch)
+    for turn in agent.cycle * 2:
+        state, info = jax.jit(turn)(states[-1], batch)
         states.append(state)
         infos.append(info)
     moved = [
@@ -136,7 +136,7 @@ def test_the_actor_waits_for_every_second_update():
         for pair in zip(states, states[1:], strict=False)
     ]
     assert moved == [False, True, False, True]
-    assert [bool(np.isnan(info["actor_loss"])) for info in infos] == [True, False, True, False]
+    assert ["actor_loss" in info for info in infos] == [False, True, False, True]
 
 
 def test_discrete_actions_are_refused_in_one_sentence():

@@ -43,7 +43,7 @@ METHODS = {  # label: algorithm, fields
     "EMRL": ("emrl", {}),
     "RWR": ("rwr", {"beta": 1.0}),
     "MARWIL": ("marwil", {"beta": 1.0}),
-    "AWR": ("awr", {"beta": 1.0}),
+    "AWR": ("awr", {"beta": 1.0, "prepare_interval": 1_000}),
     "REPS": ("reps", {"epsilon": 0.1, "discount": 0.0}),
     "AWAC": ("awac", {"beta": 1.0, "reward_shift": 0.0}),
     "CRR exp": ("crr", {"beta": 1.0, "reward_shift": 0.0}),

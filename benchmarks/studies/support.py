@@ -95,9 +95,9 @@ def learned(algo, fields, strength, values, data):
         cfg = dataclasses.replace(algo.Config(**COMMON, **fields), **{strength: value})
         agent = algo.make_agent(cfg, Spec(2, 1))
         state = agent.init(jax.random.key(0))
-        for phase, updates in ((agent.pretrain, cfg.pretrain_updates), (agent.update, cfg.num_updates)):
+        for phase, updates in (("pretrain", cfg.pretrain_updates), ("update", cfg.num_updates)):
             whole = dataclasses.replace(cfg, log_interval=updates)
-            state, _ = algo.make_train(whole, agent._replace(update=phase))(state, data)
+            state, _ = algo.make_train(whole, agent, phase)(state, data)
         obs = jnp.stack([FIELD, BRIDGE])
         pi = TanhGaussianActor(1, cfg.hidden, log_std_min=-5.0).apply(state.actor.params, obs)  # as both files have it
         samples = jax.vmap(pi.sample)(jax.random.split(jax.random.key(1), 1_000))

@@ -31,7 +31,6 @@ What differs from D4RL (https://arxiv.org/abs/2004.07219), whose names these are
 from __future__ import annotations
 
 import functools
-import multiprocessing
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,7 +39,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from common.recipes import storage
+from common.recipes import rollouts, storage
 
 if TYPE_CHECKING:
     import gymnasium as gym
@@ -174,16 +173,14 @@ def collect(
     """
     ends = np.linspace(0, num_transitions, len(snapshots) + 1).astype(int)
     num_processes = num_processes or min(os.cpu_count(), num_full_episodes(num_transitions))
-    # Spawned and not forked: forking a process in which JAX runs threads can deadlock.
-    pool = multiprocessing.get_context("spawn").Pool(num_processes)
-    with pool, tqdm(total=num_transitions, desc=desc, unit=" steps") as progress:
+    with rollouts.processes(num_processes) as run, tqdm(total=num_transitions, desc=desc, unit=" steps") as progress:
         for part, (snapshot, steps_left) in enumerate(zip(snapshots, np.diff(ends).tolist(), strict=True)):
             num_episodes = 0
             while steps_left > 0:
                 # All of these are needed, even if none of them ends early: no roll-out is ever thrown away.
                 batch = range(num_episodes, num_episodes + num_full_episodes(steps_left))
                 num_episodes = batch.stop
-                for episode in pool.imap(_rollout, [(task, snapshot, (seed, part, k)) for k in batch]):
+                for episode in run(_rollout, [(task, snapshot, (seed, part, k)) for k in batch]):
                     yield to_buffer(episode, max_steps=steps_left)
                     num_steps = min(len(episode.rewards), steps_left)
                     steps_left -= num_steps

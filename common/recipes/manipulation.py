@@ -30,7 +30,6 @@ rounded to float32 before they are executed and not only in the file, and there 
 from __future__ import annotations
 
 import functools
-import multiprocessing
 import os
 import warnings
 from collections.abc import Iterator
@@ -40,7 +39,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tqdm import tqdm
 
-from common.recipes import storage
+from common.recipes import rollouts, storage
 
 if TYPE_CHECKING:
     import gymnasium as gym
@@ -77,6 +76,7 @@ def write(task: str, dataset_id: str, data_path: Path, num_transitions: int) -> 
         code_permalink="common/recipes/manipulation.py",
         description=f"OGBench's {task}-play, collected anew, with the rewards of the default single task: functions of "
         "s, as in OGBench 1.2. Score 0 is the return of doing nothing, score 100 a return of 0.",
+        goes_on_after_termination=True,
         requirements=["ogbench>=1.2"],
     )
 
@@ -197,12 +197,9 @@ def collect(
     """
     starts = range(0, num_transitions, EPISODE_STEPS)
     jobs = [(task, (seed, k), min(EPISODE_STEPS, num_transitions - start)) for k, start in enumerate(starts)]
-    # Spawned and not forked: forking a process in which JAX runs threads can deadlock. Each would warn of the same.
-    pool = multiprocessing.get_context("spawn").Pool(
-        num_processes or min(os.cpu_count(), len(jobs)), initializer=warnings.simplefilter, initargs=("ignore",)
-    )
-    with pool, tqdm(total=num_transitions, desc=desc, unit=" steps") as progress:
-        for episode in pool.imap(_rollout, jobs):
+    num_processes = num_processes or min(os.cpu_count(), len(jobs))
+    with rollouts.processes(num_processes) as run, tqdm(total=num_transitions, desc=desc, unit=" steps") as progress:
+        for episode in run(_rollout, jobs):
             yield episode
             progress.update(len(episode.rewards))
 

@@ -23,18 +23,16 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import multiprocessing
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-from common.recipes import storage
+from common.recipes import rollouts, storage
 
 if TYPE_CHECKING:
     import gymnasium as gym
@@ -274,25 +272,17 @@ def walks(maze: Maze, walk_cells: int | None, seed: int, numbers: Iterable[int])
             yield random_walk(env, maze.map, walk_cells, rng)
 
 
-def walk_list(*args) -> list[EpisodeBuffer]:
-    return list(walks(*args))
-
-
 def walks_in_parallel(maze: Maze, walk_cells: int | None, seed: int, num_processes: int) -> Iterator[EpisodeBuffer]:
     """All episodes in the order of their numbers, computed ahead in other processes."""
-    chunks = (range(k, k + CHUNK) for k in itertools.count(0, CHUNK))
-    # Spawned and not forked: JAX, which may run in this process, has threads.
-    pool = ProcessPoolExecutor(num_processes, multiprocessing.get_context("spawn"))
-    try:
-        futures = deque(
-            pool.submit(walk_list, maze, walk_cells, seed, chunk)
-            for chunk in itertools.islice(chunks, 2 * num_processes)
-        )
-        for chunk in chunks:
-            yield from futures.popleft().result()
-            futures.append(pool.submit(walk_list, maze, walk_cells, seed, chunk))
-    finally:
-        pool.shutdown(cancel_futures=True)
+    chunks = ((maze, walk_cells, seed, range(k, k + CHUNK)) for k in itertools.count(0, CHUNK))
+    with rollouts.processes(num_processes) as run:
+        for episodes in run(_walk_list, chunks):
+            yield from episodes
+
+
+def _walk_list(job: tuple[Maze, int | None, int, range]) -> list[EpisodeBuffer]:
+    """In a process of the pool."""
+    return list(walks(*job))
 
 
 def collect_walks(

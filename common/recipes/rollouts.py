@@ -1,8 +1,11 @@
-"""Episodes of a behaviour policy in a Gymnasium environment, for recipes that need no more than that."""
+"""What recipes share: episodes of a behaviour policy in a Gymnasium environment, and work in other processes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,6 +31,34 @@ def collect(env: gym.Env, behaviour: Callable, num_steps: int, desc: str, seed: 
             total_steps += len(episodes[-1])
             bar.update(len(episodes[-1]))
     return episodes
+
+
+@contextlib.contextmanager
+def processes(number: int) -> Iterator[Callable]:
+    """Other processes: `with processes(2) as run: results = run(function, jobs)`, as the built-in map.
+
+    Of `jobs`, which may be endless, a few are computed ahead; the results come in their order. loky's processes are not
+    forked, which can deadlock where JAX has threads, and do not import the caller's main module: recipes build from a
+    script without a main guard, a notebook and standard input too.
+    """
+    from loky import ProcessPoolExecutor
+
+    # Without warnings: each process would warn of the same. Where the caller is killed, they end after a minute or two.
+    pool = ProcessPoolExecutor(number, timeout=60, initializer=warnings.simplefilter, initargs=("ignore",))
+
+    def run(function: Callable, jobs: Iterable) -> Iterator:
+        waiting = deque()
+        for job in jobs:
+            waiting.append(pool.submit(function, job))
+            if len(waiting) > 2 * number:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+    try:
+        yield run
+    finally:
+        pool.shutdown(kill_workers=True)
 
 
 def _episode(env: gym.Env, behaviour: Callable, rng: np.random.Generator, progress: float) -> EpisodeBuffer:
