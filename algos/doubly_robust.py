@@ -34,6 +34,7 @@ import optax
 import scipy.optimize
 import tyro
 
+from common.datasets import load_dataset
 from common.environments import Interface, Spec
 from common.networks import CategoricalActor, TanhGaussianActor
 
@@ -314,13 +315,11 @@ def clone(cfg: Config, spec: Spec, obs, action):
     return np.asarray(fit(obs, action), np.float64)
 
 
-def behaviour(cfg: Config, interface: Interface, data):
+def behaviour(cfg: Config, dataset, interface: Interface, data):
     """log mu(a|s) per unit of the environment's actions: (n,)."""
     spec = interface.spec
     if cfg.behaviour == "logged":
-        if getattr(data, "propensity", None) is None:
-            raise SystemExit("The dataset has no logged propensities: use --behaviour clone.")
-        return np.log(data.propensity.astype(np.float64))
+        return np.log(load_dataset(dataset, columns=("propensity",))[0].propensity.astype(np.float64))
     if cfg.behaviour == "counts":
         if not (spec.discrete and isinstance(interface.observation, dict) and "n" in interface.observation):
             raise SystemExit("Only Discrete observations and actions can be counted: use --behaviour clone.")
@@ -360,7 +359,7 @@ def evaluate(cfg: Config) -> list[dict]:
     policies = env.runs.runs
     episode = np.cumsum(np.diff(data.episode, prepend=-1) != 0) - 1
     log_pi, (q, v) = log_prob(runs, env.interface, data.obs, data.action), values(runs, data.obs, data.action)
-    log_mu = pad(episode, behaviour(cfg, env.interface, data))
+    log_mu = pad(episode, behaviour(cfg, runs.cfg.dataset, env.interface, data))
     reward, mask = pad(episode, data.reward.astype(np.float64)), pad(episode, np.ones(len(data.reward), bool))
 
     results = []

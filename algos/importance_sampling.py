@@ -257,8 +257,6 @@ def behaviour(cfg: Config, interface: Interface, data):
     """log mu(a|s) per unit of the environment's actions: (n,)."""
     spec = interface.spec
     if cfg.behaviour == "logged":
-        if getattr(data, "propensity", None) is None:
-            raise SystemExit(f"{cfg.dataset} has no logged propensities: use --behaviour clone.")
         return np.log(data.propensity.astype(np.float64))
     if cfg.behaviour == "counts":
         if not (spec.discrete and isinstance(interface.observation, dict) and "n" in interface.observation):
@@ -299,7 +297,8 @@ def true_value(runs, env, cfg: Config):
 def evaluate(cfg: Config) -> list[dict]:
     """For each run of the policy's folder: its seed and grid point, and {"IS": (estimate, low, high), ...}."""
     runs = load_policy(cfg.policy, cfg.act)
-    data, env = load_dataset(cfg.dataset, columns=("episode",))
+    columns = ("episode", "propensity") if cfg.behaviour == "logged" else ("episode",)
+    data, env = load_dataset(cfg.dataset, columns=columns)
     log_pi = log_prob(runs, env.interface, data.obs, data.action)
     log_mu = pad(data.episode, behaviour(cfg, env.interface, data))
     reward, mask = pad(data.episode, data.reward.astype(np.float64)), pad(data.episode, np.ones(len(data.reward), bool))

@@ -204,7 +204,7 @@ def run(tmp_path_factory):
     """The folders of a policy (seed 0 is PI, seed 1 MU) and of FQE runs of it: as it is, and in two folds."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MINARI_DATASETS_PATH", str(tmp_path_factory.mktemp("minari")))
-        dataset = chain.write(D1 * 10)
+        dataset = chain.write(D1 * 10, propensity=0.5)
         policy = chain.train(tmp_path_factory.mktemp("policy"), dataset)
         folders = [policy]
         small = dict(
@@ -220,9 +220,9 @@ def run(tmp_path_factory):
         yield folders
 
 
-@pytest.mark.parametrize("folds", [1, 2])
-def test_every_run_of_a_folder_is_evaluated(run, folds, capsys):
-    cfg = ope.Config(run[folds], "counts", resamples=50)
+@pytest.mark.parametrize("folds, behaviour", [(1, "counts"), (2, "logged")])
+def test_every_run_of_a_folder_is_evaluated(run, folds, behaviour, capsys):
+    cfg = ope.Config(run[folds], behaviour, resamples=50)
     pi, mu = ope.evaluate(cfg)
     for name in ("DM", "DR", "WDR", "MAGIC"):
         assert pi[name][0] == pytest.approx(1.464, abs=0.03) and mu[name][0] == pytest.approx(1.2, abs=0.03), name

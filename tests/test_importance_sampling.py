@@ -243,11 +243,13 @@ def policy(tmp_path_factory):
     """The folder of a run whose seed 0 is PI and seed 1 MU, and the name of a dataset with MU's frequencies."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MINARI_DATASETS_PATH", str(tmp_path_factory.mktemp("minari")))
-        dataset = chain.write(D1 * 5)
+        dataset = chain.write(D1 * 5, propensity=0.5)
         yield chain.train(tmp_path_factory.mktemp("policy"), dataset), dataset
 
 
-@pytest.mark.parametrize("behaviour, tolerance", [("counts", 1e-5), ("clone", 0.05), ("folder", 1e-5)])
+@pytest.mark.parametrize(
+    "behaviour, tolerance", [("counts", 1e-5), ("clone", 0.05), ("folder", 1e-5), ("logged", 1e-5)]
+)
 def test_every_run_of_a_folder_is_evaluated(policy, behaviour, tolerance, capsys, tmp_path):
     folder, dataset = policy
     if behaviour == "folder":  # of which the first run is the behaviour
@@ -305,7 +307,6 @@ def test_a_clone_has_the_density_of_the_data():
     [
         ({"policy": ""}, "python algos/iql.py --dataset"),
         ({"policy": "nowhere"}, "holds no run"),
-        ({"behaviour": "logged"}, "no logged propensities"),
     ],
 )
 def test_what_it_cannot_do_is_said_in_one_sentence(policy, changes, sentence):
