@@ -126,6 +126,17 @@ def test_blend_is_the_minimum_on_the_simplex():
     np.testing.assert_allclose(ope.blend(np.zeros((3, 3)), np.zeros(3)), 1 / 3)  # all exact, all alike
 
 
+def test_magic_weighs_squared_biases_against_variances():
+    # g = (1.1, 0.8), WDR's interval is 0.8 alone: b = (0.3, 0). The parts 0.1, 0.3, 0.1, 0.3 have the variance
+    # 0.04 / 3, and their sum 4 times that: x = (0.16 / 3) / (0.16 / 3 + 0.09)
+    parts = np.stack([np.full(4, 0.275), [0.1, 0.3, 0.1, 0.3]], axis=1)
+    x = ope.magic(parts, np.full(100, 0.8))
+    np.testing.assert_allclose(x[0], 0.16 / 3 / (0.16 / 3 + 0.09), atol=1e-6)
+    # An interval from 0.7 to 1, of samples of which 5 % are outside on each side: b = (0.1, 0)
+    x = ope.magic(parts, np.linspace(0.7 - 0.3 / 18, 1 + 0.3 / 18, 1001))
+    np.testing.assert_allclose(x[0], 0.16 / 3 / (0.16 / 3 + 0.01), atol=1e-6)
+
+
 def test_partial_estimators_go_from_the_model_to_wdr():
     with jax.enable_x64(True):
         e = random_episodes(7, 5, np.random.default_rng(2))
