@@ -221,7 +221,7 @@ def load_runs(folder, algo=None):
 def own_scale(runs, here: Interface, obs, action):
     """Observations and actions on the scale of one interface -> as the networks of the runs see them."""
     own, spec = runs.interface, here.spec
-    if (own.observation, own.spec) != (here.observation, spec) or (spec.discrete and own.action != here.action):
+    if (own.observation, own.spec[:3]) != (here.observation, spec[:3]) or (spec.discrete and own.action != here.action):
         raise SystemExit(
             "The behaviour's observations or actions are not the data's: choose a run on data of the task."
         )
@@ -395,4 +395,4 @@ def main(cfg: Config):
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    main(tyro.cli(Config, description=__doc__.partition("\n\n")[0]))

@@ -90,6 +90,8 @@ def check(cfg: Config, grid: dict[str, list[float]]):
             raise SystemExit(f"{name} must be from {low} to {2**31 - 1}, not {value}.")
         if kind is float and not np.all(np.abs(value) < 1e38):  # nor is NaN
             raise SystemExit(f"{name} must be a finite number, not {value}.")
+    if cfg.seed + cfg.num_seeds > 2**31:
+        raise SystemExit(f"seed + num_seeds must be at most {2**31}, not {cfg.seed + cfg.num_seeds}.")
     if wrong := [name for name in grid if types.get(name) is not float or not grid[name]]:
         raise SystemExit(f"A grid has values of float fields, and {wrong[0]} is none or has no values.")
     counts = {"num_updates": "eval_interval", "pretrain_updates": "eval_interval", "eval_interval": "log_interval"}
@@ -241,10 +243,9 @@ def make_train(cfg: Config, agent: Agent, phase: str = "update"):
 
 def act_at(cfg: Config, agent: Agent, state, obs, memory, reward, t):
     """(actions, memory) at step `t` of episodes; at their start there is no memory, and the last reward is 0."""
+    act = getattr(agent, "act_with_memory", lambda *at: (agent.act(*at[:3]), None))
     key = jax.random.fold_in(jax.random.key(~cfg.seed), t)  # of no use elsewhere: init splits the seed's own key
-    if hasattr(agent, "act_with_memory"):
-        return agent.act_with_memory(state, obs, key, memory, reward)
-    return agent.act(state, obs, key), None
+    return act(state, obs, key, memory, reward)
 
 
 class Runs:
@@ -330,19 +331,20 @@ def restore(folder: str | Path, run: int | None = 0) -> Runs:
         kept = json.loads((Path(folder) / "config.json").read_text())
         saved = flax.serialization.msgpack_restore((Path(folder) / "checkpoint.msgpack").read_bytes())
         fields = {name: tuple(x) if isinstance(x, list) else x for name, x in kept["config"].items()}
+        assert fields["algo"] == Path(__file__).stem, f"a run of {fields['algo']}"
         cfg = Config(**{field.name: fields[field.name] for field in dataclasses.fields(Config)})
         runs = Runs(cfg, Interface(*kept["interface"]), fields["grid"])
         states = flax.serialization.from_state_dict(like := jax.eval_shape(runs.init), saved["states"])
         states = states._replace(key=jax.random.wrap_key_data(states.key))
         chex.assert_trees_all_equal_shapes_and_dtypes(states, like)
         if run is not None:
-            one, states = runs.runs[run], jax.tree.map(lambda x: x[run, None], states)
+            one, states = dict(enumerate(runs.runs))[run], jax.tree.map(lambda x: x[run, None], states)
             runs = Runs(dataclasses.replace(cfg, seed=one["seed"], num_seeds=1, **one["grid"]), runs.interface, {})
-        vars(runs).update(saved, states=jax.device_put(states))
+        runs.states, runs.step, runs.seconds = jax.device_put(states), saved["step"], saved["seconds"]
+        runs.metrics, runs.lines = saved["metrics"], saved["lines"]
         return runs
     except Exception as error:  # absent, torn, foreign or of another version, each in its own way
-        it = f"no run {'' if run is None else run} that {Path(__file__).name} can go on with"
-        raise SystemExit(f"{folder} holds {it} ({error!r}): choose another folder.") from error
+        raise SystemExit(f"{folder} holds no run that {Path(__file__).name} can go on with ({error!r}).") from error
 
 
 def read(path: Path):  # a JSON object, empty where the file is absent, torn or something else
@@ -364,7 +366,7 @@ def hold(folder: Path, about: dict):
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(folder / "lock", timeout=0):
-            if not any(path.suffix != ".tmp" for path in folder.glob("*.*")):  # nothing but the lock
+            if not {path.suffix for path in folder.iterdir()} & {".json", ".jsonl", ".msgpack"}:  # no run yet
                 write(folder / "config.json", about)
             if read(folder / "config.json").get("config") != orjson.loads(orjson.dumps(about["config"])):
                 raise SystemExit(f"{folder} holds something else than this very run: choose another --out.")
@@ -385,11 +387,12 @@ def main(cfg: Config, grid: dict[str, list[float]] | None = None):
         rows = cfg.num_seeds * math.prod(map(len, grid.values()))
         jax.config.update("jax_num_cpu_devices", math.gcd(rows, os.cpu_count()))
     dataset, env = load_data(cfg)
+    env.probe(cfg.eval_episodes > 0)  # says before training what will not be scored
     started, runs = time.perf_counter(), Runs(cfg, env.interface, grid)
     source = {**provenance(), "device": f"{runs.mesh.size} x {runs.mesh.devices[0].device_kind}"}
     config = {"algo": algo, **dataclasses.asdict(cfg), "out": "", "grid": grid, "data": env.fingerprint}
     with hold(out, {"config": config, "interface": list(env.interface), **source}):
-        if summary := read(out / "summary.json"):
+        if (summary := read(out / "summary.json")).get("algo") == algo:
             print(f"{out} holds this very run, finished: to train again, choose another --out or remove it.")
             return summary
         runs.states = runs.init()
@@ -409,10 +412,9 @@ def main(cfg: Config, grid: dict[str, list[float]] | None = None):
         summary = {"algo": algo, "dataset": cfg.dataset, "num_updates": runs.step, "updates_per_second": speed}
         summary |= {"compile_seconds": compile_seconds, **runs.seconds, **env.summary(runs.lines), **source}
         write(out / "summary.json", summary)
-    print(f"{algo} on {env.sentence(summary)}, {speed:.0f} updates/s")
-    print(f"The run is in {out}; to draw it: python benchmarks/plot.py {out}")
+    print(f"{algo} on {env.sentence(summary)}, {speed:.0f} updates/s\nTo draw it: python benchmarks/plot.py {out}")
     return read(out / "summary.json")
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    main(tyro.cli(Config, description=__doc__.partition("\n\n")[0]))

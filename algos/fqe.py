@@ -14,8 +14,7 @@ From equation to code
 
 Order of one update   Q, target.
 Hyper-parameters      The reference's train_eval.py, but for larger learning_rate and tau, for the short default run.
-Deviations            1. No weight decay, no noise on observations and rewards, no clip of the targets (the reference).
-                      2. Observations are normalised as the policy has them; the estimate is not the target critic's.
+Deviations            1. No weight decay, no noise on the data, no clip of targets; more on the page.
 Run                   python algos/fqe.py --policy RUN_FOLDER --dataset stitch/icu-sepsis-v0
 """
 
@@ -105,26 +104,30 @@ def load_data(cfg: Config):
         raise SystemExit(f"{cfg.policy} holds {len(runs.runs)} runs: evaluate all of them with --num-seeds {wanted}.")
     dataset, env = load_dataset(cfg.dataset, columns=("episode",))
     own, theirs = runs.interface, env.interface
-    task, data = ((x.observation, x.spec, own.spec.discrete and x.action) for x in (own, theirs))
+    task, data = ((x.observation, x.spec[:3], own.spec.discrete and x.action) for x in (own, theirs))
     if task != data:
         raise SystemExit(f"{cfg.policy} has other observations or actions than {cfg.dataset}: choose data of its task.")
     number = np.random.default_rng(0).permutation(dataset.episode[-1] + 1)  # the folds must not follow their order
     scaled = {"obs": observed(own, dataset.obs), "next_obs": observed(own, dataset.next_obs)}
     scaled |= {"action": rescaled(theirs, own, dataset.action), "episode": number[dataset.episode]}
-    dataset = dataset._replace(**scaled)
-    return dataset, Estimates(cfg, env, runs, dataset)
+    return (dataset := dataset._replace(**scaled)), Estimates(cfg, env, runs, dataset)
 
 
 def check(cfg: Config, grid: dict[str, list[float]]):
-    """One sentence for a number that its field cannot have."""
-    for name, value in {**dataclasses.asdict(cfg), **grid, "seed": (cfg.seed, cfg.seed + cfg.num_seeds)}.items():
-        low = 0 if name in ("seed", "eval_episodes", "eval_steps") else 1
-        if type(value) in (int, tuple) and not low <= np.min(value) <= np.max(value) < 2**31:
+    """Ends with one sentence where a number cannot be what its field needs."""
+    types = {field.name: field.type for field in dataclasses.fields(cfg)}
+    for name, kind in types.items():
+        value, low = grid.get(name, getattr(cfg, name)), 0 if name in ("seed", "eval_episodes", "eval_steps") else 1
+        if kind in (int, tuple[int, ...]) and not all(low <= x < 2**31 for x in np.ravel(value)):
             raise SystemExit(f"{name} must be from {low} to {2**31 - 1}, not {value}.")
-        if type(value) in (float, list) and not np.all(np.abs(value) < 1e38):  # nor is NaN
+        if kind is float and not np.all(np.abs(value) < 1e38):  # nor is NaN
             raise SystemExit(f"{name} must be a finite number, not {value}.")
+    if cfg.seed + cfg.num_seeds > 2**31:
+        raise SystemExit(f"seed + num_seeds must be at most {2**31}, not {cfg.seed + cfg.num_seeds}.")
+    if wrong := [name for name in grid if types.get(name) is not float or not grid[name]]:
+        raise SystemExit(f"A grid has values of float fields, and {wrong[0]} is none or has no values.")
     counts = {"num_updates": "eval_interval", "pretrain_updates": "eval_interval", "eval_interval": "log_interval"}
-    counts |= {"log_interval": "prepare_interval" if hasattr(cfg, "prepare_interval") else "policy_delay"}
+    counts |= {"log_interval": "prepare_interval" if "prepare_interval" in types else "policy_delay"}
     for whole, part in counts.items():
         if getattr(cfg, whole, 0) % getattr(cfg, part, 1):
             raise SystemExit(f"{whole} must be a multiple of {part}, which is {getattr(cfg, part)}.")
@@ -203,7 +206,6 @@ def make_agent(cfg: Config, spec: Spec) -> Agent:
     policy_state, pi, count = evaluated(cfg, spec)
 
     def expectation(params, state, obs, key):
-        """V(s) = E_{a ~ pi} Q(s, a): (...)."""
         actions, weights = choices(cfg, spec, pi, state.policy, obs, key, cfg.num_samples)
         return (weights * jax.vmap(lambda action: critic.apply(params, obs, action)[0])(actions)).sum(axis=0)
 
@@ -222,8 +224,7 @@ def make_agent(cfg: Config, spec: Spec) -> Agent:
         key, key_action = jax.random.split(state.key)
         next_v = expectation(state.target_critic, state, batch.next_obs, key_action)
         target = batch.reward + cfg.discount * (1 - batch.terminal) * next_v
-        left_out = cfg.folds > 1 and batch.episode % cfg.folds == cfg.seed // count % cfg.folds
-        used = jnp.where(left_out, 0.0, jnp.ones_like(target))
+        used = 1.0 - (cfg.folds > 1) * (batch.episode % cfg.folds == cfg.seed // count % cfg.folds)
         new_critic, critic_info = descend(adam, critic_loss, state.critic, batch, target, used)
         target_critic = optax.incremental_update(new_critic.params, state.target_critic, cfg.tau)
         return State(key, new_critic, target_critic, state.policy), critic_info
@@ -240,7 +241,6 @@ def make_agent(cfg: Config, spec: Spec) -> Agent:
     return Agent(init, update, act, policy if getattr(pi, "policy", None) else None, q)
 
 
-# --- The estimate ----------------------------------------------------------------------------------------
 def observed(own: Interface, obs):
     """Flat raw observations as the networks of an interface see them."""
     return ((obs - np.array(own.obs_mean, np.float32)) / np.array(own.obs_scale, np.float32)).astype(np.float32)
@@ -259,19 +259,19 @@ def rescaled(here: Interface, there: Interface, action):
 class Estimates:
     """The environment of the data, whose columns and sentence also have the estimate, for which nothing is played."""
 
-    names = ("estimate", "estimate_low", "estimate_high", "true_value")
-
     def __init__(self, cfg: Config, env, runs, dataset):
-        self.env, self.runs, self.interface = env, runs, runs.interface
-        self.spec, self.fingerprint, self.discount = env.spec, env.fingerprint, cfg.discount
+        self.env, self.runs, self.interface, self.discount = env, runs, runs.interface, cfg.discount
         self.first = dataset.obs[np.diff(dataset.episode, prepend=-1) != 0]  # (episodes, obs_dim)
         self.largest = np.abs(dataset.reward).max()
 
         def choose(_, agent, state, obs):
             return choices(cfg, env.spec, agent, state, obs, jax.random.key(cfg.seed), num_samples=32)
 
-        chosen = runs.every(choose)(runs.fields, (runs.states,), {"obs": self.first})
-        self.actions, self.weights = jax.device_get(chosen)  # (runs, k, episodes, ...), of the policy in `first`
+        at_first = runs.fields, (runs.states,), {"obs": self.first}
+        self.actions, self.weights = jax.device_get(runs.every(choose)(*at_first))  # (runs, k, episodes, ...)
+
+    def __getattr__(self, name):
+        return getattr(self.env, name)
 
     def measure(self, policy, q, seeds, num_episodes, **options):
         own, theirs = self.interface, self.env.interface  # the environment has the data's scales
@@ -293,18 +293,19 @@ class Estimates:
         return columns | {"estimate": values.mean(axis=1), "estimate_low": low, "estimate_high": high}
 
     def summary(self, lines):
-        summary = self.env.summary(lines)
-        return summary | {name: [line[name] for line in lines[-len(summary["seeds"]) :]] for name in self.names}
+        last = [line for line in lines if line["step"] == lines[-1]["step"]]
+        names = ("estimate", "estimate_low", "estimate_high", "true_value")
+        return self.env.summary(lines) | {name: [line[name] for line in last] for name in names}
 
     def sentence(self, summary):
+        columns = [summary[name] for name in ("estimate", "estimate_low", "estimate_high", "true_value")]
         rows = [f"{self.env.dataset_id}: discounted return in raw rewards, discount {self.discount:g}, no horizon\n"]
-        for seed, grid, *numbers in zip(summary["seeds"], summary["grid"], *map(summary.get, self.names), strict=True):
+        for seed, grid, *numbers in zip(summary["seeds"], summary["grid"], *columns, strict=True):
             run = self.runs.runs[seed % len(self.runs.runs)]
             estimate, low, high, true = np.array(numbers, float)  # None, JSON's NaN, is NaN again
             possible = abs(estimate) * (1 - self.discount) <= 1.001 * self.largest
-            rejected = "" if possible else "; REJECTED: the rewards allow no such value"
             rows.append(f"  seed {run['seed']} {run['grid'] | grid or ''}: {estimate:.5g} ({low:.5g} to {high:.5g})")
-            rows[-1] += f", true value {true:.5g}{rejected}\n"
+            rows[-1] += f", true value {true:.5g}{'' if possible else '; REJECTED: rewards allow no such value'}\n"
         return "".join(rows) + " "
 
 
@@ -343,10 +344,9 @@ def make_train(cfg: Config, agent: Agent, phase: str = "update"):
 
 def act_at(cfg: Config, agent: Agent, state, obs, memory, reward, t):
     """(actions, memory) at step `t` of episodes; at their start there is no memory, and the last reward is 0."""
-    key = jax.random.fold_in(jax.random.key(cfg.seed), t)
-    if hasattr(agent, "act_with_memory"):
-        return agent.act_with_memory(state, obs, key, memory, reward)
-    return agent.act(state, obs, key), None
+    act = getattr(agent, "act_with_memory", lambda *at: (agent.act(*at[:3]), None))
+    key = jax.random.fold_in(jax.random.key(~cfg.seed), t)  # of no use elsewhere: init splits the seed's own key
+    return act(state, obs, key, memory, reward)
 
 
 class Runs:
@@ -432,19 +432,20 @@ def restore(folder: str | Path, run: int | None = 0) -> Runs:
         kept = json.loads((Path(folder) / "config.json").read_text())
         saved = flax.serialization.msgpack_restore((Path(folder) / "checkpoint.msgpack").read_bytes())
         fields = {name: tuple(x) if isinstance(x, list) else x for name, x in kept["config"].items()}
+        assert fields["algo"] == Path(__file__).stem, f"a run of {fields['algo']}"
         cfg = Config(**{field.name: fields[field.name] for field in dataclasses.fields(Config)})
         runs = Runs(cfg, Interface(*kept["interface"]), fields["grid"])
         states = flax.serialization.from_state_dict(like := jax.eval_shape(runs.init), saved["states"])
         states = states._replace(key=jax.random.wrap_key_data(states.key))
         chex.assert_trees_all_equal_shapes_and_dtypes(states, like)
         if run is not None:
-            one, states = runs.runs[run], jax.tree.map(lambda x: x[[run]], states)
+            one, states = dict(enumerate(runs.runs))[run], jax.tree.map(lambda x: x[run, None], states)
             runs = Runs(dataclasses.replace(cfg, seed=one["seed"], num_seeds=1, **one["grid"]), runs.interface, {})
-        vars(runs).update(saved, states=jax.device_put(states))
+        runs.states, runs.step, runs.seconds = jax.device_put(states), saved["step"], saved["seconds"]
+        runs.metrics, runs.lines = saved["metrics"], saved["lines"]
         return runs
     except Exception as error:  # absent, torn, foreign or of another version, each in its own way
-        it = f"no run {'' if run is None else run} that {Path(__file__).name} can go on with"
-        raise SystemExit(f"{folder} holds {it} ({error!r}): choose another folder.") from error
+        raise SystemExit(f"{folder} holds no run that {Path(__file__).name} can go on with ({error!r}).") from error
 
 
 def read(path: Path):  # a JSON object, empty where the file is absent, torn or something else
@@ -466,7 +467,7 @@ def hold(folder: Path, about: dict):
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(folder / "lock", timeout=0):
-            if not any(path.suffix != ".tmp" for path in folder.glob("*.*")):  # nothing but the lock
+            if not {path.suffix for path in folder.iterdir()} & {".json", ".jsonl", ".msgpack"}:  # no run yet
                 write(folder / "config.json", about)
             if read(folder / "config.json").get("config") != orjson.loads(orjson.dumps(about["config"])):
                 raise SystemExit(f"{folder} holds something else than this very run: choose another --out.")
@@ -487,11 +488,12 @@ def main(cfg: Config, grid: dict[str, list[float]] | None = None):
         rows = cfg.num_seeds * math.prod(map(len, grid.values()))
         jax.config.update("jax_num_cpu_devices", math.gcd(rows, os.cpu_count()))
     dataset, env = load_data(cfg)
+    env.probe(cfg.eval_episodes > 0)  # says before training what will not be scored
     started, runs = time.perf_counter(), Runs(cfg, env.interface, grid)
     source = {**provenance(), "device": f"{runs.mesh.size} x {runs.mesh.devices[0].device_kind}"}
     config = {"algo": algo, **dataclasses.asdict(cfg), "out": "", "grid": grid, "data": env.fingerprint}
     with hold(out, {"config": config, "interface": list(env.interface), **source}):
-        if summary := read(out / "summary.json"):
+        if (summary := read(out / "summary.json")).get("algo") == algo:
             print(f"{out} holds this very run, finished: to train again, choose another --out or remove it.")
             return summary
         runs.states = runs.init()
@@ -511,10 +513,9 @@ def main(cfg: Config, grid: dict[str, list[float]] | None = None):
         summary = {"algo": algo, "dataset": cfg.dataset, "num_updates": runs.step, "updates_per_second": speed}
         summary |= {"compile_seconds": compile_seconds, **runs.seconds, **env.summary(runs.lines), **source}
         write(out / "summary.json", summary)
-    print(f"{algo} on {env.sentence(summary)}, {speed:.0f} updates/s")
-    print(f"The run is in {out}; to draw it: python benchmarks/plot.py {out}")
+    print(f"{algo} on {env.sentence(summary)}, {speed:.0f} updates/s\nTo draw it: python benchmarks/plot.py {out}")
     return read(out / "summary.json")
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    main(tyro.cli(Config, description=__doc__.partition("\n\n")[0]))

@@ -187,7 +187,7 @@ def log_prob(runs, interface: Interface, obs, action):
     A run's networks see observations and actions on the scale of the data that it was trained on.
     """
     own, spec = runs.interface, interface.spec
-    if (own.observation, own.spec) != (interface.observation, spec) or (
+    if (own.observation, own.spec[:3]) != (interface.observation, spec[:3]) or (
         spec.discrete and own.action != interface.action
     ):
         raise SystemExit(
@@ -335,4 +335,4 @@ def main(cfg: Config):
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    main(tyro.cli(Config, description=__doc__.partition("\n\n")[0]))

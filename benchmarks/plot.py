@@ -1,7 +1,7 @@
 """Pictures of finished or running runs: python benchmarks/plot.py runs/iql/stitch/pointmaze-umaze-v0
 
 learning_curve.png  Score against updates: the mean of the seeds, in a band from the lowest seed to the highest. From
-                    metrics.jsonl alone; several run folders give several lines.
+                    metrics.jsonl alone; several run folders give several lines. Of runs without scores: their losses.
 maze.png            For datasets of gymnasium-robotics' mazes: walks of the data, and the roll-outs of the policy in the
                     newest checkpoint (one panel for each run folder). They repeat the run's own evaluation: the same
                     seeds, episodes and starts.
@@ -11,7 +11,9 @@ The pictures are written into the run folder, or into --out where several folder
 
 import dataclasses
 import importlib
+import io
 import json
+import textwrap
 from pathlib import Path
 from typing import Annotated
 
@@ -22,6 +24,7 @@ matplotlib.use("Agg")  # files only: no display is needed
 import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 import tyro  # noqa: E402
+from sweep import write  # noqa: E402  (benchmarks/sweep.py)
 
 # Okabe and Ito's colours, which the colour-blind can tell apart, and a marker each, for print without colour.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -61,22 +64,58 @@ def main(options: Options):
         raise SystemExit("Name at least one run folder, e.g. runs/iql/stitch/pointmaze-umaze-v0.")
     if len(options.runs) > 1 and options.out is None:
         raise SystemExit("With several run folders, say with --out where their common pictures go.")
+    if options.data_episodes < 1:
+        raise SystemExit(f"--data-episodes must be at least 1, not {options.data_episodes}.")
     configs = [read_config(run) for run in options.runs]
-    out = options.out or options.runs[0]
-    out.mkdir(parents=True, exist_ok=True)
+    for run, config in zip(options.runs, configs, strict=True):
+        if config["grid"]:
+            raise SystemExit(f"{run} holds a grid of hyper-parameters: python benchmarks/report.py {run} shows it.")
     plt.rcParams.update(STYLE)
+    out = options.out or options.runs[0]
     plot_learning_curve(options.runs, configs, out / "learning_curve.png")
     plot_maze(options.runs, configs, options.data_episodes, out / "maze.png")
+
+
+# --- Run folders ---------------------------------------------------------------------------------------
+
+
+def read_json(path: Path, fields: dict[str, type]) -> dict:
+    """A JSON object that has at least these fields, of these types. ValueError: the file is torn, or another one."""
+    content = json.loads(path.read_text())
+    if not isinstance(content, dict):
+        raise ValueError(f"{path.name} holds {type(content).__name__}, not an object")
+    for name, kind in fields.items():
+        if not isinstance(content.get(name), kind):
+            raise ValueError(f"{path.name} lacks {name}, or it is no {kind.__name__}")
+    return content
+
+
+def read_lines(run: Path) -> list[dict]:
+    """Of metrics.jsonl, in which NaN is null."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    if not all(isinstance(line, dict) and isinstance(line.get("step"), int) and "seed" in line for line in lines):
+        raise ValueError("metrics.jsonl has a line that is no evaluation")
+    return lines
 
 
 def read_config(run: Path) -> dict:
     """The Config fields of a run, and its `algo`."""
     if not (run / "config.json").exists():
         raise SystemExit(f"{run} is not a run folder: it holds no config.json.")
-    config = json.loads((run / "config.json").read_text())["config"]
-    if config.pop("grid", {}):
-        raise SystemExit(f"{run} holds a grid of hyper-parameters: benchmarks/report.py --selection {run} reads it.")
-    return config
+    try:
+        config = read_json(run / "config.json", {"config": dict})["config"]
+        config = {**config, "algo": str(config["algo"]), "dataset": str(config["dataset"])}
+    except (OSError, ValueError, KeyError) as error:
+        raise SystemExit(f"{run} cannot be read ({type(error).__name__}: {error}).") from error
+    return {"grid": {}, **config}
+
+
+def restore(run: Path, config: dict, row: int | None):
+    """The run's policy, by its own algorithm file; one row of its seeds, or all."""
+    try:
+        return importlib.import_module(f"algos.{config['algo']}").restore(run, row)
+    except ImportError as error:
+        raise SystemExit(f"{run} is of {config['algo']}, which is no file in algos/ ({error}).") from error
 
 
 def labels(runs, configs):
@@ -86,91 +125,174 @@ def labels(runs, configs):
     return [f"{name} ({run.name})" if names.count(name) > 1 else name for name, run in zip(names, runs, strict=True)]
 
 
-def save(figure, path):
-    figure.savefig(path, bbox_inches="tight", facecolor="white")
+def caption(figure, text):
+    """Below a figure whose layout is constrained, so that all else is above its lower edge; as wide as it is."""
+    text = textwrap.fill(text, round(12.5 * figure.get_figwidth()), break_on_hyphens=False)
+    figure.text(0.5, -0.1 / figure.get_figheight(), text, ha="center", va="top", fontsize=10, color="#333333")
+
+
+def save(figure, path: Path, source: str = ""):
+    """The same picture is the same file: matplotlib's version, which it would name, is left out.
+
+    `source` stands in the file: a report can tell by it whether the result files are still those drawn.
+    """
+    picture = io.BytesIO()
+    metadata = {"Software": None, **({"Source": source} if source else {})}
+    figure.savefig(picture, format="png", bbox_inches="tight", facecolor="white", metadata=metadata)
     plt.close(figure)
+    write(path, picture.getvalue())
     print(path)
 
 
 # --- Learning curve ------------------------------------------------------------------------------------
 
 
-def read_scores(run: Path):
-    """(updates (n,), scores (seeds, n)) of the evaluations that every seed has."""
-    file = run / "metrics.jsonl"
-    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    lines = [line for line in lines if "score" in line]  # a first phase is not evaluated
-    seeds = sorted({line["seed"] for line in lines})
-    score = {(line["seed"], line["step"]): line["score"] for line in lines}
-    # A run that is being written, or was cut short, lacks some seeds of its last one
-    steps = [step for step in sorted({line["step"] for line in lines}) if all((seed, step) in score for seed in seeds)]
+def read_columns(run: Path, names):
+    """(updates (n,), {name: (runs, n)}) of the evaluations that every run of a folder has; NaN where nothing is."""
+    try:
+        lines = read_lines(run) if (run / "metrics.jsonl").exists() else []
+        lines = [line for line in lines if "score" in line]  # a first phase is not evaluated
+        of = [(json.dumps(line.get("grid", {})), line["seed"]) for line in lines]
+        at = {(row, line["step"]): line for row, line in zip(of, lines, strict=True)}
+        # A run that is being written, or was cut short, lacks some seeds of its last one
+        steps = sorted({line["step"] for line in lines})
+        steps = [step for step in steps if all((row, step) in at for row in of)]
+        rows = list(dict.fromkeys(of))
+        columns = {n: np.array([[at[row, step].get(n) for step in steps] for row in rows], float) for n in names}
+    except (OSError, ValueError, TypeError) as error:  # torn, or another file
+        raise SystemExit(f"{run} cannot be read ({type(error).__name__}: {error}).") from error
     if not steps:
         raise SystemExit(f"{run} has no evaluation yet: draw it after its first.")
-    return np.array(steps), np.array([[score[seed, step] for step in steps] for seed in seeds], float)
+    return np.array(steps), columns
+
+
+def read_scores(run: Path):
+    """(updates (n,), scores (runs, n)); where there is none, NaN."""
+    steps, columns = read_columns(run, ["score"])
+    return steps, columns["score"]
+
+
+def draw_line(axes, steps, values, i, label):
+    """The mean of the seeds (seeds, steps), in a band from the lowest to the highest."""
+    colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
+    axes.plot(steps, values.mean(axis=0), color=colour, marker=marker, linewidth=2, label=label, clip_on=False)
+    axes.fill_between(steps, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.2, linewidth=0)
 
 
 def plot_learning_curve(runs, configs, path):
-    figure, axes = plt.subplots(figsize=(7, 4.2))
+    names = labels(runs, configs)
+    curves = [(run, name, *read_scores(run)) for run, name in zip(runs, names, strict=True)]
+    scored = [curve for curve in curves if not np.isnan(curve[-1]).all()]
+    if not scored:
+        plot_losses(runs, configs, names, path)
+        return
+    for run in {curve[0] for curve in curves} - {curve[0] for curve in scored}:
+        print(f"{run} was not scored: it has no line. Drawn by itself, its losses are shown.")
+    figure, axes = plt.subplots(figsize=(7, 4.6), layout="constrained")
+    for i, (_, name, steps, scores) in enumerate(scored):
+        draw_line(axes, steps, scores, i, name)
     kinds = set()
-    for i, (run, config, name) in enumerate(zip(runs, configs, labels(runs, configs), strict=True)):
-        steps, scores = read_scores(run)
-        if np.isnan(scores).all():
-            print(f"{run} was not scored (its dataset came without an environment): it has no line.")
-            continue
-        colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
-        mean, low, high = scores.mean(axis=0), scores.min(axis=0), scores.max(axis=0)
-        seeds = f"mean of {len(scores)} seeds, band: lowest to highest" if len(scores) > 1 else "1 seed"
-        axes.plot(steps, mean, color=colour, marker=marker, linewidth=2, label=f"{name}  ({seeds})", clip_on=False)
-        axes.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0)
+    for run, config in zip(runs, configs, strict=True):
         if (run / "summary.json").exists():
-            kinds.add(json.loads((run / "summary.json").read_text())["score_kind"])
+            kinds.add(summary_of(run).get("score_kind", ""))
         else:
-            print(f"{run} is not finished: its line ends at update {steps[-1]:,} of {config['num_updates']:,}.")
-    datasets = sorted({config["dataset"] for config in configs})
+            print(f"{run} is not finished: its line ends before update {config['num_updates']:,}.")
     kind = kinds.pop() if len(kinds) == 1 else ""
-    title = datasets[0] if len(datasets) == 1 else f"{len(datasets)} datasets"
-    axes.set_title(f"{title}\n" + (f"score: {kind}" if kind else ""), loc="left", fontsize=11)
-    axes.set_xlabel("updates of each seed")
     axes.set_ylabel("score")
-    axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
-    axes.set_xlim(left=0)
     if kind.startswith("normalised"):
         low, high = axes.get_ylim()
         axes.set_ylim(min(0, low) if low < -5 else 0, max(100, high) if high > 106 else 100)
-    axes.grid(axis="y", color="#DDDDDD", linewidth=0.8)
-    axes.set_axisbelow(True)
-    if axes.lines:
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16))
+    finish(figure, [axes], configs, [scores for *_, scores in scored], f" Score: {kind}." if kind else "")
     save(figure, path)
+
+
+def summary_of(run: Path) -> dict:
+    try:
+        return read_json(run / "summary.json", {})
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"{run} cannot be read ({type(error).__name__}: {error}).") from error
+
+
+def plot_losses(runs, configs, names, path):
+    """A panel for each loss of runs that were not scored."""
+    found = {
+        name: [key for key in line if key.endswith("loss")]
+        for name, line in zip(names, map(first_line, runs), strict=True)
+    }
+    losses = list(dict.fromkeys(loss for keys in found.values() for loss in keys))
+    if not losses:
+        print(f"Nothing is drawn: {', '.join(map(str, runs))} have neither scores nor losses.")
+        return
+    print("These runs were not scored: their losses are drawn.")
+    figure, axes = plt.subplots(
+        1, len(losses), figsize=(max(5, 3.6 * len(losses)), 4), squeeze=False, layout="constrained"
+    )
+    shown = []
+    for i, (run, name) in enumerate(zip(runs, names, strict=True)):
+        steps, columns = read_columns(run, found[name])
+        shown += columns.values()
+        for panel, loss in zip(axes[0], losses, strict=True):
+            panel.set_title(loss, fontsize=11)
+            if loss in columns:
+                draw_line(panel, steps, columns[loss], i, name)
+    finish(figure, axes[0], configs, shown, " Not scored: these are the losses, which do not say how good a policy is.")
+    save(figure, path)
+
+
+def first_line(run: Path) -> dict:
+    return next((line for line in read_lines(run) if "score" in line), {})
+
+
+def finish(figure, axes, configs, values, said):
+    """What all curves have in common."""
+    datasets = sorted({config["dataset"] for config in configs})
+    figure.suptitle(datasets[0] if len(datasets) == 1 else f"{len(datasets)} datasets", fontsize=12)
+    for panel in axes:
+        panel.set_xlabel("updates of each seed")
+        panel.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
+        panel.xaxis.set_major_locator(plt.MaxNLocator(5))
+        panel.set_xlim(left=0)
+        panel.grid(axis="y", color="#DDDDDD", linewidth=0.8)
+        panel.set_axisbelow(True)
+    handles = {line.get_label(): line for panel in axes for line in panel.lines}
+    middle, columns = axes[len(axes) // 2], min(2, len(handles))
+    middle.legend(handles=handles.values(), loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=columns, fontsize=10)
+    seeds = sorted({len(x) for x in values})
+    count = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
+    band = f"Lines: mean of {count} seeds; bands: lowest to highest." if seeds[-1] > 1 else "One seed."
+    caption(figure, band + said)
 
 
 # --- Maze ----------------------------------------------------------------------------------------------
 
 
 def plot_maze(runs, configs, data_episodes, path):
-    from common.datasets import load_dataset  # here, so that a learning curve needs no environment
+    from play import make_env, step_limit  # benchmarks/play.py: a learning curve needs no environment
 
     if len({config["dataset"] for config in configs}) > 1:
         print("No maze is drawn, because the runs are of several datasets.")
         return
     dataset_id = configs[0]["dataset"]
-    data, env = load_dataset(dataset_id, columns=("episode",))
-    maze_env = env._envs[0].unwrapped if env._envs else None
-    maze = getattr(maze_env, "maze", None)  # gymnasium-robotics' Maze
+    try:
+        env = make_env(dataset_id)
+    except (Exception, SystemExit) as error:  # whatever gymnasium, Minari and the environment's package raise
+        print(f"No maze is drawn, because the environment cannot be made ({type(error).__name__}: {error}).")
+        return
+    maze = getattr(env.unwrapped, "maze", None)  # gymnasium-robotics' Maze
     if maze is None:
         print(f"No maze is drawn, because the environment of {dataset_id} is not one of gymnasium-robotics' mazes.")
         return
     panels = []
     for run, config, name in zip(runs, configs, labels(runs, configs), strict=True):
         if (run / "checkpoint.msgpack").exists():
-            panels.append((name, *rollouts(run, config)))
+            panels.append((name, *rollouts(run, config, env, step_limit(env, config))))
         else:
             print(f"{run} has no checkpoint yet: its policy is not drawn.")
     count = 1 + len(panels)
     figure, axes = plt.subplots(1, count, figsize=(5 * count, 5.8), squeeze=False, layout="constrained")
     figure.get_layout_engine().set(h_pad=0.12)
-    jitter = maze_env.position_noise_range * maze.maze_size_scaling
-    draw_data(axes[0, 0], maze, data, data_episodes)
+    jitter = env.unwrapped.position_noise_range * maze.maze_size_scaling
+    draw_data(axes[0, 0], maze, walks_of(dataset_id), data_episodes)
     for ax, (name, step, paths, reached) in zip(axes[0, 1:], panels, strict=True):
         draw_rollouts(ax, maze, f"Policy: {name}, {step:,} updates", paths, reached)
     handles = [
@@ -183,53 +305,34 @@ def plot_maze(runs, configs, data_episodes, path):
     save(figure, path)
 
 
-def positions(obs):
-    """(x, y) in metres, (..., 2), of flattened observations: their sorted keys begin with "achieved_goal"."""
-    return obs[..., :2]
+def walks_of(dataset_id: str) -> list[np.ndarray]:
+    """Positions (steps, 2) in metres of each episode of the data."""
+    import minari
+
+    return [episode.observations["achieved_goal"][:-1] for episode in minari.load_dataset(dataset_id)]
 
 
-def rollouts(run: Path, config: dict):
-    """One evaluation of the newest checkpoint: its update, positions (steps, rollouts, 2) and reached (rollouts,)."""
-    import flax
-    import jax
+def rollouts(run: Path, config: dict, env, steps: int):
+    """One evaluation of the newest checkpoint: its update, a list of positions (steps, 2), and reached (rollouts,)."""
+    from play import episode, starts
 
-    algo = importlib.import_module(f"algos.{config['algo']}")
-    fields = {name: tuple(x) if isinstance(x, list) else x for name, x in config.items() if name != "algo"}
-    try:
-        cfg = algo.Config(**fields)
-    except TypeError as error:
-        raise SystemExit(f"{run} was made by another version of algos/{config['algo']}.py ({error}).") from error
-    _, env = algo.load_data(cfg)
-    agent = algo.make_agent(cfg, env.spec)
-    seeds = np.arange(cfg.seed, cfg.seed + cfg.num_seeds)
-    like = jax.eval_shape(jax.vmap(lambda seed: agent.init(jax.random.key(seed))), seeds)
-    step, _, states = flax.serialization.from_bytes((0, 0.0, like), (run / "checkpoint.msgpack").read_bytes())
-    states = states._replace(key=jax.random.wrap_key_data(states.key))
-
-    @jax.jit
-    def policy(states, obs, t):  # main's
-        keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), t))(seeds)
-        return jax.vmap(agent.act)(states, obs, keys)
-
-    seen = []
-
-    def record(obs, t):
-        seen.append(obs * env._obs_scale + env._obs_mean)  # a new array, in metres again
-        return policy(states, obs, t)
-
-    returns = env.evaluate(record, seeds, cfg.eval_episodes).returns
-    seen = np.array(seen).reshape(len(seen), returns.size, -1)  # an ended episode stays where it ended
-    # A sparse return is above 0 only if the goal was reached. A dense one always is: there, the distance to the goal
-    # decides ("desired_goal" is the second of the sorted keys).
-    reached = returns.ravel() > 0
-    if getattr(env._envs[0].unwrapped, "reward_type", "sparse") == "dense":
-        reached = (np.linalg.norm(seen[..., 2:4] - positions(seen), axis=-1) <= GOAL_RADIUS).any(axis=0)
-    return step, positions(seen), reached
+    paths, reached = [], []
+    for row in range(config["num_seeds"]):
+        policy = restore(run, config, row)
+        for start in starts(config["seed"] + row, config["eval_episodes"]):
+            total, observations = episode(policy, env, start, steps)
+            path, goal = (np.array([x[key] for x in observations]) for key in ("achieved_goal", "desired_goal"))
+            paths.append(path)
+            # A sparse return is above 0 only if the goal was reached. A dense one always is: there, the distance
+            # to the goal decides.
+            sparse = getattr(env.unwrapped, "reward_type", "sparse") == "sparse"
+            near = (np.linalg.norm(path - goal, axis=-1) <= GOAL_RADIUS).any()
+            reached.append(total > 0 if sparse else near)
+    return policy.step, paths, np.array(reached)
 
 
-def draw_data(axes, maze, data, data_episodes):
+def draw_data(axes, maze, episodes, data_episodes):
     """A sample of the data's episodes, each in a colour of its own, and a few that lie apart as thick arrows."""
-    episodes = np.split(positions(data.obs), np.flatnonzero(np.diff(data.episode)) + 1)
     rng = np.random.default_rng(0)
     sample = [episodes[k] for k in rng.permutation(len(episodes))[:data_episodes]]
     colours = plt.get_cmap("turbo")(rng.permutation(len(sample)) / len(sample))
@@ -277,9 +380,9 @@ def visits(maze, path, places):
 
 
 def draw_rollouts(axes, maze, title, paths, reached):
-    """Roll-outs (steps, rollouts, 2): those that reach the goal and, over them, those that do not."""
+    """Roll-outs, each (steps, 2): those that reach the goal and, over them, those that do not."""
     for k in np.argsort(~reached, kind="stable"):
-        path = paths[:, k]
+        path = paths[k]
         axes.plot(*path.T, color=REACHED if reached[k] else MISSED, linewidth=1.2, alpha=0.6)
         if not reached[k]:
             axes.plot(*path[-1], **END, color=MISSED, zorder=4)

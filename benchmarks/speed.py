@@ -6,15 +6,17 @@
 
 What is measured, at obs 17, action 6 (6 discrete ones, where an algorithm takes no others), hidden 256-256, batch 256,
 float32, on 100,000 random transitions:
-- Updates per second, of all seeds together, of an algorithm file's own `make_train`, with the seeds spread over the
-  devices as its `main` does it. Evaluation, checkpoints and data loading are outside.
+- Updates per second, of all seeds together, of the program that an algorithm file's own `main` trains with.
+  Evaluation, checkpoints and data loading are outside.
 - The share of the matrix-product bound. The bound is the rate (FLOP/s) of a 2048 x 2048 x 2048 float32 product, at
-  JAX's default precision, over the FLOPs of the matrix products in one `agent.update`. The rate is the mean of those
-  of two seconds just before and just after each repetition, so that a machine that slows down or speeds up, or whose
-  cores others use as well, does so for both.
+  JAX's default precision, over the FLOPs of the matrix products in one update, a mean where updates take turns. The
+  rate is the mean of those of two seconds just before and just after each repetition, so that a machine that slows
+  down or speeds up, or whose cores others use as well, does so for both.
 - Time to the first update: from the start of a fresh process until one update is done, imports included, with an empty
   compilation cache (cold) and with the one that this left (warm). Loading a dataset, which `main` does, is not in it.
 - Peak memory of that process until then, with its 20 MB of random data, and of its accelerator.
+- Environment steps per second of an evaluation (4 seeds x 4 episodes of HalfCheetah's 1,000 steps, random actions),
+  with 1 worker process and with one for each core. No algorithm is in it.
 
 Every (algorithm, number of seeds) runs in processes of its own, since the number of devices of a CPU is fixed once JAX
 has started. `--against d3rlpy` runs speed_d3rlpy.py in another Python environment, in turn with ours: ours, theirs,
@@ -56,6 +58,9 @@ class Options:
     against: Literal["none", "d3rlpy"] = "none"  # another library, run in turn with ours
     python: str = ""  # the Python that has it
     against_updates: int = 150  # its updates in one repetition
+    environment: str = (
+        "stitch/halfcheetah-medium-20k-v0"  # whose environment is stepped: its episodes all end at the limit. "": none
+    )
     out: str = ""  # the result file; by default benchmarks/results/speed-DEVICE.json
 
 
@@ -77,7 +82,7 @@ def main(options: Options):
     if load > 0.5:
         print(f"Other programs are running (load average {load:.1f}): expect low and uneven numbers.", file=sys.stderr)
     commit = subprocess.getoutput(f"git -C {HERE} describe --always --dirty --abbrev=40")
-    results = []
+    results, stepping = [], environment_steps(options) if options.environment else None
     for algo, setting, seeds in itertools.product(options.algos, settings, options.seeds):
         print(f"{label(algo, setting)}, {seeds} seed{'s' * (seeds > 1)} ...", file=sys.stderr, flush=True)
         about, row = measure(algo, setting, seeds, options)
@@ -93,15 +98,20 @@ def main(options: Options):
             "versions": about["versions"],
             "shape": SHAPE,
             "seconds": round(time.time() - started),
+            "environment": stepping,
             "results": results,
         }
         slug = "".join(c if c.isalnum() else "-" for c in about["device"].lower())
         out = Path(options.out or HERE / "results" / f"speed-{slug}.json")
-        out.parent.mkdir(parents=True, exist_ok=True)
-        # After each row and in one step, so that a run that ends early leaves a whole file of what it measured
-        Path(f"{out}.part").write_text(json.dumps(report, indent=2) + "\n")
-        os.replace(f"{out}.part", out)
+        write(out, report)
     print(f"{table(report)}\n\nWritten to {out}")
+
+
+def write(out: Path, report: dict):
+    """After each row and in one step, so that a run that ends early leaves a whole file of what it measured."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    Path(f"{out}.part").write_text(json.dumps(report, indent=2) + "\n")
+    os.replace(f"{out}.part", out)
 
 
 def combinations(chosen):
@@ -126,11 +136,10 @@ def measure(algo, setting, seeds, options):
     """(device and versions, one row of the results). Its lists have one number for each repetition."""
     with tempfile.TemporaryDirectory() as cache:
         job = {"algo": algo, "setting": setting, "seeds": seeds, "updates": options.updates, "cache": cache}
-        job = json.dumps(job)
-        command = [sys.executable, __file__, "worker", job]
-        cold = Worker(command)
-        first = cold.ask("first")
-        cold.close()
+        command = [sys.executable, __file__, "worker", json.dumps(job)]
+        first = Worker(command)
+        cold = first.ask("first")
+        first.close()
         ours = Worker(command)
         warm = ours.ask("first")
         about = ours.ask("about")
@@ -138,41 +147,61 @@ def measure(algo, setting, seeds, options):
         if options.against == "d3rlpy":
             job = json.dumps({"algo": algo, "updates": options.against_updates, **SHAPE})
             theirs = Worker([options.python, str(HERE / "speed_d3rlpy.py"), job])
-            against = {"versions": theirs.ask("about"), "updates_per_second": []}
-        product_rate, updates_per_second = [ours.ask("product")], []
+            versions, their_rate = theirs.ask("about"), []
+        product_rate, our_rate = [ours.ask("product")], []
         for _ in range(options.repeats):
-            updates_per_second.append(ours.ask("train"))
+            our_rate.append(ours.ask("train"))
             product_rate.append(ours.ask("product"))
             if theirs:
-                against["updates_per_second"].append(theirs.ask("train"))
+                their_rate.append(theirs.ask("train"))
         ours.close()
 
-    flops = about["flops_per_update"]
-    bound = [statistics.mean(pair) / flops for pair in zip(product_rate[:-1], product_rate[1:], strict=True)]
+    bound = bounds(product_rate, about["flops_per_update"])
     row = {
         "algo": algo,
         "setting": setting,
         "seeds": seeds,
         "devices": about["devices"],
         "updates_per_repetition": about["updates_per_repetition"],  # of all seeds together
-        "flops_per_update": flops,  # of one seed's matrix products
-        "updates_per_second": updates_per_second,  # of all seeds together
+        "flops_per_update": about["flops_per_update"],  # of one seed's matrix products
+        "updates_per_second": our_rate,  # of all seeds together
         "product_flops_per_second": product_rate,  # before the first repetition and after each
         "bound_updates_per_second": bound,
-        "share_of_bound": [rate / limit for rate, limit in zip(updates_per_second, bound, strict=True)],
-        "first_update_seconds": {"cold": first["seconds"], "warm": warm["seconds"]},
-        "peak_memory_mb": {"cold": first["memory_mb"], "warm": warm["memory_mb"]},
-        "peak_device_memory_mb": first["device_memory_mb"],  # None on a CPU
+        "share_of_bound": ratios(our_rate, bound),
+        "first_update_seconds": {"cold": cold["seconds"], "warm": warm["seconds"]},
+        "peak_memory_mb": {"cold": cold["memory_mb"], "warm": warm["memory_mb"]},
+        "peak_device_memory_mb": cold["device_memory_mb"],  # None on a CPU
     }
     if theirs:
         theirs.close()
-        pairs = zip(updates_per_second, against["updates_per_second"], strict=True)
-        against["ratio_of_each_pair"] = [a / b for a, b in pairs]
-        against["ratio_of_medians"] = statistics.median(updates_per_second) / statistics.median(
-            against["updates_per_second"]
-        )
-        row["d3rlpy"] = {"updates_per_repetition": options.against_updates, **against}
+        row["d3rlpy"] = {
+            "updates_per_repetition": options.against_updates,
+            "versions": versions,
+            "updates_per_second": their_rate,
+            "ratio_of_each_pair": ratios(our_rate, their_rate),
+            "ratio_of_medians": statistics.median(our_rate) / statistics.median(their_rate),
+        }
     return about, row
+
+
+def bounds(product_rate, flops):
+    """Updates per second that the products allow, one for each repetition: it lies between two measured rates."""
+    return [statistics.mean(pair) / flops for pair in itertools.pairwise(product_rate)]
+
+
+def ratios(ours, others):
+    return [a / b for a, b in zip(ours, others, strict=True)]
+
+
+def environment_steps(options):
+    """Steps per second of the evaluation of `options.environment`, one number for each repetition."""
+    rates = {}
+    for workers in sorted({1, os.cpu_count()}):
+        job = json.dumps({"dataset": options.environment, "workers": workers})
+        worker = Worker([sys.executable, __file__, "environment", job])
+        rates[str(workers)] = [worker.ask("step") for _ in range(options.repeats)]
+        worker.close()
+    return {"dataset": options.environment, "steps_per_second": rates}
 
 
 class Worker:
@@ -210,8 +239,8 @@ def processor():
 
 
 def table(report):
-    """The results as Markdown: medians of the repetitions and, in brackets, the lowest and the highest."""
-    rows = report["results"]
+    """The results as Markdown, fastest first: medians of the repetitions and, in brackets, the lowest and highest."""
+    rows = sorted(report["results"], key=lambda row: -statistics.median(row["updates_per_second"]))
     head = ["algorithm", "seeds", "updates/s, all seeds", "of the matrix-product bound", "first update: cold, warm",
             "peak memory"]  # fmt: skip
     if "d3rlpy" in rows[0]:
@@ -236,6 +265,10 @@ def table(report):
         f"Device: {report['device']}; {report['processor']}, {report['cores']} cores. {versions}. "
         f"A 2048-cubed float32 product: {spread(products)} GFLOP/s."
     )
+    if report.get("environment"):
+        rates = report["environment"]["steps_per_second"].items()
+        rates = "; ".join(f"{spread(rate)} with {n} worker{'s' * (n != '1')}" for n, rate in rates)
+        foot += f" Environment steps/s of `{report['environment']['dataset']}`: {rates}."
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n\n" + foot
 
 
@@ -247,83 +280,96 @@ def spread(values, form=None):
 # --- A worker: one algorithm and number of seeds ----------------------------------------------------------
 
 
-def worker(algo: str, setting: dict, seeds: int, updates: int, cache: str):
-    """Trains as the algorithm file's `main` does, on random data, when its stdin says so."""
-    sys.path.insert(0, str(HERE.parent))  # this checkout, installed or not
-    import jax
-    import jax.numpy as jnp
-    import numpy as np
-    from jax.sharding import NamedSharding, PartitionSpec
+def problem(algo: str, setting: dict, **counts):
+    """(module of algos/, its Config at SHAPE, Interface, random dataset): the actions are continuous where they may be.
 
-    from common.datasets import Spec, Transition
+    `setting` are fields of Config that a user asked for, and `counts` ours.
+    """
+    sys.path.insert(0, str(HERE.parent))  # this checkout, installed or not
+    import numpy as np
+
+    from common.datasets import Transition
+    from common.environments import Interface
 
     module = importlib.import_module(f"algos.{algo}")
     unknown = setting.keys() - {field.name for field in dataclasses.fields(module.Config)}
     if unknown:
         raise SystemExit(f"{algo} has no setting {', '.join(sorted(unknown))}.")
-    jax.config.update("jax_num_cpu_devices", math.gcd(seeds, os.cpu_count()))
-    jax.config.update("jax_compilation_cache_dir", cache)
-    on_cpu = jax.default_backend() == "cpu"
-    log_interval = max(1, (updates or (1_000 if on_cpu else 50_000)) // seeds)
-    spec = Spec(SHAPE["obs_dim"], SHAPE["action_dim"])
-    cfg = module.Config(num_seeds=seeds, batch_size=SHAPE["batch_size"], hidden=tuple(SHAPE["hidden"]),
-                        num_updates=1_000_000, log_interval=log_interval)  # fmt: skip
+    cfg = module.Config(batch_size=SHAPE["batch_size"], hidden=tuple(SHAPE["hidden"]), num_updates=1_000_000, **counts)
     setting = {name: tuple(value) if isinstance(value, list) else value for name, value in setting.items()}
     cfg = dataclasses.replace(cfg, **setting)
+    part = getattr(cfg, "prepare_interval", getattr(cfg, "policy_delay", 1))  # log_interval is a multiple of it
+    cfg = dataclasses.replace(cfg, log_interval=-(-cfg.log_interval // part) * part)
+    obs_dim, action_dim, rows = SHAPE["obs_dim"], SHAPE["action_dim"], SHAPE["rows"]
+    box = {"low": [-1.0] * action_dim, "high": [1.0] * action_dim, "dtype": "float32"}
+    as_it_is = [0.0] * obs_dim, [1.0] * obs_dim
+    interface = Interface([obs_dim], box, *as_it_is)
     try:
-        agent = module.make_agent(cfg, spec)
+        module.make_agent(cfg, interface.spec)
     except SystemExit as refusal:
         if "needs discrete actions" not in str(refusal):
             raise
-        spec = Spec(SHAPE["obs_dim"], SHAPE["action_dim"], discrete=True)
-        agent = module.make_agent(cfg, spec)
-    rng, rows = np.random.default_rng(0), SHAPE["rows"]
+        interface = Interface([obs_dim], {"n": action_dim, "start": 0}, *as_it_is)
+    rng = np.random.default_rng(0)
 
     def actions():
-        if spec.discrete:
-            return rng.integers(spec.action_dim, size=rows, dtype=np.int32)
-        return rng.uniform(-1, 1, (rows, spec.action_dim)).astype(np.float32)
+        if interface.spec.discrete:
+            return rng.integers(action_dim, size=rows, dtype=np.int32)
+        return rng.uniform(-1, 1, (rows, action_dim)).astype(np.float32)
 
     dataset = Transition(
-        obs=rng.standard_normal((rows, spec.obs_dim), np.float32),
+        obs=rng.standard_normal((rows, obs_dim), np.float32),
         action=actions(),
         reward=rng.standard_normal(rows, np.float32),
-        next_obs=rng.standard_normal((rows, spec.obs_dim), np.float32),
+        next_obs=rng.standard_normal((rows, obs_dim), np.float32),
         terminal=(rng.random(rows) < 0.001).astype(np.float32),
         # The optional columns, whether the algorithm needs them or not: XLA drops what no update reads
         next_action=actions(),
         episode=np.arange(rows, dtype=np.int32) // 1_000,
         return_to_go=rng.standard_normal(rows, np.float32),
     )
+    return module, cfg, interface, dataset
 
-    # From here to `compile`, the lines of main
-    devices = jax.local_devices()[: math.gcd(seeds, jax.local_device_count())]
-    mesh = jax.sharding.Mesh(devices, "seed")
-    by_seed, whole = PartitionSpec("seed"), PartitionSpec()
-    train_one = module.make_train(cfg, agent)
 
-    def train_shard(states, dataset):
-        if devices[0].platform == "cpu":
-            return jax.lax.map(lambda state: train_one(state, dataset), states)
-        return jax.vmap(train_one, in_axes=(0, None))(states, dataset)
+def trainer(module, cfg, interface, dataset):
+    """(devices, step): `step()` makes log_interval updates of each seed, as the file's `main` does."""
+    import jax
+    from jax.sharding import NamedSharding, PartitionSpec
 
-    states = jax.jit(jax.vmap(lambda seed: agent.init(jax.random.key(seed))))(np.arange(seeds))
-    states = jax.device_put(states, NamedSharding(mesh, by_seed))
-    dataset = jax.device_put(dataset, NamedSharding(mesh, whole))
-    train = jax.shard_map(train_shard, mesh=mesh, in_specs=(by_seed, whole), out_specs=by_seed, check_vma=False)
-    train = jax.jit(train, donate_argnums=0).lower(states, dataset).compile()
+    runs = module.Runs(cfg, interface, {})
+    runs.states = runs.init()
+    shared = {"dataset": jax.device_put(dataset, NamedSharding(runs.mesh, PartitionSpec()))}
+    train = runs.lower("update", shared).compile()
 
-    ready, begun = time.time(), time.perf_counter()
-    states, _ = jax.block_until_ready(train(states, dataset))
-    # One update of `log_interval` equal ones in this compiled call
-    first = ready + (time.perf_counter() - begun) / log_interval - float(os.environ["STITCH_STARTED"])
+    def step():
+        runs.states, metrics = train(runs.fields, (runs.states,), shared)
+        return runs.states, metrics
+
+    return list(runs.mesh.devices), step
+
+
+def worker(algo: str, setting: dict, seeds: int, updates: int, cache: str):
+    """Trains as the algorithm file's `main` does, on random data, when its stdin says so."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    jax.config.update("jax_num_cpu_devices", math.gcd(seeds, os.cpu_count()))
+    jax.config.update("jax_compilation_cache_dir", cache)
+    on_cpu = jax.default_backend() == "cpu"
+    each = max(1, (updates or (1_000 if on_cpu else 50_000)) // seeds)  # updates of one seed in a compiled call
+    module, cfg, interface, dataset = problem(algo, setting, num_seeds=seeds, log_interval=each)
+    each = cfg.log_interval
+    devices, step = trainer(module, cfg, interface, dataset)
+    ready = time.time()
+    first = first_update(float(os.environ["STITCH_STARTED"]), ready, seconds_of(step), each)
     in_use = [device.memory_stats() for device in devices]
     peaks = [stats["peak_bytes_in_use"] / 2**20 for stats in in_use if stats]
     memory = {"memory_mb": peak_memory_mb(), "device_memory_mb": max(peaks, default=None)}
 
     # A CPU's products run on all its cores, whatever the number of devices that JAX splits it into
-    matrix = jnp.asarray(rng.standard_normal((2048, 2048), np.float32)) / 2048**0.5
-    in_a_row = 1 if on_cpu else 50  # an accelerator is done with one before the next is sent
+    side, in_a_row = 2048, 1 if on_cpu else 50  # an accelerator is done with one before the next is sent
+    matrix = jnp.asarray(np.random.default_rng(0).standard_normal((side, side), np.float32)) / side**0.5
 
     @jax.jit
     def products(x):
@@ -339,27 +385,70 @@ def worker(algo: str, setting: dict, seeds: int, updates: int, cache: str):
         elif question == "about\n":
             packages = ("jax", "jaxlib", "flax", "optax", "numpy")
             versions = {name: importlib.metadata.version(name) for name in packages}
-            batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((cfg.batch_size, *x.shape[1:]), x.dtype), dataset)
-            update = jax.make_jaxpr(agent.update)(jax.eval_shape(agent.init, jax.random.key(0)), batch)
             answer = {
                 "device": devices[0].device_kind,
                 "devices": len(devices),
                 "versions": {"python": platform.python_version(), **versions},
-                "updates_per_repetition": log_interval * seeds,
-                "flops_per_update": product_flops(update.jaxpr, getattr(cfg, "policy_delay", 1)),
+                "updates_per_repetition": each * seeds,
+                "flops_per_update": flops_per_update(module.make_agent(cfg, interface.spec), dataset, cfg.batch_size),
             }
         elif question == "train\n":
-            begun = time.perf_counter()
-            states, _ = jax.block_until_ready(train(states, dataset))
-            answer = log_interval * seeds / (time.perf_counter() - begun)
+            answer = updates_per_second(each, seeds, seconds_of(step))
         elif question == "product\n":
             # For seconds on end, as the training: the best of a few would be the machine's best moment
-            count, begun = 0, time.perf_counter()
-            while time.perf_counter() - begun < 2:
-                jax.block_until_ready(products(matrix))
+            count, seconds = 0, 0.0
+            while seconds < 2:
+                seconds += seconds_of(lambda: products(matrix))
                 count += in_a_row
-            answer = 2 * 2048**3 * count / (time.perf_counter() - begun) * (1 if on_cpu else len(devices))
+            answer = product_flops_per_second(side, count, seconds, 1 if on_cpu else len(devices))
         print("ANSWER " + json.dumps(answer), flush=True)
+
+
+def seconds_of(call, clock=time.perf_counter):
+    """Seconds until the result of `call()` is there: JAX hands it back before it is computed."""
+    import jax
+
+    begun = clock()
+    jax.block_until_ready(call())
+    return clock() - begun
+
+
+def first_update(started, ready, seconds, updates):
+    """Seconds from a process's start to its first update, one of `updates` equal ones in a call that took `seconds`."""
+    return ready - started + seconds / updates
+
+
+def updates_per_second(updates, seeds, seconds):
+    """Of all seeds together, each of which made `updates`."""
+    return updates * seeds / seconds
+
+
+def product_flops_per_second(side, count, seconds, devices):
+    """The rate of all devices, one of which made `count` products of side x side matrices."""
+    return 2 * side**3 * count / seconds * devices
+
+
+def environment(dataset: str, workers: int):
+    """Plays evaluation episodes with random actions when its stdin says so, and answers with steps per second."""
+    sys.path.insert(0, str(HERE.parent))
+    import numpy as np
+
+    from common.datasets import load_dataset
+
+    _, env = load_dataset(dataset)
+    env.num_workers = workers
+    rng, steps = np.random.default_rng(0), 0
+
+    def policy(obs, step, memory, last_rewards):
+        nonlocal steps
+        steps += obs.shape[0] * obs.shape[1]  # HalfCheetah's episodes all end at the limit
+        return rng.uniform(-1, 1, (*obs.shape[:2], env.spec.action_dim)).astype(np.float32), memory
+
+    env.evaluate(policy, range(4), 4)  # makes the environments
+    for _ in sys.stdin:
+        steps, begun = 0, time.perf_counter()
+        env.evaluate(policy, range(4), 4)
+        print("ANSWER " + json.dumps(steps / (time.perf_counter() - begun)), flush=True)
 
 
 def peak_memory_mb():
@@ -368,27 +457,32 @@ def peak_memory_mb():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
 
-def product_flops(jaxpr, period):
-    """FLOPs of the matrix products in a jaxpr, a multiplication and an addition counting one each.
+def flops_per_update(agent, dataset, batch_size):
+    """FLOPs of the matrix products of one seed's update: the mean of those that take turns in a file with a delay."""
+    import jax
 
-    Of a `cond`, the branch with the most is counted once in `period` runs and the one with the least in the others:
-    TD3's actor is updated every `policy_delay` updates. A file without that field counts the branch with the most.
-    """
+    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((batch_size, *x.shape[1:]), x.dtype), dataset)
+    state = jax.eval_shape(agent.init, jax.random.key(0))
+    cycle = getattr(agent, "cycle", (agent.update,))
+    return statistics.mean(product_flops(jax.make_jaxpr(update)(state, batch).jaxpr) for update in cycle)
+
+
+def product_flops(jaxpr):
+    """FLOPs of the matrix products in a jaxpr, a multiplication and an addition counting one each."""
     total = 0
     for eqn in jaxpr.eqns:
-        inner = [product_flops(sub, period) for value in eqn.params.values() for sub in jaxprs(value)]
+        inner = sum(product_flops(sub) for value in eqn.params.values() for sub in jaxprs(value))
         if eqn.primitive.name == "dot_general":
             (contracted, _), _ = eqn.params["dimension_numbers"]
             shape = eqn.invars[0].aval.shape
             total += 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(shape[axis] for axis in contracted)
-        elif eqn.primitive.name == "cond":
-            total += min(inner) + (max(inner) - min(inner)) / period
         elif eqn.primitive.name == "scan":
-            total += sum(inner) * eqn.params["length"]
-        elif eqn.primitive.name == "while" and sum(inner):
-            raise SystemExit("The update has matrix products in a while loop: their number is not known from shapes.")
+            total += inner * eqn.params["length"]
+        elif eqn.primitive.name in ("while", "cond") and inner:
+            name = eqn.primitive.name
+            raise SystemExit(f"The update has matrix products in a {name}: their number is not known from shapes.")
         else:
-            total += sum(inner)
+            total += inner
     return total
 
 
@@ -400,7 +494,7 @@ def jaxprs(value):
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["worker"]:
-        worker(**json.loads(sys.argv[2]))
+    if sys.argv[1:2] in (["worker"], ["environment"]):
+        {"worker": worker, "environment": environment}[sys.argv[1]](**json.loads(sys.argv[2]))
     else:
         main(tyro.cli(Options, description=__doc__.splitlines()[0]))

@@ -8,22 +8,27 @@ make cells of their own.
 
 A cell is a process, resumes from its checkpoint, and is not trained again once finished: the same command does what is
 missing. A cell that fails leaves its reason in failed.json and the others go on; so does one whose algorithm is not for
-the dataset's actions, which is no failure and not tried again. Two sweeps may share OUT: a cell that another process
-trains comes last, and is taken over if that process dies. OUT/results.jsonl has one line per cell: its configuration,
-command, commit and versions, and either its summary (per-seed, per-episode returns, timings, device) or the reason.
+the dataset's actions, which is no failure and not tried again. Ctrl-C or SIGTERM ends the sweep and the cell it runs.
+Two sweeps may share OUT: a cell that another process trains comes last, and is taken over if that process dies.
+OUT/results.jsonl has one line per cell: its configuration, command, commit and versions, and either its summary (per-
+seed, per-episode returns, timings, device) or the reason.
 
 `--ray local`, or the HOST:PORT of a cluster, runs the cells as Ray tasks. A cell whose worker dies is started elsewhere
 and goes on from its checkpoint, since all cells work in OUT: the machines of a cluster must share that folder.
 """
 
+import contextlib
 import dataclasses
 import fnmatch
+import functools
 import importlib
 import importlib.metadata
 import inspect
 import itertools
 import json
 import os
+import re
+import signal
 import socket
 import subprocess
 import sys
@@ -46,7 +51,8 @@ cell, sys.argv, timeout = map(json.loads, sys.argv[1:])
 algo = importlib.import_module("algos." + cell["algo"])
 config = {name: tuple(value) if isinstance(value, list) else value for name, value in cell["config"].items()}
 try:
-    with filelock.FileLock(pathlib.Path(config["out"], ".lock"), timeout=timeout):
+    with filelock.FileLock(config["out"] + ".lock", timeout=timeout):
+        pathlib.Path(config["out"], "failed.json").unlink(missing_ok=True)  # a run folder holds a run and nothing else
         algo.main(algo.Config(**config), cell["grid"])
 except filelock.Timeout:
     sys.exit(75)
@@ -55,6 +61,7 @@ except Exception as error:
     sys.exit(" ".join(f"{type(error).__name__}: {error}".split())[:500])  # the last line, whatever JAX adds above
 """
 LOCKED = 75
+BAR = r"[^\r\n]*?\[\d+:\d\d(:\d\d)?[<,][^\]\r\n]*\]"  # of tqdm: all before and in [01:23<04:56, 7.8update/s, loss=9]
 PACKAGES = ("jax", "flax", "optax", "numpy", "minari", "gymnasium", "gymnasium-robotics", "mujoco")  # as in algos/
 
 
@@ -102,6 +109,12 @@ def make_cells(options: Options, protocols: dict) -> list[Cell]:
             # From the most general to the most special: the later one counts.
             general = protocol["common"] | protocol["datasets"].get(dataset, {}) | tuned(protocol, algo, dataset)
             cells += make_cell_grid(method, algo, dataset, general | settings, chosen)
+    names = [cell.name for cell in cells]
+    for name in names:
+        if Path(name).is_absolute() or {"", ".", ".."} & set(name.split("/")):
+            raise SystemExit(f"The folder of a cell would be {name}, outside --out: correct --datasets or --methods.")
+        if names.count(name) > 1:
+            raise SystemExit(f"Two cells would share the folder {name}: name each dataset, method and value once.")
     return cells
 
 
@@ -137,7 +150,7 @@ def fits(value, kind) -> bool:
 
 def make_cell_grid(method, algo, dataset, settings, chosen):
     """One cell per combination of the values that cannot be traced; floats with several values are its grid."""
-    if not (HERE.parent / "algos" / f"{algo}.py").exists():
+    if algo not in {path.stem for path in (HERE.parent / "algos").glob("[!_]*.py")}:
         raise SystemExit(f"{algo} is no file in algos/ and no method of the protocol.")
     module = importlib.import_module(f"algos.{algo}")
     fields = {field.name: field.type for field in dataclasses.fields(module.Config)}
@@ -152,6 +165,9 @@ def make_cell_grid(method, algo, dataset, settings, chosen):
     read_by_data = inspect.getsource(module.load_data)
     traced = {name for name, values in chosen.items() if fields[name] is float and f"cfg.{name}" not in read_by_data}
     grid = {name: [float(v) for v in values] for name, values in chosen.items() if name in traced and len(values) > 1}
+    for name, values in grid.items():
+        if len(set(values)) < len(values):
+            raise SystemExit(f"--set {name} has a value twice: name each once.")
     static = {name: values for name, values in chosen.items() if name not in grid}
     cells = []
     for values in itertools.product(*static.values()):
@@ -167,11 +183,12 @@ def make_cell_grid(method, algo, dataset, settings, chosen):
 
 
 def read(path: Path) -> dict | None:
-    """The content of a JSON file, None where it is missing or cut."""
+    """The object in a JSON file, None where it is missing, cut or something else."""
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
+        content = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError):
         return None
+    return content if isinstance(content, dict) else None
 
 
 def full_config(cell: Cell) -> dict:
@@ -189,11 +206,33 @@ def does_not_apply(reason: str) -> bool:
 def ended_before(cell: Cell, folder: Path) -> str | None:
     """How this very cell ended: "" where it is finished, why it does not apply, or None where it is to be run."""
     config, summary, failed = (read(folder / f"{name}.json") for name in ("config", "summary", "failed"))
-    if config and summary and config.get("config") == full_config(cell):
+    if config and summary and same(cell, config.get("config")):
         return ""
-    if failed and failed.get("config") == full_config(cell) and does_not_apply(failed["reason"]):
-        return failed["reason"]
-    return None
+    reason = str(failed.get("reason")) if failed else ""
+    return reason if does_not_apply(reason) and same(cell, failed.get("config")) else None
+
+
+def same(cell: Cell, recorded) -> bool:
+    """Whether a recorded configuration is the cell's: a field that is newer than the record has its default there."""
+    if not isinstance(recorded, dict):
+        return False
+    known = {**full_config(cell._replace(config={})), **recorded}
+    data = known.pop("data", None)  # which older results do not have
+    today = fingerprint(cell.config["dataset"]) if data and known == full_config(cell) else None
+    return known == full_config(cell) and today in (None, data)
+
+
+@functools.cache
+def fingerprint(dataset_id: str) -> dict | None:
+    """Of the data that this name stands for today; None where they are not on this machine, {} if they are damaged."""
+    from minari.storage.datasets_root_dir import get_dataset_path
+
+    from common.datasets import DatasetError, load_dataset
+
+    try:
+        return load_dataset(dataset_id)[1].fingerprint if Path(get_dataset_path(dataset_id)).exists() else None
+    except DatasetError:
+        return {}
 
 
 def run_cell(cell: Cell, folder: Path, command: list[str], wait: bool = False) -> str | None:
@@ -207,25 +246,55 @@ def run_cell(cell: Cell, folder: Path, command: list[str], wait: bool = False) -
             return f"{path} is missing or cut: remove that folder to train the cell anew."
     folder.mkdir(parents=True, exist_ok=True)
     payload = cell._asdict() | {"config": cell.config | {"out": str(folder)}}
-    arguments = [sys.executable, "-c", RUN, json.dumps(payload), json.dumps(command), "-1" if wait else "0"]
+    # Unbuffered, so that what is printed comes before the sentence it ends with
+    arguments = [sys.executable, "-u", "-c", RUN, json.dumps(payload), json.dumps(command), "-1" if wait else "0"]
     tail = b""
     with subprocess.Popen(arguments, cwd=HERE.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
-        while chunk := os.read(process.stdout.fileno(), 65536):
-            sys.stderr.buffer.write(chunk)
-            sys.stderr.flush()
-            tail = (tail + chunk)[-4000:]
+        try:
+            while chunk := os.read(process.stdout.fileno(), 65536):
+                sys.stderr.buffer.write(chunk)
+                sys.stderr.flush()
+                tail = (tail + chunk)[-4000:]
+        except BaseException:  # Ctrl-C, SIGTERM, or nobody reads what is passed on: nothing goes on unseen
+            process.terminate()
+            try:
+                process.wait(timeout=10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+            raise
+    if process.returncode == 0 and read(summary) is None:
+        return f"ended with status 0, but without a summary: {last_sentence(tail)}"
     if process.returncode in (0, LOCKED):
         return "" if process.returncode == 0 else None
-    lines = tail.decode(errors="replace").replace("\r", "\n").strip().splitlines() or [""]
-    return f"status {process.returncode}: {lines[-1]}"
+    return why_it_ended(process.returncode, last_sentence(tail))
 
 
-def write(path: Path, content: str):
-    """Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def why_it_ended(status: int, said: str) -> str:
+    if status == -signal.SIGKILL:  # by another process, which for want of memory is the system
+        return "killed by signal 9 (out of memory?)"
+    if status < 0:
+        return f"killed by signal {-status} ({signal.strsignal(-status)}): {said}"
+    return f"status {status}: {said}"
+
+
+def last_sentence(output: bytes) -> str:
+    """The last line that is no progress bar, without one that stands before it in that line."""
+    text = output.decode(errors="replace").replace("\r\n", "\n")
+    text = re.sub(BAR, "\n", text).replace("\r", "\n")
+    return ([line.strip() for line in text.splitlines() if line.strip()] or ["without a word"])[-1]
+
+
+def write(path: Path, content: str | bytes):
+    """Whole or not at all: what was there stays where the disk is full, or a kill comes in between."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(content)
-    os.replace(temporary, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(content if isinstance(content, bytes) else content.encode())
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise SystemExit(f"{path} cannot be written ({error.strerror or error}).") from error
 
 
 def settle(cell: Cell, folder: Path, reason: str):
@@ -349,6 +418,7 @@ def main(options: Options):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: with its cell
     try:
         sys.exit(min(main(tyro.cli(Options, description=__doc__)), 1))
     except KeyboardInterrupt:

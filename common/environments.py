@@ -6,20 +6,26 @@
     env.evaluate(policy, seeds, num_episodes=20)         # the episodes behind them (Evaluation)
 
 An Interface is a few numbers, in config.json of every run: with it a trained policy acts without the dataset.
-This module imports gymnasium only when an environment is made.
+Environments live in worker processes, one per core, which import neither JAX nor the caller's main module: whatever an
+environment does, be it an abort of its simulator, costs a score and never the training.
 """
 
 import importlib.metadata
+import multiprocessing
+import shlex
 import subprocess
 import sys
-import warnings
 from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from tqdm import tqdm
 
 from common.recipes import tabular
+from common.recipes.worker import EnvironmentFailure, reason, work
 
 
 class Spec(NamedTuple):
@@ -62,6 +68,21 @@ D4RL_REFERENCE_SCORES = {
     "D4RL/pen/": (96.262799, 3076.8331017826877),
     "D4RL/relocate/": (-6.425911, 4233.877797728884),
 }
+SIGN = "0.35 to 1.25 above D4RL's, since the simulator pays +0.1 |palm - object| where D4RL pays -0.1"
+REMARKS = dict.fromkeys(("D4RL/door/", "D4RL/hammer/", "D4RL/relocate/"), SIGN)
+REMARKS["D4RL/antmaze/"] = "an episode counts once"  # Minari's goes on at the goal, and is paid there at every step
+
+# When episodes end, from `terminated` in the sources of Gymnasium: possible lengths of an observation; whether bounds
+# are inside; (name of the argument healthy_.._range, first column, one past the last, low, high), to leave which ends.
+TERMINATIONS = {
+    "Ant": ((27, 105, 111), True, [("z", 0, 1, 0.2, 1), ("", 0, None, -3e38, 3e38)]),
+    "CartPole": ((4,), True, [("", 0, 1, -2.4, 2.4), ("", 2, 3, -np.pi / 15, np.pi / 15)]),
+    "HalfCheetah": ((17,), True, []),
+    "Hopper": ((11,), False, [("z", 0, 1, 0.7, None), ("angle", 1, 2, -0.2, 0.2), ("state", 1, 11, -100, 100)]),
+    "Humanoid": ((348, 376), False, [("z", 0, 1, 1, 2)]),
+    "InvertedPendulum": ((4,), True, [("", 1, 2, -0.2, 0.2), ("", 0, None, -3e38, 3e38)]),
+    "Walker2d": ((17,), False, [("z", 0, 1, 0.8, 2), ("angle", 1, 2, -1, 1)]),
+}
 
 
 # --- Between an environment and a network ----------------------------------------------------------------
@@ -74,11 +95,14 @@ class Interface(NamedTuple):
     action: Any  # {"n", "start"}, or of a Box {"low", "high", "dtype"}
     obs_mean: list  # (obs_dim,) of the rows' observations, or zeros
     obs_scale: list
+    termination: Any = None  # (closed, ranges) of `ends`, as TERMINATIONS has them; None: not known
 
     @property
     def spec(self) -> Spec:
-        discrete = "n" in self.action
-        return Spec(width(self.observation), self.action["n"] if discrete else len(self.action["low"]), discrete)
+        discrete, known = "n" in self.action, self.termination is not None
+        action_dim = self.action["n"] if discrete else len(self.action["low"])
+        terminal_of = partial(ends, *self.termination) if known else None
+        return Spec(width(self.observation), action_dim, discrete, terminal_of=terminal_of)
 
     def observe(self, observation):
         """Raw observations (...) -> (..., obs_dim) float32, flat and normalised."""
@@ -86,18 +110,16 @@ class Interface(NamedTuple):
         return (obs - np.array(self.obs_mean, np.float32)) / np.array(self.obs_scale, np.float32)
 
     def act(self, act, observation, reward=None, episode=None):
-        """A step of a policy on what an environment gives: (action in the environment's own units, the episode so far).
+        """A policy's action at what an environment gives, one observation or a batch, and the episode so far.
 
-        Args:
-          act: (obs (1, n, obs_dim), step, memory, last rewards (1, n)) -> (actions (1, n, ...), memory).
-          observation: one, or a batch with any leading axes.
-          reward: of the step before, for policies with a memory; None begins an episode.
-          episode: what the call of the step before gave; None at first.
+        act: (obs (1, n, obs_dim), step, memory, last rewards (1, n)) -> (actions (1, n, ...), memory). `reward` is that
+        of the step before, None where an episode begins (policies without a memory need none); `episode` is what the
+        call before gave. Returns (action in the environment's own units, episode).
         """
         step, memory = episode or (0, None)
         obs = self.observe(observation)
         rows = obs.reshape(1, -1, obs.shape[-1])
-        rewards = np.zeros(rows.shape[:2], np.float32) + (0 if reward is None else np.ravel(reward))
+        rewards = np.zeros(rows.shape[:2]) + (0 if reward is None else np.ravel(reward))
         action, memory = act(rows, step, None if reward is None else memory, rewards.astype(np.float32))
         action = np.asarray(action)[0]
         action = self.to_env(action.reshape(obs.shape[:-1] + action.shape[1:]))
@@ -125,14 +147,16 @@ class Interface(NamedTuple):
 
 
 def provenance():
-    """What a result depends on besides its configuration and data, for config.json."""
-    packages = ("jax", "flax", "optax", "numpy", "minari", "gymnasium", "gymnasium-robotics", "mujoco")
-    describe = f"git -C '{Path(__file__).parent}' describe --always --dirty --abbrev=40 2>/dev/null"
-    return {
-        "command": " ".join(sys.argv),
-        "commit": subprocess.getoutput(describe) or None,
-        "versions": {name: importlib.metadata.version(name) for name in packages},
-    }
+    """What a result depends on besides its configuration and data, for config.json; None where that is not known."""
+    versions, commit = {}, None
+    for name in ("jax", "flax", "optax", "numpy", "minari", "gymnasium", "gymnasium-robotics", "mujoco"):
+        versions[name] = None
+        with suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    describe = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    with suppress(OSError, subprocess.CalledProcessError):  # no git, no repository, or one of another user
+        commit = subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
+    return {"command": shlex.join(sys.argv), "commit": commit, "versions": versions}
 
 
 def layout(space):
@@ -172,223 +196,253 @@ def index(layout, x):
     return i
 
 
+def ends(closed, ranges, next_obs):
+    """Whether un-normalised next observations (..., obs_dim), NumPy's or JAX's, end an episode: (...) bool."""
+    ended = np.zeros(next_obs.shape[:-1], bool)
+    for _, first, stop, low, high in ranges:
+        x, low, high = next_obs[..., first:stop], -np.inf if low is None else low, np.inf if high is None else high
+        inside = (low <= x) & (x <= high) if closed else (low < x) & (x < high)
+        ended = ended | ~inside.all(-1)
+    return ended
+
+
 # --- The environment ------------------------------------------------------------------------------------
 
 
 class Environment:
-    """Evaluates policies on the task of a dataset, with its observation flattening, normalisation and action scaling.
+    """Evaluates policies on the task of a dataset, through its Interface.
 
-    Attributes: `dataset_id`, `interface` (Interface), `spec` (its Spec), `fingerprint` (of the data: a dict for
-    config.json), `score_kind` (what `score` returns: which normalisation, or why nothing).
+    Attributes: `dataset_id`, `interface`, `spec`, `fingerprint` (of the data), `score_kind` (its normalisation, or why
+    nothing is scored), `num_workers` (processes that step environments; 0: one per core; no result depends on it).
     """
 
-    def __init__(self, dataset, interface, fingerprint, reward_scale, reward_shift, longest_episode, make=True):
-        self.dataset_id, self.interface, self.spec = dataset.id, interface, interface.spec
-        self.fingerprint = fingerprint
-        self._dataset = dataset
-        self._reward_scale, self._reward_shift = reward_scale, reward_shift
+    def __init__(self, dataset, interface, fingerprint, reward_scale, reward_shift, longest_episode):
+        self.dataset_id, self.fingerprint = dataset.id, fingerprint
+        self.interface = interface._replace(termination=_termination(dataset.env_spec, interface.observation))
+        self.spec, self.num_workers = self.interface.spec, 0
+        self._reward_scale, self._reward_shift, self._longest = reward_scale, reward_shift, longest_episode
         self._reference, self._scored_kind = _reference(dataset.id, dataset.storage.metadata)
-        self._envs, self._model, self._said = [], None, set()
-        self.score_kind = self._scored_kind
-        if not make:
-            self._fail("no environment was asked for")
-            return
-        try:
-            self._max_steps = self._probe().spec.max_episode_steps or longest_episode
-        except Exception as error:  # whatever gymnasium and the environment's package raise: training needs neither
-            self._fail(f"the environment cannot be created ({_one_line(error)})")
-            self._envs.clear()
+        needed = dataset.storage.metadata.get("requirements") or ["the package that registers it"]
+        env_spec, spaces = dataset._eval_env_spec or dataset.env_spec, (dataset.observation_space, dataset.action_space)
+        self._task = env_spec and env_spec.to_json(), *spaces, self.interface, needed
+        self._workers, self._said = [], set()
+        self._works = self._score_kind = self._limit = self._model = None  # until it is probed
 
-    def _probe(self):
-        """Fails where the environment is not the dataset's, before training rather than after it."""
-        env = _recover(self._dataset)
-        self._observe(env.reset(seed=0)[0])
-        theirs, ours = env.action_space, self._dataset.action_space
-        same = theirs.shape == ours.shape
-        if same and not self.spec.discrete:
-            same = np.allclose(theirs.low, ours.low) and np.allclose(theirs.high, ours.high)
-        if not same:
-            raise ValueError(f"its actions are {theirs}, the dataset's {ours}")
-        observation, _, _, _, _ = env.step(self._to_env(np.zeros((1, *ours.shape)))[0])
-        self._observe(observation)
-        self._model = tabular.model_of(env)
-        self._scored_kind += ", exact" if self._model else ""
-        self.score_kind = self._scored_kind
-        self._envs.append(env)
-        return env
+    @property
+    def score_kind(self):
+        if self._score_kind is None:
+            self.probe()
+        return self._score_kind
 
-    def measure(
-        self, policy: Callable, q: Callable | None, seeds, num_episodes: int, discount=1.0, max_steps=0
-    ) -> dict:
+    def probe(self, wanted=True) -> bool:
+        """Whether the environment can be made, is the dataset's, and takes a step; if not, a line says why. Evaluations
+        ask as well. Where it is not `wanted`, nothing is made, and nothing that the dataset's metadata name is run."""
+        if not wanted:
+            self._score_kind = "not scored: eval_episodes is 0"
+            return False
+        if self._works is None:
+            try:
+                self._limit, self._model = self._ask(self._hire(1), [("probe",)])[0]
+                self._scored_kind += ", exact" if self._model else ""
+                self._works, self._score_kind = True, self._scored_kind
+            except Exception as error:
+                self._works = False
+                self._fail(f"the environment cannot be used ({reason(error)})")
+            if self._model or not self._works:
+                self._dismiss()
+        return self._works
+
+    def measure(self, policy: Callable, q, seeds, num_episodes: int, discount=1.0, max_steps=0) -> dict:
         """Columns of metrics.jsonl, each with a row for each seed: score, returns, believed_value and true_value.
 
         Args:
           q: (obs, action of the policy) -> values, or None where an algorithm believes none.
-          num_episodes: 0: nothing is played. Otherwise as `evaluate` has it.
+          num_episodes: 0: nothing is played, and no environment is made. Otherwise all is as `evaluate` has it.
 
-        Whatever fails in an environment makes NaN of the scores; its reason is printed once and is `score_kind`.
+        Whatever fails makes NaN of the scores; its reason is printed once and is `score_kind`.
         """
         columns = {"score": np.full(len(seeds), np.nan), "returns": np.full((len(seeds), num_episodes), np.nan)}
         columns |= {} if q is None else {name: np.full(len(seeds), np.nan) for name in ("believed_value", "true_value")}
-        if not num_episodes:
-            self.score_kind = "not scored: eval_episodes is 0"
-        if not num_episodes or not self._envs:
+        if not self.probe(wanted=num_episodes > 0):
             return columns
         try:
-            play = self.evaluate(policy, seeds, num_episodes, discount)
-        except Exception as error:  # of the environment: the policy itself has been compiled and checked by training
-            self._fail(f"the evaluation failed ({_one_line(error)})")
-            self._envs = self._envs[:1]  # the others are made anew: they may be anywhere in an episode
-            return columns
-        self.score_kind = self._scored_kind
-        columns |= {"score": self.score(play.returns).mean(axis=1), "returns": play.returns}
-        if q is not None:  # is what the critic believes of the policy true?
-            believed = np.asarray(q(play.obs, play.action)) @ play.weight
-            columns |= {"believed_value": believed, "true_value": play.value}
+            play = self.evaluate(policy, seeds, num_episodes, discount, max_steps)
+            if q is not None:  # is what the critic believes of the policy true?
+                believed = np.asarray(q(play.obs, play.action)) @ play.weight
+                columns |= {"believed_value": believed, "true_value": play.value}
+            columns |= {"score": self.score(play.returns).mean(axis=1), "returns": play.returns}
+            self._score_kind = self._scored_kind
+        except Exception as error:
+            self._fail(f"the evaluation failed ({reason(error)})")
         return columns
 
     def summary(self, lines: list[dict]) -> dict:
-        """What summary.json says of the last evaluation, whose lines, one for each run, are the last of metrics.jsonl."""
+        """What summary.json says of the last evaluation in the lines of metrics.jsonl, which has one for each run."""
         lines = [line for line in lines if line["step"] == lines[-1]["step"]]
         scores = np.array([line["score"] for line in lines], float)  # None, JSON's NaN, is NaN again
-        return {
-            "seeds": [line["seed"] for line in lines],
-            "grid": [line["grid"] for line in lines],
-            "returns": [line["returns"] for line in lines],
-            "diverged": [line["diverged"] for line in lines],
-            "score_per_seed": scores,
-            "score_mean": scores.mean(),
-            "score_std": scores.std(),
-            "score_kind": self.score_kind,
-        }
+        result = {"score_per_seed": scores, "score_mean": scores.mean(), "score_std": scores.std()}
+        result["score_kind"] = self.score_kind
+        lists = {"seeds": "seed", "grid": "grid", "returns": "returns", "diverged": "diverged"}
+        return result | {name: [line[column] for line in lines] for name, column in lists.items()}
 
     def sentence(self, summary: dict) -> str:
-        score = f"score {summary['score_mean']:.1f} +- {summary['score_std']:.1f} over {len(summary['seeds'])} runs"
-        return f"{self.dataset_id}: {score} ({self.score_kind})"
-
-    def _fail(self, reason):
-        self.score_kind = f"not scored: {reason}"
-        if reason not in self._said:
-            print(f"{self.dataset_id} is {self.score_kind}; training goes on without a score.")
-        self._said.add(reason)
-
-    def evaluate(self, policy: Callable, seeds, num_episodes: int, discount=1.0) -> Evaluation:
-        """Plays `num_episodes` episodes for each of `seeds`, in step: one `policy` call per step for all of them.
-
-        Args:
-          policy: (observations (num_seeds, num_episodes, obs_dim) float32, step, memory, last rewards (num_seeds,
-            num_episodes) float32) -> (actions with the same leading axes, in [-1, 1] or discrete; memory). The memory is
-            None at step 0 and then what the policy gave back; the rewards are 0 there, and then the environment's own.
-            An episode that has ended keeps its last observation and reward, so shapes never change.
-          seeds: of the runs. Episode j of seed i starts from the same state whatever the other seeds and episodes are.
-          num_episodes: per seed.
-          discount: of the value, one for all seeds or (num_seeds,).
-
-        Returns:
-          Evaluation; NaN returns, value and start where there is no environment. In one without a time limit an
-          episode stops after as many steps as the longest of the dataset.
-
-        In a finite MDP whose model the environment exposes (recipes.tabular), no episode is played: the expected return
-        of each seed's policy is computed exactly and stands for each of its episodes, as is its value (NaN with a
-        reward_shift: the model does not say where the rewards end). The policy must then be a function of the state. It
-        is called on all states (in the place of the episodes) at steps 0 .. num_episodes - 1: if it is stochastic, its
-        probabilities are the frequencies of these draws. The starts are all states, with their probabilities.
-        """
-        discount = np.broadcast_to(discount, len(seeds)).astype(np.float64)
-        if not self._envs:
-            unknown, one = np.full((len(seeds), num_episodes), np.nan), (len(seeds), 1)
-            obs = np.full((*one, self.spec.obs_dim), np.nan, np.float32)
-            action = np.zeros(one, int) if self.spec.discrete else np.zeros((*one, self.spec.action_dim), np.float32)
-            return Evaluation(unknown, unknown[:, 0], obs, action, np.ones(1))
-        if self._model:
-            return self._evaluate_exactly(policy, len(seeds), num_episodes, discount)
-        count = len(seeds) * num_episodes
-        self._envs += [_recover(self._dataset) for _ in range(count - len(self._envs))]
-        episodes = [np.random.SeedSequence((int(seed) % 2**32, j)) for seed in seeds for j in range(num_episodes)]
-        starts = [int(episode.generate_state(1)[0]) for episode in episodes]
-        obs = np.stack([self._observe(env.reset(seed=s)[0]) for env, s in zip(self._envs, starts, strict=False)])
-        start = obs.reshape(len(seeds), num_episodes, -1).copy()
-        returns, values, alive = np.zeros(count), np.zeros(count), np.ones(count, bool)
-        discounts, memory, rewards = np.repeat(discount, num_episodes), None, np.zeros(count, np.float32)
-        for step in range(self._max_steps):
-            now = obs.reshape(len(seeds), num_episodes, -1), step, memory, rewards.reshape(len(seeds), num_episodes)
-            actions, memory = policy(*now)
-            actions = np.asarray(actions)
-            if step == 0:
-                start_action = actions
-            actions = self._to_env(actions.reshape(count, *actions.shape[2:]))
-            for i in np.flatnonzero(alive):
-                observation, reward, terminated, truncated, _ = self._envs[i].step(actions[i])
-                obs[i] = self._observe(observation)
-                rewards[i] = float(reward)
-                returns[i] += rewards[i]
-                values[i] += discounts[i] ** step * (self._reward_scale * float(reward) + self._reward_shift)
-                alive[i] = not (terminated or truncated)
-            if not alive.any():
-                break
-        values = values.reshape(len(seeds), num_episodes).mean(axis=1)
-        weight = np.full(num_episodes, 1 / num_episodes)
-        return Evaluation(returns.reshape(len(seeds), num_episodes), values, start, start_action, weight)
+        score, runs = f"{summary['score_mean']:.1f} +- {summary['score_std']:.1f}", len(summary["seeds"])
+        lost = f", {np.sum(summary['diverged'])} of which diverged" if np.any(summary["diverged"]) else ""
+        return f"{self.dataset_id}: score {score} over {runs} runs{lost} ({self.score_kind})"
 
     def score(self, returns):
         """The returns on the scale that `score_kind` names: 0 is a reference's minimum and 100 its maximum."""
         if self._reference is None:
             return np.asarray(returns)
         low, high = self._reference
-        return 100 * (np.asarray(returns) - low) / (high - low)
+        once = self.dataset_id.startswith("D4RL/antmaze/")
+        return 100 * (np.minimum(returns, high if once else np.inf) - low) / (high - low)
 
-    def _evaluate_exactly(self, policy, num_seeds, num_episodes, discount):
-        space = self.interface.observation
-        obs = self._observe(np.arange(space["n"]) + space["start"])
-        obs = np.broadcast_to(obs, (num_seeds, *obs.shape))
-        rewards = np.zeros(obs.shape[:2], np.float32)
-        draws = np.stack(
-            [policy(obs, step, None, rewards)[0] for step in range(num_episodes)]
-        )  # (num_episodes, num_seeds, states)
-        probs = np.eye(self.spec.action_dim)[draws].mean(axis=0)
-        returns = [tabular.expected_return(self._model, pi, self._max_steps) for pi in probs]
-        values = [
-            self._reward_scale * tabular.expected_return(self._model, pi, self._max_steps, g)
-            for pi, g in zip(probs, discount, strict=True)
-        ]
-        values = np.array(values) if self._reward_shift == 0 else np.full(num_seeds, np.nan)
-        returns = np.repeat(np.array(returns)[:, None], num_episodes, axis=1)
-        return Evaluation(returns, values, obs, draws[0], self._model.initial)
+    def evaluate(self, policy: Callable, seeds, num_episodes: int, discount=1.0, max_steps=0) -> Evaluation:
+        """Plays `num_episodes` episodes for each of `seeds`, in step: one `policy` call per step for all of them.
 
-    def _observe(self, observation):
-        return self.interface.observe(observation)
+        Args:
+          policy: (observations (num_seeds, num_episodes, obs_dim) float32, step, memory, last rewards (num_seeds,
+            num_episodes) float32) -> (actions with the same leading axes, in [-1, 1] or discrete; memory). At step 0
+            the memory is None and the rewards are 0; then they are what the policy gave back and the environment's own.
+            An episode that has ended keeps its last observation and reward, so shapes never change.
+          seeds: of the runs. Episode j of seed i starts from the same state whatever the other seeds and episodes are.
+          discount: of the value, one for all seeds or (num_seeds,).
+          max_steps: of an episode; 0: the environment's own limit or, where it has none, the longest episode's.
 
-    def _to_env(self, actions):
-        actions = self.interface.to_env(actions)
-        return actions.tolist() if self.spec.discrete else actions
+        Returns:
+          Evaluation; NaN returns, value and start where there is no environment, and NaN for an episode in which the
+          policy gives an action that is not finite. In a finite MDP whose model the environment exposes, no episode is
+          played: tabular.evaluate computes what is expected.
 
-
-def _recover(dataset):
-    """The evaluation environment that the dataset file describes."""
-    import gymnasium
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Minari warns of every package version that differs
+        Raises:
+          EnvironmentFailure: whatever an environment did. The next evaluation makes them anew.
+        """
+        discount = np.broadcast_to(discount, len(seeds)).astype(np.float64)
+        if not self.probe():
+            unknown, one = np.full((len(seeds), num_episodes), np.nan), (len(seeds), 1)
+            obs = np.full((*one, self.spec.obs_dim), np.nan, np.float32)
+            action = np.zeros(one, int) if self.spec.discrete else np.zeros((*one, self.spec.action_dim), np.float32)
+            return Evaluation(unknown, unknown[:, 0], obs, action, np.ones(1))
+        limit = max_steps or self._limit or self._longest
+        if not (max_steps or self._limit):
+            self._say(f"{self.dataset_id}: it has no time limit, so evaluation has the data's longest, {limit} steps.")
         try:
-            # The specification names the environment's class, so nothing need be registered
-            return dataset.recover_environment(eval_env=True, disable_env_checker=True)
-        except (ImportError, gymnasium.error.DependencyNotInstalled, gymnasium.error.UnregisteredEnv) as error:
-            needed = dataset.storage.metadata.get("requirements") or ["the package that registers it"]
-            needed = [needed] if isinstance(needed, str) else needed
-            raise RuntimeError(f"{_one_line(error)}: install {', '.join(needed)}") from error
+            if self._model is None:
+                return self._play(policy, seeds, num_episodes, discount, limit)
+            space = self.interface.observation
+            obs = self.interface.observe(np.arange(space["n"]) + space["start"])
+            rewards, shape = (self._reward_scale, self._reward_shift), (len(seeds), num_episodes)
+            return Evaluation(*tabular.evaluate(self._model, policy, obs, *shape, limit, discount, *rewards))
+        except BaseException:
+            self._dismiss()  # the environments are somewhere in an episode, and answers are on their way
+            raise
+
+    def _play(self, policy, seeds, num_episodes, discount, limit):
+        shape, count = (len(seeds), num_episodes), len(seeds) * num_episodes
+        episodes = [np.random.SeedSequence((int(seed) % 2**32, j)) for seed in seeds for j in range(num_episodes)]
+        starts = [int(episode.generate_state(1)[0]) for episode in episodes]
+        workers = self._hire(count)
+        own = [np.arange(i, count, len(workers)) for i in range(len(workers))]  # environment i is in worker i % n
+        obs = np.zeros((count, self.spec.obs_dim), np.float32)
+        resets = self._ask(workers, [("reset", [starts[i] for i in mine]) for mine in own])
+        for mine, observations in zip(own, resets, strict=True):
+            obs[mine] = observations
+        start, start_action, memory = obs.reshape(*shape, -1).copy(), None, None
+        returns, values, rewards = np.zeros(count), np.zeros(count), np.zeros(count)
+        alive, factor, discounts = np.ones(count, bool), np.ones(count), np.repeat(discount, num_episodes)
+        for step in tqdm(range(limit), "evaluation", unit="step", leave=False, delay=10):
+            now = obs.reshape(*shape, -1), step, memory, rewards.reshape(shape).astype(np.float32)
+            actions, memory = policy(*now)
+            actions = np.asarray(actions)
+            if step == 0:  # as the environment gets it
+                start_action = actions if self.spec.discrete else np.clip(actions, -1, 1)
+            actions = actions.reshape(count, *actions.shape[2:])
+            lost = alive & ~np.isfinite(actions).reshape(count, -1).all(axis=1)
+            returns[lost], values[lost], alive[lost] = np.nan, np.nan, False
+            if lost.any():
+                self._say(f"{self.dataset_id}: episodes whose actions are not finite have no score.")
+            acting = [i for i, mine in enumerate(own) if alive[mine].any()]
+            turns = [own[i][alive[own[i]]] for i in acting]
+            messages = [("step", mine // len(workers), self.interface.to_env(actions[mine])) for mine in turns]
+            for mine, answer in zip(turns, self._ask([workers[i] for i in acting], messages), strict=True):
+                obs[mine], rewards[mine], ended = answer
+                returns[mine] += rewards[mine]
+                values[mine] += factor[mine] * (self._reward_scale * rewards[mine] + self._reward_shift)
+                alive[mine] = ~ended
+            factor = factor * discounts
+            if not alive.any():
+                break
+        values = values.reshape(shape).mean(axis=1)
+        return Evaluation(returns.reshape(shape), values, start, start_action, np.full(num_episodes, 1 / num_episodes))
+
+    def _say(self, sentence):
+        if sentence not in self._said:
+            tqdm.write(sentence)
+        self._said.add(sentence)
+
+    def _fail(self, why):
+        self._score_kind = f"not scored: {why}"
+        self._say(f"{self.dataset_id} is {self._score_kind}; training goes on without a score.")
+
+    def _hire(self, num_environments):
+        """The workers, [(connection, process)], of so many environments; they keep theirs between evaluations."""
+        import loky.backend
+
+        number = min(self.num_workers or loky.cpu_count(), num_environments)
+        while len(self._workers) < number:
+            ours, theirs = multiprocessing.Pipe()
+            process = loky.backend.get_context("loky").Process(target=work, args=(theirs,), daemon=True)
+            process.start()
+            theirs.close()  # so that our end hears of its death
+            ours.send(self._task)
+            self._workers.append((ours, process))
+        return self._workers[:number]
+
+    def _ask(self, workers, messages):
+        """Sends each worker its message; their answers, for which they work at the same time."""
+        for (connection, _), message in zip(workers, messages, strict=True):
+            with suppress(OSError):  # it has died, which `recv` says too
+                connection.send(message)
+        answers = []
+        for connection, process in workers:
+            try:
+                answers.append(connection.recv() if connection.poll(600) else EnvironmentFailure("no answer in 600 s"))
+            except (EOFError, OSError):
+                process.join(5)
+                how = process.exitcode if process.exitcode != -9 else "-9: out of memory, or killed by hand"
+                answers.append(EnvironmentFailure(f"its process ended with exit code {how}"))
+            if isinstance(answers[-1], EnvironmentFailure):
+                raise answers[-1]
+        return answers
+
+    def _dismiss(self):
+        for connection, process in self._workers:
+            connection.close()
+            process.terminate()
+        self._workers = []
+
+
+def _termination(spec, observation):
+    """[closed, ranges] of `ends` if the data are of one of TERMINATIONS, with its own robot and observations."""
+    lengths, closed, ranges = TERMINATIONS.get(spec.id.partition("-v")[0] if spec else "", ((), None, None))
+    if observation not in [[length] for length in lengths] or spec.additional_wrappers or "xml_file" in spec.kwargs:
+        return None
+    if not spec.kwargs.get("terminate_when_unhealthy", True):
+        return [closed, []]
+    ranges = [(*row[:3], *spec.kwargs.get(f"healthy_{row[0]}_range", row[3:])) for row in ranges]
+    return [closed, [[None if x in (-np.inf, np.inf) else x for x in row] for row in ranges]]  # JSON has no infinity
 
 
 def _reference(dataset_id, metadata):
     """((minimum, maximum) or None, what the score is)."""
-    if metadata.get("ref_min_score") is not None and metadata.get("ref_max_score") is not None:
-        reference = float(metadata["ref_min_score"]), float(metadata["ref_max_score"])
-        return reference, "normalised by the dataset's reference scores"
+    low, high = own = [metadata.get(f"ref_{side}_score") for side in ("min", "max")]
+    if own != [None, None]:
+        if all(type(x) in (int, float) and abs(x) < 1e30 for x in own) and high - low > 1e-30:
+            return own, "normalised by the dataset's reference scores"
+        print(f"{dataset_id}: scores are raw returns, since its reference scores, {low} and {high}, are no range.")
+        return None, "raw return"
     for prefix, reference in D4RL_REFERENCE_SCORES.items():
         if dataset_id.startswith(prefix):
-            return reference, "normalised by D4RL's reference scores"
+            return reference, "; ".join(["normalised by D4RL's reference scores", *filter(None, [REMARKS.get(prefix)])])
     return None, "raw return"
-
-
-def _one_line(x):
-    """An error or a space, for a sentence."""
-    return " ".join((f"{type(x).__name__}: {x}" if isinstance(x, Exception) else str(x)).split())[:300]

@@ -1,8 +1,20 @@
+import pathlib
+import subprocess
+
 import jax
 import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")  # (n,) against (n, 1) is an error, not a matrix
 jax.config.update("jax_disable_most_optimizations", True)  # tiny networks: nearly all time is compilation
+
+
+def project_algos():
+    """Names of the files in algos/ that git knows, and of all where there is no git. A file that somebody only tries
+    out must satisfy the contract tests, but neither README nor protocols nor tables need have it."""
+    root = pathlib.Path(__file__).parents[1]
+    listed = subprocess.run(["git", "ls-files", "algos"], cwd=root, capture_output=True, text=True, check=False).stdout
+    files = [root / name for name in listed.splitlines()] or (root / "algos").iterdir()
+    return sorted(path.stem for path in files if path.suffix == ".py" and path.stem != "__init__")
 
 
 def pytest_collection_modifyitems(items):

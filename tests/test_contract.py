@@ -635,7 +635,7 @@ def test_help_shows_every_field_and_a_misspelt_option_is_an_error(name, capsys, 
 @pytest.mark.parametrize("name", ALGOS)
 def test_a_file_is_a_script(name):
     last = ast.unparse(ast.parse(source(name)).body[-1])
-    assert last == "if __name__ == '__main__':\n    main(tyro.cli(Config, description=__doc__))"
+    assert last == "if __name__ == '__main__':\n    main(tyro.cli(Config, description=__doc__.partition('\\n\\n')[0]))"
 
 
 def test_config_is_json():

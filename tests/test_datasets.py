@@ -19,7 +19,6 @@ from concurrent.futures.process import BrokenProcessPool
 import gymnasium
 import h5py
 import jax
-import jax.numpy as jnp
 import minari
 import numpy as np
 import pytest
@@ -28,8 +27,8 @@ from minari.data_collector import EpisodeBuffer
 
 from algos.bc import keep_best
 from common import datasets
-from common.datasets import DatasetError, Spec, Transition, load_dataset
-from common.environments import flatten, layout
+from common.datasets import DatasetError, Transition, load_dataset
+from common.environments import Spec, flatten, layout
 from common.recipes import rollouts
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # Minari's, of missing authors and descriptions
@@ -399,29 +398,6 @@ def test_discrete_observations_are_one_hot():
     np.testing.assert_array_equal(data.next_obs[-1], [1, 0, 0, 0])
 
 
-def test_discrete_actions_count_from_zero_and_back():
-    env = gymnasium.make("stitch-test/Echo-v0", num_actions=3, start=3)
-    write([episode(0, 4, actions=np.array([5, 3, 4, 3]))], env=env)
-    data, env = load_dataset(NAME)
-    assert env.spec == Spec(obs_dim=2, action_dim=3, discrete=True)
-    np.testing.assert_array_equal(data.action, [2, 0, 1, 0])
-    assert data.action.dtype == np.int32
-    np.testing.assert_array_equal(env.interface.to_env(data.action), [5, 3, 4, 3])
-
-
-@pytest.mark.parametrize("low, high", [(-1.0, 1.0), (-4.0, 4.0), (0.0, 2048.0), (-3.0, 5.0)])
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_actions_are_scaled_and_reach_the_environment_as_they_were(low, high, dtype):
-    # Multiples of 1 / 256 of the range, which no step of the scaling rounds, and both bounds
-    actions = (low + (high - low) * np.array([[0, 256], [1, 255], [128, 77]]) / 256).astype(dtype)
-    write([episode(0, 3, actions=actions)], env=gymnasium.make("stitch-test/Echo-v0", low=low, high=high, dtype=dtype))
-    data, env = load_dataset(NAME)
-    np.testing.assert_array_equal(data.action, np.array([[-128, 128], [-127, 127], [0, -51]]) / 128)
-    taken = env.interface.to_env(data.action)
-    np.testing.assert_array_equal(taken, actions)
-    assert taken[0].dtype == dtype
-
-
 def test_actions_between_minus_one_and_one_are_not_rounded():
     actions = np.array([[1e-9, -3e-12], [0.3, 0.7], [1, -1]], np.float32)
     write([episode(0, 3, actions=actions)], action_space=spaces.Box(-1, 1, (2,)))
@@ -429,92 +405,13 @@ def test_actions_between_minus_one_and_one_are_not_rounded():
     np.testing.assert_array_equal(data.action, actions)
 
 
-def test_the_environment_never_gets_an_action_outside_its_bounds():
-    """Neither by rounding (-0.3 + 2 * (0.1 + 0.3) / 2 is not 0.1 in float32) nor from a policy that leaves [-1, 1]."""
-    write_echo(low=-0.3, high=0.1)
-    _, env = load_dataset(NAME)
-    outputs = np.array([[-1, 1], [-7, 7], [0.9999999, -0.9999999]], np.float32)
-    taken = env.interface.to_env(outputs)
-    bounds = [np.float32(-0.3), np.float32(0.1)]
-    np.testing.assert_array_equal(taken[:2], [bounds, bounds])
-    assert all(bounds[0] <= a <= bounds[1] for a in taken[2])
-
-
-def test_action_dimension_that_cannot_move():
-    env = gymnasium.make("stitch-test/Echo-v0", low=2, high=2)
-    write([episode(0, 2, actions=np.full((2, 2), 2.0, np.float32))], env=env)
-    data, env = load_dataset(NAME)
-    np.testing.assert_array_equal(data.action, np.zeros((2, 2)))
-    np.testing.assert_array_equal(env.interface.to_env(np.array([1.0, -1.0])), [2, 2])
-
-
 # --- Normalisation and scores ---------------------------------------------------------------------------
-
-
-def test_data_and_environment_are_normalised_by_the_same_formula():
-    lengths = (2, 4)
-    write([episode(k, length) for k, length in enumerate(lengths)], env="stitch-test/Echo-v0")
-    data, env = load_dataset(NAME, normalize_obs=True, normalize_reward=True, reward_shift=-1.0)
-    raw = label_rows(lengths)  # the rows' observations, without the episodes' last ones
-    mean, scale = raw.mean(axis=0), raw.std(axis=0) + 1e-3
-    np.testing.assert_allclose(data.obs, (raw - mean) / scale, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(data.next_obs, (raw + [0, 1] - mean) / scale, rtol=1e-5, atol=1e-6)
-
-    observation = np.array([0.3, 7.0])
-    np.testing.assert_allclose(env.interface.observe(observation), (observation - mean) / scale, rtol=1e-5)
 
 
 def test_observations_that_never_change_stay_finite_and_comparable():
     write([episode(0, 3, observations=np.full((4, 2), 7.0))])
     data, _ = load_dataset(NAME, normalize_obs=True)
     np.testing.assert_array_equal(data.obs, np.zeros((3, 2)))
-
-
-def test_without_reference_scores_the_score_is_the_raw_return():
-    write_echo()
-    _, env = load_dataset(NAME)
-    assert env.score_kind == "raw return"
-    returns = np.random.default_rng(0).normal(size=(3, 50))  # 100 x / 100 is not x for one in seven of these
-    np.testing.assert_array_equal(env.score(returns), returns)
-
-
-def test_the_datasets_own_reference_scores_come_first(root):
-    name = "mujoco/hopper/own-v0"
-    write_echo(name)
-    path = root / name / "data" / "metadata.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"ref_min_score": -10.0, "ref_max_score": 30.0}))
-    _, env = load_dataset(name)
-    np.testing.assert_allclose(env.score(np.array([-10, 0, 30])), [0, 25, 100])
-    assert "dataset's reference" in env.score_kind
-
-
-@pytest.mark.parametrize(
-    "name, low, high",
-    [
-        ("mujoco/halfcheetah/medium-v0", -280.178953, 12135.0),
-        ("mujoco/hopper/expert-v0", -20.272305, 3234.3),
-        ("mujoco/walker2d/simple-v0", 1.629008, 4592.3),
-        ("mujoco/ant/medium-v0", -325.6, 3879.7),
-        ("D4RL/antmaze/umaze-v1", 0.0, 1.0),
-        ("D4RL/pen/human-v2", 96.262799, 3076.8331017826877),
-        ("D4RL/door/cloned-v2", -56.512833, 2880.5693087298737),
-        ("D4RL/hammer/expert-v2", -274.856578, 12794.134825156867),
-        ("D4RL/relocate/human-v2", -6.425911, 4233.877797728884),
-        ("D4RL/kitchen/mixed-v2", 0.0, 4.0),
-    ],
-)
-def test_d4rl_reference_scores_by_prefix(name, low, high):
-    """The numbers: d4rl/infos.py, https://github.com/Farama-Foundation/D4RL at 0ace16d."""
-    write_echo(name)
-    _, env = load_dataset(name)
-    np.testing.assert_allclose(env.score(np.array([low, (low + high) / 2, high])), [0, 50, 100], atol=1e-9)
-    assert "D4RL" in env.score_kind
-
-
-@pytest.mark.parametrize("name", ["D4RL/pointmaze/umaze-v2", "mujoco/humanoid/medium-v0", "mujoco/hopper-v0"])
-def test_other_tasks_of_these_names_have_no_reference_scores(name):
-    write_echo(name)
-    assert load_dataset(name)[1].score_kind == "raw return"
 
 
 # --- Evaluation ----------------------------------------------------------------------------------------
@@ -533,60 +430,6 @@ def count_steps(env, seeds, num_episodes):
     return shapes
 
 
-def test_returns_are_undiscounted_sums_over_whole_episodes(echo):
-    Echo.log.clear()
-    returns = echo.evaluate(zeros, [4, 5], 3).returns
-    assert returns.shape == (2, 3) and returns.dtype == np.float64
-    starts = [observation[0] for event, observation in Echo.log if event == "reset"]
-    steps = returns.ravel() / (np.array(starts) + 204.8)  # each step pays start + 0.1 * 2048
-    np.testing.assert_allclose(steps, steps.round(), rtol=1e-9)
-    assert set(steps.round()) <= {3, 4, 5, 6} and len(set(steps.round())) > 1  # lengths differ
-    assert sum(event == "step" for event, _ in Echo.log) == steps.round().sum()
-
-
-def test_seeds_and_episodes_do_not_depend_on_each_other(echo):
-    def policy(obs, step):  # depends on the observation, and not on the place in the batch
-        return np.stack([np.sin(37 * obs[..., 0]), np.cos(obs[..., 1])], axis=-1)
-
-    together = echo.evaluate(policy, [0, 3, 7], 4).returns
-    np.testing.assert_array_equal(echo.evaluate(policy, [3], 4).returns, together[1:2])
-    np.testing.assert_array_equal(echo.evaluate(policy, [7, 0], 2).returns, together[[2, 0], :2])
-    again = echo.evaluate(policy, np.array([0, 3, 7]), 4).returns
-    np.testing.assert_array_equal(again, together)
-    assert len(np.unique(together)) == 12
-
-
-def test_negative_seeds_are_seeds_too(echo):
-    assert echo.evaluate(zeros, [-1], 2).returns[0, 0] != echo.evaluate(zeros, [0], 2).returns[0, 0]
-
-
-def test_each_seed_acts_by_its_own_policy(echo):
-    # Row i of the batch belongs to seed i: only seed 1 is paid for its actions
-    returns = echo.evaluate(lambda obs, step: zeros(obs, step) + np.array([-1, 1])[:, None, None], [2, 2], 3).returns
-    steps = (returns[1] - returns[0]) / 409.6  # the same starts and lengths; 0.1 * 2 * (2048 - 0) more per step
-    np.testing.assert_allclose(steps, steps.round(), rtol=1e-9)
-    assert (steps.round() >= 3).all()
-
-
-def test_one_policy_call_per_step_for_all_seeds_and_episodes(echo):
-    shapes = count_steps(echo, [0, 1, 2], 20)
-    # Echo ends after 3 to 6 steps: among 60 episodes one lasts 6
-    assert shapes == [((3, 20, 2), np.dtype(np.float32), step) for step in range(6)]
-
-
-def test_a_jitted_policy_is_traced_once(echo):
-    traces = []
-
-    @jax.jit
-    def policy(obs, step):
-        traces.append(obs.shape)
-        return jnp.zeros((*obs.shape[:2], 2)) + 0.01 * step
-
-    first = echo.evaluate(policy, [0, 1], 5).returns
-    np.testing.assert_array_equal(echo.evaluate(policy, [0, 1], 5).returns, first)
-    assert traces == [(2, 5, 2)]
-
-
 def test_an_ended_episode_keeps_its_last_observation(echo):
     seen = []
     echo.evaluate(lambda obs, step: seen.append(obs.copy()) or zeros(obs, step), [0], 20)
@@ -595,50 +438,8 @@ def test_an_ended_episode_keeps_its_last_observation(echo):
     assert clock[-1].min() < len(seen) - 1
 
 
-def test_an_environment_without_time_limit_stops_after_the_longest_episode_of_the_data():
-    write_echo(env_id="stitch-test/EchoWithoutLimit-v0", longest=8, endless=True)
-    _, env = load_dataset(NAME)
-    assert len(count_steps(env, [0], 2)) == 8
-
-
-def test_the_time_limit_is_the_environments_own():
-    write_echo(env_id="stitch-test/Echo-v0", longest=2, endless=True)
-    _, env = load_dataset(NAME)
-    assert len(count_steps(env, [0], 2)) == 5
-
-
-def test_the_evaluation_environment_of_the_file_is_used():
-    eval_env = gymnasium.make("stitch-test/EchoWithoutLimit-v0", endless=True)
-    write([episode(0, 7)], env="stitch-test/Echo-v0", eval_env=eval_env)
-    assert len(count_steps(load_dataset(NAME)[1], [0], 1)) == 7
-
-
 def cannot_be_made():
     raise RuntimeError("no display")
-
-
-@pytest.mark.parametrize(
-    "changes, reason",
-    [
-        ({"env_spec": None}, "env_spec is None"),
-        ({"entry_point": f"{__name__}:cannot_be_made"}, "no display"),
-        ({"entry_point": f"{__name__}:no_such_class"}, "no_such_class"),
-        ({"kwargs": {"observation": "discrete"}}, ""),  # other observations than those of the dataset
-        ({"kwargs": {"num_actions": 3}}, "its actions are Discrete(3)"),
-    ],
-    ids=["none", "raises", "renamed", "observations", "actions"],
-)
-def test_an_environment_that_cannot_be_recreated_does_not_stop_loading(root, capsys, changes, reason):
-    dataset = write_echo()
-    if "env_spec" not in changes:
-        changes = {"env_spec": json.dumps(json.loads(dataset.env_spec.to_json()) | changes)}
-    edit_metadata(root, **changes)
-    data, env = load_dataset(NAME)
-    assert len(data.obs) == 4
-    returns = env.evaluate(zeros, [0, 1], 3).returns
-    assert returns.shape == (2, 3) and np.isnan(returns).all() and np.isnan(env.score(returns)).all()
-    assert env.score_kind.startswith("not scored") and reason in env.score_kind
-    assert "training goes on" in capsys.readouterr().out
 
 
 # --- Bad input: one sentence that says what to do --------------------------------------------------------
@@ -1329,14 +1130,14 @@ def test_without_an_environment_nothing_of_the_metadata_is_run(root, capsys):
     made = []
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(sys.modules[__name__], "cannot_be_made", lambda *args, **kwargs: made.append(1))
-        data, env = load_dataset(NAME, environment=False)
-        assert not made and len(data.obs) == 4
-        assert env.score_kind == "not scored: no environment was asked for"
+        data, env = load_dataset(NAME)
+        assert not env.probe(wanted=False) and not made and len(data.obs) == 4
+        assert env.score_kind == "not scored: eval_episodes is 0"
         edit_metadata(root, observation_space=None)
         metadata = json.loads((root / NAME / "data" / "metadata.json").read_text())
         del metadata["observation_space"]  # then Minari itself makes the environment
         (root / NAME / "data" / "metadata.json").write_text(json.dumps(metadata))
-        assert "its environment must be made" in message(environment=False)
+        assert "lacks its spaces" in message()
         assert not made
 
 
@@ -1434,38 +1235,6 @@ def test_a_full_disk_leaves_nothing_behind(root, monkeypatch):
     monkeypatch.setattr(np, "savez", savez)
     np.testing.assert_array_equal(load_again().obs, label_rows((3,)))
     assert not list((root / NAME / "data").glob("stitch-*"))
-
-
-def test_the_true_value_is_of_the_rewards_that_the_algorithm_sees(root):
-    """Echo pays start + 204.8 at each step for actions 0; two episodes of 3 to 6 steps, from the same two starts."""
-    write_echo(env_id="stitch-test/EchoWithoutLimit-v0", longest=9)
-    plain = load_dataset(NAME)[1].evaluate(zeros, [4, 4], 2, discount=np.array([1.0, 0.5]))
-    _, env = load_dataset(NAME, reward_shift=-1.0)
-    shifted = env.evaluate(zeros, [4, 4], 2, discount=np.array([1.0, 0.5]))
-    pay = plain.obs[0, :, 0] + 204.8
-    steps = (plain.returns[0] / pay).round()
-    halves = (1 - 0.5**steps) / 0.5  # 1 + 1/2 + 1/4 + ...
-    np.testing.assert_allclose(plain.value, [np.mean(pay * steps), np.mean(pay * halves)], rtol=1e-6)
-    np.testing.assert_allclose(shifted.value, [np.mean((pay - 1) * steps), np.mean((pay - 1) * halves)], rtol=1e-6)
-    np.testing.assert_array_equal(shifted.returns, plain.returns)  # of the environment's own rewards
-
-    name = "test/two-returns-v0"  # 0 + 1 + ... + 8 = 36 and 100 + 101 + 102 = 303: rewards are scaled by 1000 / 267
-    write([episode(0, 9), episode(1, 3)], name, env=gymnasium.make("stitch-test/EchoWithoutLimit-v0"))
-    _, env = load_dataset(name, normalize_reward=True)
-    np.testing.assert_allclose(env.evaluate(zeros, [4], 2).value, plain.value[:1] * 1000 / 267, rtol=1e-6)
-
-
-def test_the_starts_and_the_actions_there_are_handed_back(echo):
-    seen = []
-
-    def policy(obs, step):
-        seen.append(obs.copy())
-        return zeros(obs, step) + 0.1 * step
-
-    play = echo.evaluate(policy, [0, 1], 3)
-    np.testing.assert_array_equal(play.obs, seen[0])
-    np.testing.assert_array_equal(play.action, zeros(seen[0], 0))
-    np.testing.assert_allclose(play.weight, np.full(3, 1 / 3))
 
 
 # --- Logged propensities -----------------------------------------------------------------------------------

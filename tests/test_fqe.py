@@ -126,7 +126,14 @@ def test_continuous_actions_are_drawn(tmp_path, monkeypatch):
     state = agent.init(jax.random.key(0))
     state = state._replace(critic=state.critic._replace(params=jax.tree.map(jnp.zeros_like, state.critic.params)))
     kernel = jax.tree.map(lambda x: jnp.ones_like(x) if x.ndim > 2 else x, state.critic.params)
-    batch = Transition(jnp.zeros((500, 1)), jnp.zeros((500, 1)), jnp.zeros(500), jnp.zeros((500, 1)), jnp.zeros(500))
+    batch = Transition(
+        jnp.zeros((500, 1)),
+        jnp.zeros((500, 1)),
+        jnp.zeros(500),
+        jnp.zeros((500, 1)),
+        jnp.zeros(500),
+        episode=jnp.arange(500),
+    )
     loss = jax.jit(agent.update)(state._replace(target_critic=kernel), batch)[1]["critic_loss"]
     assert loss / 0.99**2 == pytest.approx(1 / 64, rel=0.3)  # the variance of a mean of 64 draws
     one = fqe.make_agent(dataclasses.replace(cfg, num_samples=1), Spec(1, 1))
@@ -136,7 +143,7 @@ def test_continuous_actions_are_drawn(tmp_path, monkeypatch):
 
 def test_the_policy_sees_its_own_observations_and_the_data_its_own_actions(monkeypatch):
     """A policy of data with another normalisation and other bounds, on the data as they are."""
-    own = Interface([1], {"low": [0.0], "high": [4.0], "dtype": "float32"}, [5.0], [2.0])
+    own = Interface([1], {"low": [0.0], "high": [4.0], "dtype": "float32"}, [5.0], [2.0], [True, []])
     theirs = Interface([1], {"low": [-10.0], "high": [10.0], "dtype": "float32"}, [0.0], [1.0])
     runs = iql.Runs(iql.Config(hidden=(4,), num_seeds=1), own, {})
     runs.states = runs.init()
@@ -144,7 +151,7 @@ def test_the_policy_sees_its_own_observations_and_the_data_its_own_actions(monke
     data = Transition(raw, action, np.ones(3, np.float32), raw + 1, np.zeros(3), episode=np.array([0, 0, 1]))
 
     class Env:
-        interface, spec, fingerprint, dataset_id = theirs, theirs.spec, {}, "some/data-v0"
+        interface, dataset_id = theirs, "some/data-v0"
 
         def measure(self, policy, q, seeds, num_episodes, **options):
             acted, _ = policy(raw[None], 0, None, np.zeros((1, 3), np.float32))

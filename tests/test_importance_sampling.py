@@ -276,7 +276,7 @@ def test_the_most_likely_action_is_a_policy_too(policy):
 
 def test_densities_are_of_raw_observations_and_of_the_environments_actions():
     """Whatever the normalisation and the bounds of the data that the policy was trained on."""
-    own = Interface([1], {"low": [0.0], "high": [4.0], "dtype": "float32"}, [5.0], [2.0])
+    own = Interface([1], {"low": [0.0], "high": [4.0], "dtype": "float32"}, [5.0], [2.0], [True, []])
     data = Interface([1], {"low": [-10.0], "high": [10.0], "dtype": "float32"}, [0.0], [1.0])
     runs = iql.Runs(iql.Config(hidden=(4,), num_seeds=1, act="sample"), own, {})
     runs.states = runs.init()

@@ -1,76 +1,161 @@
-"""README's numbers are those of the committed result files, and its commands and links exist."""
+"""README and the pages: short, true and runnable.
 
-import importlib.util
+Their numbers are those of the committed result files, their links and commands exist, and their code runs as it stands.
+"""
+
+import importlib
+import itertools
 import json
+import os
 import pathlib
 import re
+import shlex
+import shutil
 import statistics
+import subprocess
 import sys
+import tomllib
 
+import gymnasium
 import numpy as np
 import pytest
+import tyro
+from conftest import project_algos
+
+from common.recipes import RECIPES
 
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))  # scripts that import each other as they do when they are run
 
 import report  # noqa: E402
+import speed  # noqa: E402
+import sweep  # noqa: E402
+from report.runs import read_runs  # noqa: E402
 
 README = (ROOT / "README.md").read_text()
 RESULTS = ROOT / "benchmarks" / "results"
 UMAZE = RESULTS / "pointmaze-umaze-v0"
+SPEED = sorted(RESULTS.glob("speed-*.json"))
+TEXTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "benchmarks").glob("*.md"))]
+PAGES = [*TEXTS, *sorted((ROOT / "algos").glob("*.md")), *sorted((ROOT / "benchmarks").glob("*/*.md"))]
+PROTOCOLS = tomllib.loads((ROOT / "benchmarks" / "protocols.toml").read_text())
+TINY = "num_updates=20 eval_interval=10 log_interval=10 eval_episodes=1 num_seeds=2 batch_size=16".split()
 
 
-def load_speed():
-    spec = importlib.util.spec_from_file_location("speed", ROOT / "benchmarks" / "speed.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def page(name):
+    return (ROOT / "benchmarks" / name).read_text()
 
 
-def test_scores_are_those_of_the_result_files():
-    """Every row of the main job's table: its score is mean ± standard deviation of the run that it links."""
-    rows = re.findall(r"^\| \[`\w+`\].*$", README, flags=re.MULTILINE)
-    assert len(rows) == len([p for p in UMAZE.iterdir() if p.is_dir()]) > 0
-    for row in rows:
-        (folder,) = re.findall(r"\]\((benchmarks/results/[^)]*)\)", row)
-        summary = json.loads((ROOT / folder / "summary.json").read_text())
-        assert f"[{summary['score_mean']:.1f} ± {summary['score_std']:.1f}]" in row, row
-        assert f"algos/{summary['algo']}.md" in row and summary["num_updates"] == 6000
-        assert "dirty" not in summary["commit"] and len(summary["seeds"]) == 3
+def name_of(path):
+    return path.relative_to(ROOT).as_posix()
 
 
-def test_every_algorithm_is_in_the_table():
-    for page in (ROOT / "algos").glob("*.md"):
-        assert f"[`{page.stem}.py`](algos/{page.name})" in README, page.stem
+# --- Form, links and commands ------------------------------------------------------------------------------
 
 
-def test_speed_tables_are_those_of_the_result_files():
-    speed = load_speed()
-    files = sorted(RESULTS.glob("speed-*.json"))
-    assert files
-    for file in files:
-        report = json.loads(file.read_text())
-        mark = f"<!-- report:speed:{file.stem.removeprefix('speed-')}"
-        shown = f"{mark}:begin -->\n{speed.table(report)}\n{mark}:end -->"
-        assert shown in README, f"README does not show {file.name} as it is: python benchmarks/report.py"
-        assert "dirty" not in report["commit"]
+def test_readme_is_short():
+    assert len(README.splitlines()) <= 200
 
 
-@pytest.mark.parametrize("file", ["speed-ensembles-cpu", "speed-ensembles-small-cpu"])
-def test_costs_per_critic_are_those_of_the_result_files(file):
-    """Milliseconds of an update / critics, in the order of the table: 'a, b, c, d (SAC-N) and e, f, g, h (EDAC)'."""
-    shown = {}
-    for row in json.loads((RESULTS / f"{file}.json").read_text())["results"]:
-        milliseconds = 1000 / statistics.median(row["updates_per_second"]) / row["setting"]["num_critics"]
-        shown.setdefault(row["algo"], []).append(f"{milliseconds:.2g}")
-    sac_n, edac = ", ".join(shown["sac_n"]), ", ".join(shown["edac"])
-    assert f"{sac_n} (SAC-N) and {edac} (EDAC)" in " ".join(README.split())
-
-
-def test_links_and_pictures_exist():
-    for target in re.findall(r"\]\(([^)#]+)\)", README) + re.findall(r'src="([^"]+)"', README):
+@pytest.mark.parametrize("path", PAGES, ids=name_of)
+def test_links_and_pictures_exist(path):
+    # Formulas have brackets of their own
+    text = re.sub(r"```.*?```|\$\$.*?\$\$|\$[^$]*\$", "", path.read_text(), flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text) + re.findall(r'src="([^"]+)"', text):
         if "://" not in target:
-            assert (ROOT / target).exists(), target
+            assert (path.parent / target).exists(), target
+
+
+def commands(text):
+    """What a reader would type: the lines of indented blocks, and what begins with `python` within the text."""
+    text = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    block = re.compile(r"^    ((?:.*\\\n)*.*)$", flags=re.MULTILINE)
+    blocks = block.findall(text)
+    inline = [
+        code for code in re.findall(r"`([^`]*)`", block.sub("", text)) if re.match(r"([A-Z_]+=\S+ )*python ", code)
+    ]
+    for line in blocks + inline:
+        for command in line.replace("\\\n", " ").split("&&"):
+            words = shlex.split(command, comments=True)
+            while words and "=" in words[0]:  # of the environment
+                words = words[1:]
+            if words:
+                yield words
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=name_of)
+def test_commands_exist_and_take_these_options(path):
+    found = list(commands(path.read_text()))
+    assert found or "CONTRIBUTING" in path.name
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for program, *words in found:
+        if program == "python":
+            # Words in capitals are the reader's
+            script = ROOT / words[0].replace("NAME", "iql")
+            args = [re.sub(r"^[A-Z]+(\.\.\.)?$", "bc", word) for word in words[1:]]
+            assert script.exists(), words
+            module = importlib.import_module(f"{'algos.' * (script.parent.name == 'algos')}{script.stem}")
+            options = getattr(module, "Config", None) or module.Options
+            tyro.cli(options, args=args)
+        elif program == "pip":
+            assert words[0] == "install" and all(word.startswith((".", "-", "benchmarks/")) for word in words[1:])
+            assert set(re.findall(r"\[(\w+)\]", " ".join(words))) <= extras.keys(), words
+        elif program == "pytest":
+            assert all((ROOT / word).exists() for word in words if "/" in word), words
+        else:
+            assert program in ("cp", "sed", "ruff") or (ROOT / program).exists(), program
+
+
+def test_a_command_with_an_unknown_option_would_be_noticed():
+    """The test above parses what it finds: these it must find."""
+    found = list(commands("x `python algos/iql.py --nonsense 1` y\n\n    A=b python algos/bc.py \\\n        --c # d\n"))
+    assert found == [["python", "algos/bc.py", "--c"], ["python", "algos/iql.py", "--nonsense", "1"]]
+
+
+def test_every_algorithm_of_the_project_is_in_the_list_once():
+    listed = re.findall(r"\[`(\w+)\.py`\]\(algos/(\w+)\.md\)", README)
+    assert all(file == linked for file, linked in listed)
+    assert sorted(file for file, _ in listed) == project_algos()
+
+
+def test_every_dataset_that_can_be_built_is_named():
+    def spread(name):
+        parts = [part.split(",") for part in re.split(r"[{}]", name)]
+        return ["".join(choice) for choice in itertools.product(*parts)]
+
+    table = page("protocols.md").partition("| built here")[2].partition("\n\n")[0]
+    named = re.findall(r"^\|.*?`(stitch/[^`]*)`", table, flags=re.MULTILINE)
+    assert sorted(x for name in named for x in spread(name)) == sorted(RECIPES)
+
+
+def test_the_citation_is_of_this_version():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert f"\nversion: {project['version']}\n" in citation and f"\nlicense: {project['license']}\n" in citation
+
+
+def test_what_python_3_13_has_not_is_said():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    needs = [need for extra in project["optional-dependencies"].values() for need in extra]
+    (without,) = [need for need in needs if "python_version < '3.13'" in need]
+    assert f"On Python 3.13 `[test]` leaves out `{without.partition('>')[0]}`" in " ".join(README.split())
+    assert project["requires-python"] == ">=3.11" and "Python 3.11, 3.12 or 3.13" in README
+
+
+# --- Numbers ---------------------------------------------------------------------------------------------------
+
+
+def test_the_table_of_the_main_job_is_that_of_the_result_files():
+    report.main(report.Options("pointmaze-umaze-v0", check=True))
+    runs = read_runs(UMAZE)
+    assert {run.method for run in runs} == {path.name for path in UMAZE.iterdir() if path.is_dir()}
+    for run in runs:
+        assert run.summary["num_updates"] == 6000 and len(run.scores) == 3 and "dirty" not in run.summary["commit"]
+    score = {run.method: run.summary for run in runs}
+    iql = f"{score['iql']['score_mean']:.0f} ± {score['iql']['score_std']:.0f}"
+    assert f"IQL had {iql} on the CPU that made the table" in " ".join(page("scores.md").split())
+    assert f"IQL had {score['iql']['score_mean']:.0f} on the CPU of this table" in " ".join(README.split())
+    assert f"TD3+BC has {score['td3_bc']['score_mean']:.1f} because" in " ".join(README.split())
 
 
 def test_default_run_reaches_the_required_score_and_cloning_does_not():
@@ -78,21 +163,81 @@ def test_default_run_reaches_the_required_score_and_cloning_does_not():
     assert score["iql"] >= 90 and score["bc"] <= 20
 
 
+def rows(text, mark):
+    """The cells of each row of a marked table, without its head."""
+    table = text.partition(f"<!-- report:{mark}:begin -->")[2].partition("\n\n")[0]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[3:]]
+
+
+def number_in(cell):
+    """The first number of a cell, or None of a dash."""
+    found = re.search(r"(?:^|\[)(-?[\d,]+(?:\.\d+)?)", cell)
+    return found and float(found[1].replace(",", ""))
+
+
+@pytest.mark.parametrize(
+    "path, mark, column",
+    [("README.md", "pointmaze-umaze-v0", 1), ("benchmarks/scores.md", "quick", -1)]
+    + [("benchmarks/speed.md", f"speed:{file.stem.removeprefix('speed-')}", 2) for file in SPEED],
+)
+def test_tables_are_sorted_by_what_they_show(path, mark, column):
+    shown = [number_in(row[column]) for row in rows((ROOT / path).read_text(), mark)]
+    numbers = [x for x in shown if x is not None]
+    assert numbers and numbers == sorted(numbers, reverse=True)
+    assert shown[len(numbers) :] == [None] * (len(shown) - len(numbers))  # what has none stands last
+
+
+def test_speed_tables_are_those_of_the_result_files():
+    assert SPEED
+    for file in SPEED:
+        measured = json.loads(file.read_text())
+        mark = f"<!-- report:speed:{file.stem.removeprefix('speed-')}"
+        shown = f"{mark}:begin -->\n{speed.table(measured)}\n{mark}:end -->"
+        assert shown in page("speed.md"), f"speed.md does not show {file.name} as it is: python benchmarks/report.py"
+        assert "dirty" not in measured["commit"]
+
+
+@pytest.mark.parametrize("file", ["speed-ensembles-cpu", "speed-ensembles-small-cpu"])
+def test_costs_per_critic_are_those_of_the_result_files(file):
+    """Milliseconds of an update / critics, in the order of their number: 'a, b, c, d (SAC-N) and e, f, g, h (EDAC)'."""
+    shown = {}
+    for row in json.loads((RESULTS / f"{file}.json").read_text())["results"]:
+        milliseconds = 1000 / statistics.median(row["updates_per_second"]) / row["setting"]["num_critics"]
+        shown.setdefault(row["algo"], []).append(f"{milliseconds:.2g}")
+    sac_n, edac = ", ".join(shown["sac_n"]), ", ".join(shown["edac"])
+    assert f"{sac_n} (SAC-N) and {edac} (EDAC)" in " ".join(page("speed.md").split())
+
+
+MAZE = "pointmaze-umaze-v0"
 HOPPER = ["hopper-medium-expert-100k-v0", "hopper-medium-replay-100k-v0"]
+NAIVE = ("ddpg", "td3", "sac", "qt_opt", "mpo")
 
 
 @pytest.fixture(scope="module")
 def quick():
     """{(dataset, method): run} of the quick protocol."""
-    return {tuple(run.place.split("/")): run for run in report.read_runs(RESULTS / "quick")}
+    return {tuple(run.place.split("/")): run for run in read_runs(RESULTS / "quick")}
+
+
+def test_numbers_of_the_scores_page_are_those_of_the_result_files(quick):
+    text = page("scores.md").partition("### What the gaps")[2].partition("\n## ")[0]
+    means = {f"{run.scores.mean():.1f}" for run in quick.values()}
+    assert set(re.findall(r"(?<![\d.])-?\d+\.\d(?!\d)", text)) <= means
+
+
+def test_what_the_scores_page_says_of_imitation_and_of_naive_methods(quick):
+    assert all(quick[MAZE, method].scores.mean() < 30 for method in ("bc", "bc-top-10", "marwil", "awr"))
+    assert all(quick[dataset, method].scores.mean() < 7 for dataset in HOPPER for method in NAIVE)
+    assert all(quick[MAZE, method].scores.max() == 0 for method in NAIVE)
+    perfect = {method for (dataset, method), run in quick.items() if dataset == MAZE and run.scores.min() == 100}
+    assert len(perfect - {"emrl"}) == 10  # EMRL bootstraps nothing
+    for dataset in HOPPER:
+        assert quick[dataset, "bc-top-10"].scores.min() > quick[dataset, "bc"].scores.max()
 
 
 @pytest.mark.parametrize(
     "method, baseline, dataset, margin",
-    [
-        ("cql_discrete", "dqn", "cartpole-mixed-v0", 40),
-        *(("cql", "sac", dataset, 20) for dataset in [*HOPPER, "pointmaze-umaze-v0"]),
-    ],
+    [("cql_discrete", "dqn", "cartpole-mixed-v0", 40), *(("cql", "sac", dataset, 20) for dataset in [*HOPPER, MAZE])],
 )
 def test_the_conservative_term_beats_what_it_is_added_to(quick, method, baseline, dataset, margin):
     """The worst seed of CQL is above the best one of SAC or DQN, by so many points of the score."""
@@ -110,24 +255,24 @@ def test_diverse_critics_believe_less_but_small_ensembles_do_not_reach_cloning(q
 
 
 def test_what_cqls_page_says_of_medium_expert(quick):
-    page = " ".join((ROOT / "algos" / "cql.md").read_text().split())
+    text = " ".join((ROOT / "algos" / "cql.md").read_text().split())
     run, bc = (quick[HOPPER[0], method] for method in ("cql", "bc"))
     lines = (RESULTS / "quick" / HOPPER[0] / "cql" / "metrics.jsonl").read_text().splitlines()
     first = np.mean([line["score"] for line in map(json.loads, lines) if line["step"] == 2000])
     last = run.scores.mean()
-    assert f"({last:.1f} and {bc.scores.mean():.1f})" in page
-    assert f"from {first:.1f} after 2,000 updates to {last:.1f} after 6,000" in page
-    (weight_5,) = (run for run in report.read_runs(RESULTS / "trials" / "weight-5") if run.place == f"{HOPPER[0]}/cql")
-    assert f"({', '.join(f'{score:.1f}' for score in weight_5.scores)})" in page
+    assert f"({last:.1f} and {bc.scores.mean():.1f})" in text
+    assert f"from {first:.1f} after 2,000 updates to {last:.1f} after 6,000" in text
+    (weight_5,) = (run for run in read_runs(RESULTS / "trials" / "weight-5") if run.place == f"{HOPPER[0]}/cql")
+    assert f"({', '.join(f'{score:.1f}' for score in weight_5.scores)})" in text
 
 
 def test_trials_on_the_pages_are_those_of_the_result_files():
     """A page's cell [SCORE, believes B, true T](.../trials/...): means over the seeds of the last evaluation."""
-    runs = {run.place: run for run in report.read_runs(RESULTS / "trials")}
+    runs = {run.place: run for run in read_runs(RESULTS / "trials")}
     cells = [
         cell
-        for page in (ROOT / "algos").glob("*.md")
-        for cell in re.findall(r"\[([^]]*)\]\(\.\./benchmarks/results/trials/([^)]*)\)", page.read_text())
+        for path in (ROOT / "algos").glob("*.md")
+        for cell in re.findall(r"\[([^]]*)\]\(\.\./benchmarks/results/trials/([^)]*)\)", path.read_text())
     ]
     assert {place for _, place in cells} == runs.keys()  # none is left unshown
     for shown, place in cells:
@@ -135,3 +280,182 @@ def test_trials_on_the_pages_are_those_of_the_result_files():
         score = f"{run.scores.mean():.1f}"
         assert shown == f"{score}, believes {report.number(believed)}, true {report.number(true)}", place
         assert "dirty" not in run.summary["commit"]
+
+
+# --- Code that runs as it stands -------------------------------------------------------------------------------
+
+
+def options_of(kind):
+    """The options that README has for one kind of rewards."""
+    (row,) = [line for line in README.splitlines() if line.startswith(f"| {kind}")]
+    return re.search(r"`(--[^`]*)`", row)[1].split()
+
+
+@pytest.mark.parametrize(
+    "kind, protocol, dataset",
+    [
+        ("1 at a goal, else 0", None, ""),
+        ("−1 at each step", "full", "stitch/puzzle-3x3-play-v0"),
+        ("dense: a reward", "full", "stitch/hopper-medium-v0"),
+        ("dense, and only", "quick", "stitch/hopper-medium-replay-100k-v0"),
+        ("1 at each step", "quick", "stitch/cartpole-mixed-v0"),
+    ],
+)
+def test_settings_by_kind_of_task_are_those_of_the_protocols(kind, protocol, dataset):
+    """What differs from the defaults, but for the published step sizes, which all of `full` has."""
+    iql = importlib.import_module("algos.iql")
+    expected = iql.Config()
+    if protocol:
+        settings = sweep.tuned(PROTOCOLS[protocol], "iql", dataset)
+        if kind.startswith("−1"):
+            settings = {"reward_shift": settings["reward_shift"]}
+        expected = iql.Config(**settings)
+    assert tyro.cli(iql.Config, args=options_of(kind)) == expected
+
+
+def python_block(containing):
+    (block,) = [x for x in re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL) if containing in x]
+    return block
+
+
+def test_every_block_of_python_is_run_below():
+    assert README.count("```python") == len({python_block(x) for x in ("EpisodeBuffer", "restore", "pandas")})
+
+
+def recorded():
+    """What a reader may have: random episodes of Pendulum-v1."""
+    env, recording = gymnasium.make("Pendulum-v1", max_episode_steps=20), []
+    env.action_space.seed(0)
+    for seed in range(5):
+        episode = {"observations": [env.reset(seed=seed)[0]]}
+        while not episode.get("truncations", [False])[-1]:
+            action = env.action_space.sample()
+            observation, *rest = env.step(action)
+            episode["observations"].append(observation)
+            for name, x in zip(("actions", "rewards", "terminations", "truncations"), (action, *rest), strict=False):
+                episode.setdefault(name, []).append(x)
+        recording.append({name: np.array(column) for name, column in episode.items()})
+    return recording
+
+
+@pytest.fixture(scope="module")
+def own_data(tmp_path_factory):
+    """A folder for runs, and README's own dataset in a Minari root of its own."""
+    folder = tmp_path_factory.mktemp("own")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setenv("MINARI_DATASETS_PATH", str(folder / "minari"))
+        exec(python_block("EpisodeBuffer"), {"recording": recorded()})
+        yield folder
+
+
+def test_own_data_are_read_as_they_were_recorded(own_data):
+    from common.datasets import load_dataset
+
+    data, env = load_dataset("mine/pendulum-v0")
+    recording = recorded()
+    np.testing.assert_array_equal(data.obs, np.concatenate([x["observations"][:-1] for x in recording]))
+    np.testing.assert_array_equal(data.next_obs, np.concatenate([x["observations"][1:] for x in recording]))
+    np.testing.assert_allclose(data.action, np.concatenate([x["actions"] for x in recording]) / 2, atol=1e-6)
+    assert data.terminal.sum() == 0 and env.score_kind == "raw return"
+
+
+@pytest.fixture(scope="module")
+def own_run(own_data):
+    """IQL with README's settings for dense rewards, in the folder of which README's other blocks speak."""
+    iql = importlib.import_module("algos.iql")
+    folder = own_data / re.search(r'restore\("([^"]*)"\)', README)[1]
+    tiny = [f"--{item.replace('_', '-')}" for item in TINY]
+    options = ["--dataset", "mine/pendulum-v0", "--out", str(folder), *options_of("dense: a reward"), *tiny]
+    iql.main(tyro.cli(iql.Config, args=[*options, "--hidden", "8", "8"]))
+    return folder
+
+
+def test_a_trained_policy_acts_in_three_lines_without_its_dataset(own_run, own_data, monkeypatch):
+    monkeypatch.chdir(own_data)
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(own_data / "none"))
+    env = gymnasium.make("Pendulum-v1")
+    names = {"env": env, "observation": env.reset(seed=0)[0]}
+    exec(python_block("restore"), names)
+    assert np.shape(names["observation"]) == (3,) and np.isfinite(names["reward"]) and not names["terminated"]
+    batch = names["policy"](np.zeros((4, 3), np.float32))
+    assert batch.shape == (4, 1) and np.abs(batch).max() <= 2
+    other = names["restore"]("runs/iql/stitch/pointmaze-umaze-v0", run=1)  # README's "the second of the folder's seeds"
+    assert other.runs[0]["seed"] == 1 and not np.array_equal(other(np.zeros((4, 3), np.float32)), batch)
+
+
+def test_metrics_in_three_lines_of_pandas(own_run, own_data, monkeypatch, capsys):
+    pytest.importorskip("pandas")
+    monkeypatch.chdir(own_data)
+    names = {}
+    exec(python_block("pandas"), names)
+    assert capsys.readouterr().out.split()[:3] == ["seed", "0", "1"]
+    metrics = names["metrics"]
+    assert list(metrics["step"]) == [10, 10, 20, 20] and metrics["score"].notna().all()
+    assert {"believed_value", "true_value"} <= set(metrics.columns)
+
+
+def test_the_example_of_a_sweep_ends_in_its_best_value(own_data):
+    """On our own small dataset, with tiny networks: two cells of three values."""
+    block = page("protocols.md").partition("## Sweeps\n")[2]
+    train, answer = itertools.islice(commands(block), 2)
+    small = [item for item in TINY if not item.startswith("batch_size")] + ["hidden=[8,8]", "reward_shift=0"]
+    train[train.index("--set") + 1 : train.index("--set") + 1] = small
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    for command in ([*train, "--datasets", "mine/pendulum-v0"], answer):
+        command = [sys.executable, str(ROOT / command[1]), *command[2:]]
+        done = subprocess.run(command, cwd=own_data, env=environment, capture_output=True, text=True, timeout=900)
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert "iql on mine/pendulum-v0: best of 6 is " in done.stdout
+    text = (own_data / "results" / "mine" / "report.md").read_text()
+    assert "| beta | batch_size | score |" in text or "| batch_size | beta | score |" in text
+    assert list((own_data / "results" / "mine").glob("sweep_*.png"))
+
+
+@pytest.mark.parametrize("episodes, runs", [(0, False), (1, True)])
+def test_without_evaluations_nothing_that_the_metadata_name_is_run(own_data, tmp_path, monkeypatch, episodes, runs):
+    """README's advice on data of strangers. The environment of this dataset is `os.mkdir`: with 1 it is run."""
+    iql = importlib.import_module("algos.iql")
+    shutil.copytree(own_data / "minari", tmp_path / "minari")
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+    metadata = tmp_path / "minari" / "mine" / "pendulum-v0" / "data" / "metadata.json"
+    content = json.loads(metadata.read_text())
+    hostile = {"entry_point": "os:mkdir", "kwargs": {"path": str(tmp_path / "was-run")}}
+    content["eval_env_spec"] = json.dumps(json.loads(content["eval_env_spec"]) | hostile)
+    metadata.write_text(json.dumps(content))
+    tiny = [f"--{item.replace('_', '-')}" for item in TINY]
+    options = ["--dataset", "mine/pendulum-v0", "--out", str(tmp_path / "run"), *tiny, "--hidden", "8", "8"]
+    summary = iql.main(tyro.cli(iql.Config, args=[*options, f"--eval-episodes={episodes}"]))
+    assert summary["score_mean"] is None and (tmp_path / "was-run").exists() == runs
+    assert "`--eval-episodes 0`: then no environment is made" in " ".join(README.split())
+
+
+@pytest.fixture(scope="module")
+def fork(tmp_path_factory):
+    """A copy of the project in which README's steps to fork a file were taken, but for their last, the tests."""
+    folder = tmp_path_factory.mktemp("fork")
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in listed.splitlines():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, folder / name)
+    for command in (["git", "init", "-q"], ["git", "add", "-A"]):
+        subprocess.run(command, cwd=folder, check=True)
+    steps = list(commands(README.partition("## Fork a file\n")[2].partition("\n## ")[0]))
+    assert [step[0] for step in steps] == ["cp", "sed", "pytest"]
+    subprocess.run(steps[0], cwd=folder, check=True)
+    source, target = steps[1][:3], steps[1][-1]  # > target
+    (folder / target).write_text(subprocess.run(source, cwd=folder, check=True, capture_output=True, text=True).stdout)
+    return folder
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists() or not shutil.which("git"), reason="the list of files is git's")
+def test_a_forked_file_leaves_the_tests_green(fork):
+    """Those that look at all files of algos/; the contract tests of what a page and a text must have."""
+    environment = os.environ | {"PYTHONPATH": str(fork)}
+    environment.pop("PYTEST_CURRENT_TEST", None)
+    choice = "mine and (page or shared or sibling or docstring or comment or links)"
+    choice += " or every_algorithm or protocols_have or committed_tables or trials_on or are_complete"
+    files = [f"tests/test_{name}.py" for name in ("contract", "readme", "sweep", "report", "kernels")]
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", "-k", choice, *files]
+    done = subprocess.run(command, cwd=fork, env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout

@@ -10,7 +10,7 @@ from gymnasium import spaces
 from minari.data_collector import EpisodeBuffer
 
 from common import recipes
-from common.datasets import load_dataset
+from common.datasets import Spec, load_dataset
 from common.recipes import cartpole, rollouts, tabular
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # Minari's, of missing authors and descriptions
@@ -63,7 +63,7 @@ def two_states():
 
 def policy_of(table):
     """A policy of `table`, the action in each state, from one-hot observations."""
-    return lambda obs, step: np.array(table)[obs.argmax(-1)]
+    return lambda obs, *_: (np.array(table)[obs.argmax(-1)], None)
 
 
 # --- Exact returns -----------------------------------------------------------------------------------
@@ -80,15 +80,15 @@ def policy_of(table):
 def test_exact_evaluation(two_states, table, expected):
     calls = []
     policy = policy_of(table)
-    returns = two_states.evaluate(lambda obs, step: calls.append(obs.shape) or policy(obs, step), [0, 7], 4).returns
+    returns = two_states.evaluate(lambda obs, *_: calls.append(obs.shape) or policy(obs), [0, 7], 4).returns
     np.testing.assert_allclose(returns, np.full((2, 4), expected))
     assert set(calls) == {(2, 3, 3)}  # all states in the place of the episodes: one trace of a jitted policy
     assert two_states.score_kind.endswith(", exact")
 
 
 def test_exact_evaluation_of_each_seed_and_of_a_stochastic_policy(two_states):
-    def policy(obs, step):  # of seed 0: half of the draws 0 and half 1; of seed 1: (0, 0)
-        return np.array([step % 2, 0])[:, None] * np.ones(obs.shape[:2], int)
+    def policy(obs, step, *_):  # of seed 0: half of the draws 0 and half 1; of seed 1: (0, 0)
+        return np.array([step % 2, 0])[:, None] * np.ones(obs.shape[:2], int), None
 
     np.testing.assert_allclose(two_states.evaluate(policy, [0, 1], 4).returns[:, 0], [2.2265625, 2.3125])
 
@@ -117,7 +117,7 @@ def test_observations_are_normalised_for_the_exact_evaluation_too():
     minari.create_dataset_from_buffers("test/two-states-v0", buffer=[episode], env="stitch-test/TwoStates-v0")
     data, env = load_dataset("test/two-states-v0", normalize_obs=True)
     seen = []
-    env.evaluate(lambda obs, step: seen.append(obs[0].copy()) or np.zeros(obs.shape[:2], int), [0], 1)
+    env.evaluate(lambda obs, *_: seen.append(obs[0].copy()) or (np.zeros(obs.shape[:2], int), None), [0], 1)
     np.testing.assert_array_equal(seen[0][:2], data.obs[:2])
     assert seen[0].dtype == np.float32
 
@@ -142,7 +142,9 @@ def sepsis(tmp_path_factory):
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path_factory.mktemp("minari")))
         recipes.build(name)
-        yield *load_dataset(name), minari.load_dataset(name)
+        data, env = load_dataset(name)
+        assert env.probe()
+        yield data, env, minari.load_dataset(name)
 
 
 def test_sepsis_reference_scores(sepsis):
@@ -163,7 +165,7 @@ def test_sepsis_reference_scores(sepsis):
 
 def test_sepsis_data_are_the_clinicians(sepsis):
     data, env, dataset = sepsis
-    assert env.spec == (716, 25, True)
+    assert env.spec == Spec(716, 25, discrete=True)
     np.testing.assert_array_equal(data.obs.sum(-1), 1)
     state, next_state = data.obs.argmax(-1), data.next_obs.argmax(-1)
     clinicians = dataset.recover_environment().unwrapped.expert_policy

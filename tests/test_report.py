@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import resource
 import shutil
 import sys
 import tomllib
@@ -20,6 +21,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))  # scripts that import each other as they do when they are run
 
 import report  # noqa: E402
+from report import cards, estimators, pictures, runs, selection, sweeps, tables  # noqa: E402
 
 # (datasets, seeds) of two methods
 A = list(np.array([[40, 55, 45, 70, 60], [10, 20, 0, 35, 5], [90, 80, 85, 95, 100]], float))
@@ -29,9 +31,9 @@ B = list(np.array([[50, 30, 45, 20, 65], [10, 15, 20, 25, 30], [60, 90, 75, 85, 
 def make_run(folder, dataset, scores, algo="iql", kind="normalised by the dataset's reference scores", **fields):
     """A run folder as main leaves it: two evaluations of two episodes each, of which the last has these scores."""
     folder.mkdir(parents=True)
-    returns = [[score / 100, score / 100] for score in scores]
+    returns = [[score and score / 100] * 2 for score in scores]
     lines = [
-        {"step": step, "seed": seed, "score": score * step / 500, "returns": returns[seed]}
+        {"step": step, "seed": seed, "score": score and score * step / 500, "returns": returns[seed]}
         for step in (250, 500)
         for seed, score in enumerate(scores)
     ]
@@ -65,7 +67,8 @@ def root(tmp_path, monkeypatch):
 def write_tables(root):
     """What a report writes, without its pictures."""
     folder = root / "benchmarks" / "results" / "quick"
-    report.write_tables(root, "quick", report.read_runs(folder), report.read_failures(folder), check=False)
+    found = runs.read_results(folder)
+    tables.write_tables(root, "quick", found.runs, found.failures, check=False)
 
 
 def files(folder):
@@ -78,50 +81,50 @@ def files(folder):
 def test_estimators_and_intervals_are_those_of_rliable():
     """rliable 1.2.0 with pandas 2, on the transposed arrays: its point estimates, and its intervals from 20,000 samples
     or more, which are themselves only good to about one run's share."""
-    np.testing.assert_allclose([report.iqm(A), report.iqm(B)], [54.444444, 43.888889], rtol=1e-6)
-    np.testing.assert_allclose([report.mean(A), report.mean(B)], [52.666667, 46.0], rtol=1e-6)
-    np.testing.assert_allclose(report.interval(report.iqm, A), [47.8, 60.6], atol=0.7)
-    np.testing.assert_allclose(report.interval(report.iqm, B), [36.1, 52.2], atol=0.7)
-    np.testing.assert_allclose(report.interval(report.mean, A), [47.7, 58.0], atol=0.4)
-    np.testing.assert_allclose(report.improvement(A, B), 0.62)
-    np.testing.assert_allclose(report.interval(report.improvement, A, B), [0.433, 0.8], atol=0.02)
+    np.testing.assert_allclose([estimators.iqm(A), estimators.iqm(B)], [54.444444, 43.888889], rtol=1e-6)
+    np.testing.assert_allclose([estimators.mean(A), estimators.mean(B)], [52.666667, 46.0], rtol=1e-6)
+    np.testing.assert_allclose(estimators.interval(estimators.iqm, A), [47.8, 60.6], atol=0.7)
+    np.testing.assert_allclose(estimators.interval(estimators.iqm, B), [36.1, 52.2], atol=0.7)
+    np.testing.assert_allclose(estimators.interval(estimators.mean, A), [47.7, 58.0], atol=0.4)
+    np.testing.assert_allclose(estimators.improvement(A, B), 0.62)
+    np.testing.assert_allclose(estimators.interval(estimators.improvement, A, B), [0.433, 0.8], atol=0.02)
     levels = np.array([20.0, 50.0, 85.0])  # each the score of a run, which is not above it
-    np.testing.assert_allclose(report.profile(A, levels), [0.733333, 0.533333, 0.2], rtol=1e-5)
-    shares = report.interval(lambda row: report.profile(row, levels), A)
+    np.testing.assert_allclose(estimators.profile(A, levels), [0.733333, 0.533333, 0.2], rtol=1e-5)
+    shares = estimators.interval(lambda row: estimators.profile(row, levels), A)
     np.testing.assert_allclose(shares, [[0.667, 0.4, 0.067], [0.867, 0.667, 0.333]], atol=0.001)
 
 
 def test_interval_is_stratified():
     """Each dataset keeps its seeds: where those agree, there is no spread, however far apart the datasets are."""
     row = [np.zeros(4), np.full(3, 100.0)]
-    np.testing.assert_allclose(report.interval(report.mean, row), 50)
+    np.testing.assert_allclose(estimators.interval(estimators.mean, row), 50)
 
 
 def test_interval_is_the_same_with_every_numpy():
     row = [np.array([2.0, 3, 5, 7, 11, 13, 17, 19, 23]) ** 2]
-    np.testing.assert_allclose(report.interval(report.mean, row), [69.555556, 289.008333], rtol=1e-7)
+    np.testing.assert_allclose(estimators.interval(estimators.mean, row), [69.555556, 289.008333], rtol=1e-7)
 
 
 def test_improvement_counts_a_tie_as_half():
     row = [np.array([1.0, 2.0]), np.array([3.0])]
-    assert report.improvement(row, row) == 0.5
-    assert report.improvement([np.array([1.0, 3.0])], [np.array([2.0, 2.0, 2.0])]) == 0.5
+    assert estimators.improvement(row, row) == 0.5
+    assert estimators.improvement([np.array([1.0, 3.0])], [np.array([2.0, 2.0, 2.0])]) == 0.5
 
 
 def test_datasets_weigh_the_same_whatever_their_numbers_of_seeds():
     row = [np.zeros(3), np.full(12, 100.0)]
-    assert report.iqm(row) == report.mean(row) == 50
-    assert report.profile(row, np.array([50.0])) == 0.5
+    assert estimators.iqm(row) == estimators.mean(row) == 50
+    assert estimators.profile(row, np.array([50.0])) == 0.5
     assert (
-        report.iqm([np.array([0.0, 30.0]), np.array([60.0, 60.0, 90.0])]) == 45
+        estimators.iqm([np.array([0.0, 30.0]), np.array([60.0, 60.0, 90.0])]) == 45
     )  # of 0 0 0 30 30 30 60 60 60 60 90 90
 
 
 def test_one_seed_has_no_interval():
     one, two = [np.array([12.34])], [np.array([1.0, 2.0])]
-    assert report.with_interval(report.mean, one) == "12.3"
-    assert np.isnan(report.interval(report.improvement, one, two)).all()
-    assert np.isnan(report.interval(report.mean, [*one, *two])).all()
+    assert estimators.with_interval(estimators.mean, one) == "12.3"
+    assert np.isnan(estimators.interval(estimators.improvement, one, two)).all()
+    assert np.isnan(estimators.interval(estimators.mean, [*one, *two])).all()
 
 
 # --- Tables ----------------------------------------------------------------------------------------------
@@ -141,14 +144,14 @@ def test_table_shows_means_intervals_and_links(root):
     assert row.startswith("| [bc-top-10](algos/bc.md) | not run | not run | [40.0]") and row.endswith(" | – |")
     assert "(2 episodes) after 500 updates: mean over 3 seeds" in readme
     assert " IQM: interquartile mean over D4RL-door-human-v2, maze-v0." in readme
-    assert readme.endswith(f" Published: {report.PUBLISHED['source']}.\n<!-- report:quick:end -->\nbelow\n")
+    assert readme.endswith(f" Published: {tables.PUBLISHED['source']}.\n<!-- report:quick:end -->\nbelow\n")
     page = (root / "algos" / "bc.md").read_text()
     assert "[5.0](../benchmarks/results/quick/D4RL/door/human-v2/bc) (5.0 to 5.0); published 2.3 |" in page
     assert "| [bc](../algos/bc.md)" in page and "| [bc-top-10](../algos/bc.md)" in page and "iql" not in page
     assert "own-v0" not in page  # no run of bc
-    runs = report.read_runs(root / "benchmarks" / "results" / "quick")
-    assert "not comparable" in report.table([run for run in runs if run.dataset == "stitch/maze-v0"], [], ".")
-    assert report.table(runs, [], ".", "cql") == "No run yet."
+    found = runs.read_runs(root / "benchmarks" / "results" / "quick")
+    assert "not comparable" in tables.table([run for run in found if run.dataset == "stitch/maze-v0"], [], ".")
+    assert tables.table(found, [], ".", "cql") == "No run yet."
     for link in [part.split(")")[0] for part in readme.split("](")[1:]]:
         assert (root / link).is_dir() or link.endswith((".md", ".png")), link
 
@@ -160,18 +163,18 @@ def test_a_page_shows_what_the_critic_believes_and_what_is_true(root):
     values = [{"believed_value": 1000.0 * line["step"] + line["seed"], "true_value": 2.0} for line in lines]
     text = "".join(json.dumps(line | value) + "\n" for line, value in zip(lines, values, strict=True))
     (run / "metrics.jsonl").write_text(text)
-    runs = report.read_runs(root / "benchmarks" / "results" / "quick")
-    page = report.table(runs, [], ".", "iql")
+    found = runs.read_runs(root / "benchmarks" / "results" / "quick")
+    page = tables.table(found, [], ".", "iql")
     assert "| believed − true value | – | – | +499,999 (2) | – |" in page and "less what the policy gets" in page
-    assert all("believe" not in text for text in (report.table(runs, [], "."), report.table(runs, [], ".", "bc")))
+    assert all("believe" not in text for text in (tables.table(found, [], "."), tables.table(found, [], ".", "bc")))
 
 
 def test_a_second_report_changes_nothing(root):
     report.main(report.Options())
     first = files(root)
-    pictures = {path.name for path in first if path.suffix == ".png"}
+    drawn = {path.name for path in first if path.suffix == ".png"}
     curves = {f"learning_curves_{name}.png" for name in ("maze-v0", "D4RL-door-human-v2", "own-v0")}
-    assert pictures == curves | {"iqm.png", "performance_profiles.png", "probability_of_improvement.png"}
+    assert drawn == curves | {"iqm.png", "performance_profiles.png", "probability_of_improvement.png"}
     assert not any(b"matplotlib" in content for path, content in first.items() if path.suffix == ".png")  # its version
     report.main(report.Options())
     assert files(root) == first
@@ -212,17 +215,17 @@ def test_what_is_no_row_of_the_table(root, tmp_path, capsys):
     make_run(results / "maze-v0" / "blind", "stitch/maze-v0", [float("nan")] * 2)
     make_run(results / "maze-v0" / "unfinished", "stitch/maze-v0", [1.0, 2.0])
     (results / "maze-v0" / "unfinished" / "summary.json").unlink()
-    methods = {run.method for run in report.read_runs(results)}
+    methods = {run.method for run in runs.read_runs(results)}
     assert methods == {"iql", "bc", "bc-top-10", "single"}
     said = capsys.readouterr().out
-    assert "grid is a grid" in said and "blind was not scored" in said
+    assert "blind was not scored" in said
     with pytest.raises(SystemExit, match="no finished run"):
-        report.read_runs(tmp_path / "nothing")
+        runs.read_runs(tmp_path / "nothing")
 
 
 def test_foot_with_one_seed_promises_no_interval(tmp_path):
     make_run(tmp_path / "maze-v0" / "iql", "stitch/maze-v0", [80.0])
-    shown = report.table(report.read_runs(tmp_path), [], ".")
+    shown = tables.table(runs.read_runs(tmp_path), [], ".")
     assert "updates: 1 seed, of whose spread nothing is known." in shown and "interval" not in shown
 
 
@@ -230,7 +233,7 @@ def test_foot_says_how_exact_an_exact_evaluation_is(tmp_path):
     make_run(
         tmp_path / "iql", "stitch/icu-v0", [80.0, 90.0], kind="normalised by the dataset's reference scores, exact"
     )
-    shown = report.table(report.read_runs(tmp_path), [], ".")
+    shown = tables.table(runs.read_runs(tmp_path), [], ".")
     assert "On icu-v0 no episode is played" in shown and "the frequencies of 2 draws in each state" in shown
 
 
@@ -238,15 +241,15 @@ def test_published_scores_are_shown_only_beside_the_data_they_are_of(tmp_path):
     for dataset in ("D4RL/pen/human-v2", "mujoco/hopper/medium-v0", "stitch/maze-v0"):
         make_run(tmp_path / dataset / "iql", dataset, [60.0, 70.0])
         make_run(tmp_path / dataset / "dqn", dataset, [60.0, 70.0], "dqn")  # no published score
-    runs = report.read_runs(tmp_path)
-    shown = report.table(runs, [], ".")
+    found = runs.read_runs(tmp_path)
+    shown = tables.table(found, [], ".")
     assert shown.count("; published") == 1 and "(60.0 to 70.0); published 78.5 |" in shown and "CORL" in shown
-    assert "ublished" not in report.table([run for run in runs if run.dataset == "mujoco/hopper/medium-v0"], [], ".")
+    assert "ublished" not in tables.table([run for run in found if run.dataset == "mujoco/hopper/medium-v0"], [], ".")
 
 
 def test_published_scores_are_of_methods_and_normalisations_that_are_ours():
     protocols = tomllib.loads((ROOT / "benchmarks" / "protocols.toml").read_text())
-    for dataset, scores in report.PUBLISHED["scores"].items():
+    for dataset, scores in tables.PUBLISHED["scores"].items():
         assert any(dataset.startswith(prefix) for prefix in D4RL_REFERENCE_SCORES), dataset
         assert scores.keys() <= protocols["full"]["methods"].keys()
 
@@ -275,10 +278,10 @@ def test_a_failed_cell_is_shown_and_costs_only_its_own_method_the_aggregates(roo
     assert "| [sac]" not in readme  # it takes none of these datasets
     # Three of four methods would do without the failure; two of four would not
     shutil.rmtree(results / "D4RL" / "door" / "human-v2" / "bc")
-    datasets, rows = report.comparable(report.read_runs(results), report.read_failures(results))
+    datasets, rows = runs.comparable(runs.read_runs(results), runs.read_failures(results))
     assert datasets == ["stitch/maze-v0"]
     fail(results / "D4RL" / "door" / "human-v2" / "bc", "D4RL/door/human-v2", "status -9: killed", "bc")
-    datasets, rows = report.comparable(report.read_runs(results), report.read_failures(results))
+    datasets, rows = runs.comparable(runs.read_runs(results), runs.read_failures(results))
     assert datasets == ["D4RL/door/human-v2", "stitch/maze-v0"] and rows.keys() == {"iql"}
 
 
@@ -333,7 +336,7 @@ def test_speed_tables_stand_between_their_marks(root):
     write_tables(root)
     readme = (root / "README.md").read_text()
     shown = readme.partition(mark.format("begin"))[2].partition("\n" + mark.format("end"))
-    assert shown[0] == report.speed.table(json.loads((results / "speed-cpu.json").read_text())) and shown[2] == "end"
+    assert shown[0] == tables.speed.table(json.loads((results / "speed-cpu.json").read_text())) and shown[2] == "end"
     write_tables(root)
     assert (root / "README.md").read_text() == readme
 
@@ -364,7 +367,7 @@ def test_aggregates_are_over_what_most_methods_have(root):
         make_run(results / "D4RL" / "door" / "human-v2" / method, "D4RL/door/human-v2", [1.0, 2.0, 3.0])
     for method in ("bc", "x", "y"):  # three methods of five, where four have the door and five the maze
         make_run(results / "rare-v0" / method, "stitch/rare-v0", [1.0, 2.0, 3.0])
-    datasets, rows = report.comparable(report.read_runs(results), [])
+    datasets, rows = runs.comparable(runs.read_runs(results), [])
     assert datasets == ["D4RL/door/human-v2", "stitch/maze-v0"]
     assert rows.keys() == {"iql", "bc", "x", "y"}  # bc-top-10 lacks one
     np.testing.assert_array_equal(rows["bc"], [[5, 5, 5], [10, 20, 0]])
@@ -378,6 +381,357 @@ def test_committed_tables_are_those_of_the_committed_result_files():
         assert between.partition("<!-- report:quick:end -->")[0].strip() == ""
 
 
+# --- What must not be taken for the same ---------------------------------------------------------------
+
+
+def change(file, **fields):
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+
+def set_data(run, fingerprint):
+    config = json.loads((run / "config.json").read_text())["config"]
+    change(run / "config.json", config=config | {"data": fingerprint})
+
+
+def rows_of(text):
+    """{first cell: other cells} of the markdown table in a text."""
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
+    return {row[0].partition("]")[0].lstrip("["): row[1:] for row in rows}
+
+
+def test_runs_on_different_data_under_one_name_are_in_no_column_together(root, capsys):
+    results = root / "benchmarks" / "results" / "quick"
+    set_data(results / "maze-v0" / "iql", {"rows": 100, "hash": "a"})
+    set_data(results / "maze-v0" / "bc", {"rows": 100, "hash": "b"})  # bc-top-10 is older and says nothing
+    found = runs.read_results(results)
+    assert "stitch/maze-v0: not pooled, each in a column of its own: data-" in capsys.readouterr().out
+    columns = {run.method: run.dataset for run in found.runs if run.dataset.startswith("stitch/maze-v0")}
+    assert len(set(columns.values())) == 3 and columns["bc-top-10"] == "stitch/maze-v0@data-unknown"
+    assert runs.comparable(found.runs, [])[0] == ["D4RL/door/human-v2"]
+    shown = rows_of(tables.table(found.runs, [], "."))
+    of = {
+        name: [cell for cell in cells if cell.startswith("[")] for name, cells in shown.items() if name[0] not in "m-"
+    }
+    assert len(shown["method"]) == 5 and {name: len(cells) for name, cells in of.items()} == {
+        "iql": 3, "bc": 2, "bc-top-10": 1
+    }  # fmt: skip
+    same = {"rows": 100, "hash": "a"}
+    for method in ("iql", "bc", "bc-top-10"):
+        set_data(results / "maze-v0" / method, same)
+    assert {run.dataset for run in runs.read_runs(results)} == {"D4RL/door/human-v2", "own-v0", "stitch/maze-v0"}
+
+
+@pytest.mark.parametrize("kind", ["raw return", "normalised by D4RL's reference scores"])
+def test_scores_on_different_scales_are_in_no_column_and_no_mean_together(root, kind):
+    results = root / "benchmarks" / "results" / "quick"
+    change(results / "maze-v0" / "bc" / "summary.json", score_kind=kind)
+    exact = "normalised by the dataset's reference scores, exact"  # the same scale
+    change(results / "maze-v0" / "bc-top-10" / "summary.json", score_kind=exact)
+    found = runs.read_runs(results)
+    columns = {run.method: run.dataset for run in found if run.dataset.startswith("stitch/maze-v0")}
+    assert columns["iql"] == columns["bc-top-10"] != columns["bc"]
+    datasets, rows = runs.comparable(found, [])
+    assert datasets == ["D4RL/door/human-v2"] and all(len(row) == 1 for row in rows.values())
+
+
+def test_two_runs_of_one_method_on_one_dataset_are_both_named(tmp_path):
+    for part, score in (("first", 10.0), ("second", 30.0)):
+        make_run(tmp_path / part / "maze-v0" / "iql", "stitch/maze-v0", [score, score])
+        make_run(tmp_path / part / "door-v0" / "iql", "stitch/door-v0", [score + 1, score + 1])
+    make_run(tmp_path / "first" / "maze-v0" / "bc", "stitch/maze-v0", [1.0, 1.0], "bc")
+    found = runs.read_runs(tmp_path)
+    rows = rows_of(tables.table(found, [], "."))
+    assert rows.keys() == {"method", "---", "first/iql", "second/iql", "bc"}
+    assert [cell.partition("]")[0] for cell in rows["second/iql"][:2]] == ["[31.0", "[30.0"]
+    _, scores = runs.comparable(found, [])
+    assert {name: np.mean(row) for name, row in scores.items()} == {"first/iql": 10.5, "second/iql": 30.5}
+
+
+def test_runs_in_the_folders_that_main_chooses_are_named_by_their_algorithm(tmp_path):
+    """runs/ALGORITHM/DATASET; and one run's folder by itself."""
+    make_run(tmp_path / "iql" / "stitch" / "maze-v0", "stitch/maze-v0", [10.0])
+    make_run(tmp_path / "bc" / "stitch" / "maze-v0", "stitch/maze-v0", [20.0], "bc")
+    make_run(tmp_path / "bc" / "own-v0", "own-v0", [30.0], "bc")
+    assert {(run.method, run.dataset) for run in runs.read_runs(tmp_path)} == {
+        ("iql", "stitch/maze-v0"), ("bc", "stitch/maze-v0"), ("bc", "own-v0")
+    }  # fmt: skip
+    (run,) = runs.read_runs(tmp_path / "iql" / "stitch" / "maze-v0")
+    assert run.method == "iql"
+
+
+def test_a_method_s_name_is_of_one_algorithm(tmp_path):
+    make_run(tmp_path / "a" / "mine", "stitch/maze-v0", [10.0], "iql")
+    make_run(tmp_path / "b" / "mine", "stitch/door-v0", [20.0], "bc")
+    rows = rows_of(tables.table(runs.read_runs(tmp_path), [], "."))
+    assert rows["a/mine"][0] == rows["b/mine"][1] == "not run"
+    assert rows["a/mine"][1].startswith("[10.0]") and rows["b/mine"][0].startswith("[20.0]")
+
+
+FOREIGN = ["7", "[1, 2]", '"text"', "null", "true", "", "{", "[" * 100_000, '{"config": 3, "algo": [], "reason": {}}']
+
+
+@pytest.mark.parametrize("content", [*FOREIGN, b"\xff\x00"], ids=range(len(FOREIGN) + 1))
+@pytest.mark.parametrize("name", ["summary.json", "config.json", "metrics.jsonl", "failed.json"])
+def test_a_foreign_file_costs_a_line_and_its_own_run(root, capsys, name, content):
+    results = root / "benchmarks" / "results" / "quick"
+    (results / "maze-v0" / "bc" / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    found = runs.read_results(results)
+    (said,) = capsys.readouterr().out.splitlines()
+    assert "cannot be read" in said
+    places = {run.place for run in found.runs}
+    assert ("maze-v0/bc" in places) == (name == "failed.json") and "maze-v0/iql" in places and not found.failures
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"score_per_seed": []},
+        {"score_per_seed": [10.0, 20.0]},
+        {"score_per_seed": [[10.0], [20.0], [0.0]]},
+        {"score_per_seed": ["a", "b", "c"]},
+        {"score_per_seed": 3.0},
+        {"returns": [[1.0]]},
+        {"returns": None},
+        {"grid": [1, 2]},
+        {"seeds": [0]},
+        {"diverged": [True]},
+        {"num_updates": "many"},
+        {"algo": 3},
+        {"dataset": "stitch/other-v0"},
+        {"algo": "cql"},
+        {"score_kind": None},
+    ],
+    ids=str,
+)
+def test_a_summary_of_another_shape_costs_a_line_and_its_own_run(root, capsys, fields):
+    results = root / "benchmarks" / "results" / "quick"
+    change(results / "maze-v0" / "bc" / "summary.json", **fields)
+    assert "maze-v0/bc" not in {run.place for run in runs.read_runs(results)}
+    (said,) = capsys.readouterr().out.splitlines()
+    assert "maze-v0/bc cannot be read" in said
+
+
+def test_what_a_folder_without_results_is_told(root, tmp_path, monkeypatch):
+    """A name that is none, a protocol that has not been run, and runs that have not ended or have no scores."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="^nothing is no folder: name one that holds runs, or one of quick.$"):
+        report.main(report.Options("nothing"))
+    with pytest.raises(SystemExit, match="full is no folder.* python benchmarks/sweep.py full makes it"):
+        report.main(report.Options("full"))
+    make_run(tmp_path / "mine" / "run", "stitch/maze-v0", [1.0])
+    (tmp_path / "mine" / "run" / "summary.json").unlink()
+    with pytest.raises(SystemExit, match="mine holds no finished run with scores; 1 have begun, and their own command"):
+        report.main(report.Options("mine"))
+    make_run(tmp_path / "blind", "stitch/maze-v0", [None, None], kind="not scored: no environment")
+    with pytest.raises(SystemExit, match="benchmarks/plot.py draws their losses"):
+        report.main(report.Options("blind"))
+
+
+def test_candidates_are_at_least_one():
+    for count in (0, -1):
+        with pytest.raises(SystemExit, match=f"--candidates must be at least 1, not {count}"):
+            report.main(report.Options(candidates=count))
+
+
+def test_a_full_disk_leaves_what_was_there(root, tmp_path):
+    """No file grows beyond 100 bytes: README.md and report.md are as before, and nothing is left beside them."""
+    results = root / "benchmarks" / "results" / "quick"
+    shutil.copytree(results, tmp_path / "mine")
+    (tmp_path / "mine" / "report.md").write_text("an older report")
+    before = files(root)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        for protocol in ("quick", str(tmp_path / "mine")):
+            with pytest.raises(SystemExit, match="cannot be written .File too large"):
+                report.main(report.Options(protocol))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert files(root) == before
+
+
+def test_tables_go_into_every_page_with_their_marks(root):
+    """README.md need not be the page; links lead from where the table stands."""
+    (root / "README.md").rename(root / "benchmarks" / "scores.md")
+    (root / "README.md").write_text("no marks")
+    write_tables(root)
+    text = (root / "benchmarks" / "scores.md").read_text()
+    assert "[iql](../algos/iql.md)" in text and "[90.0](results/quick/maze-v0/iql)" in text
+
+
+# --- Runs that diverged, and NaN -----------------------------------------------------------------------
+
+
+def test_diverged_runs_are_shown(root):
+    """Two of three seeds, whose scores are numbers; and all, without a score."""
+    results = root / "benchmarks" / "results" / "quick"
+    change(results / "maze-v0" / "iql" / "summary.json", diverged=[True, False, True])
+    change(results / "maze-v0" / "bc-top-10" / "summary.json", diverged=[False] * 3)
+    make_run(results / "maze-v0" / "td3", "stitch/maze-v0", [None] * 3, "td3", diverged=[True] * 3)
+    write_tables(root)
+    rows = rows_of((root / "README.md").read_text())
+    assert rows["iql"][2].endswith("(80.0 to 100.0); 2 of 3 diverged")
+    assert "diverged" not in "".join(rows["bc-top-10"]) and "failed" in rows["td3"]
+    readme = (root / "README.md").read_text()
+    assert "Failed: td3 on maze-v0 (3 of 3 runs diverged)." in readme
+    assert "Diverged: the networks of that seed are not finite." in readme
+
+
+def test_a_folder_of_which_all_diverged_has_a_table(tmp_path):
+    make_run(tmp_path / "maze-v0" / "td3", "stitch/maze-v0", [None] * 3, "td3", diverged=[True] * 3)
+    report.main(report.Options(str(tmp_path)))
+    assert "| failed |" in (tmp_path / "report.md").read_text()
+
+
+def test_null_is_no_number(root, figures):
+    """An evaluation that failed amid a run leaves a gap in the curve, and an unknown value a dash."""
+    run = root / "benchmarks" / "results" / "quick" / "maze-v0" / "iql"
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = [line | {"believed_value": 1.0, "true_value": None} for line in lines]
+    lines[1]["score"] = None
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = runs.read_results(root / "benchmarks" / "results" / "quick")
+    assert "| believed − true value | – | – | – | – |" in tables.table(found.runs, [], ".", "iql")
+    pictures.draw(found, root)
+    panels = {panel.get_title(): panel for panel in figures["learning_curves_maze-v0.png"].axes}
+    np.testing.assert_array_equal(last_line(panels["iql"]), [np.nan, 90])
+
+
+# --- Sweeps ---------------------------------------------------------------------------------------------
+
+
+def make_grid(folder, scores, batch_size=None, **fields):
+    """A grid over beta, {beta: scores of its seeds}, as main leaves it."""
+    points = [({"beta": beta}, seed, score) for beta, row in scores.items() for seed, score in enumerate(row)]
+    flat = [score for *_, score in points]
+    grid = [point for point, *_ in points]
+    seeds = [seed for _, seed, _ in points]
+    make_run(folder, "stitch/maze-v0", flat, **({"grid": grid, "seeds": seeds} | fields))
+    lines = [
+        {"step": step, "seed": seed, "grid": point, "score": None if score is None else score * step / 500}
+        for step in (250, 500)
+        for point, seed, score in points
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    config = {"algo": "iql", "dataset": "stitch/maze-v0", "beta": 7.0, "seed": 0, "grid": {"beta": list(scores)}}
+    change(folder / "config.json", config=config | ({} if batch_size is None else {"batch_size": batch_size}))
+
+
+BETAS = {10.0: [0.0, 2.0, 4.0], 1.0: [50.0, 55.0, 60.0], 3.0: [58.0, 70.0, 64.0]}
+
+
+@pytest.mark.parametrize("of", ["iql", "."])
+def test_a_grid_ends_in_a_table_a_picture_and_the_best_value(tmp_path, capsys, of):
+    make_grid(tmp_path / "iql", BETAS)
+    folder = tmp_path / of if of != "iql" else tmp_path / "iql"
+    report.main(report.Options(str(folder)))
+    said = capsys.readouterr().out
+    assert "best of 3 is beta 3, score 64.0 (58.0 to 70.0)." in said
+    assert said.startswith("iql on stitch/maze-v0: best") and "Intervals that reach its own: beta 1." in said
+    text = (folder / "report.md").read_text()
+    rows = [line for line in text.splitlines() if line.startswith("| ")]
+    assert rows == [
+        "| beta | score |",
+        "| --- | --- |",
+        "| 1 | 55.0 (50.0 to 60.0) |",
+        "| **3** | **64.0 (58.0 to 70.0)** |",
+        "| 10 | 2.0 (0.0 to 4.0) |",
+    ]
+    assert "best of 3 is beta 3" in text and "train it with other seeds" in text
+    (picture,) = folder.glob("*.png")
+    assert picture.name == "sweep_iql-maze-v0.png" and f"]({picture.name})" in text
+    first = files(folder)
+    report.main(report.Options(str(folder)))
+    assert files(folder) == first
+    report.main(report.Options(str(folder), check=True))
+    picture.unlink()
+    with pytest.raises(SystemExit, match="sweep_iql-maze-v0.png"):
+        report.main(report.Options(str(folder), check=True))
+
+
+def make_cells(folder):
+    """batch_size 64 and 128, each with its grid, as a sweep of both leaves them. By the sum: 128 is better for 1."""
+    make_grid(folder / "maze-v0" / "iql,batch_size=128", {1.0: [80.0, 82.0], 3.0: [10.0, 20.0]}, 128)
+    make_grid(folder / "maze-v0" / "iql,batch_size=64", {1.0: [30.0, 30.0], 3.0: [40.0, 44.0]}, 64)
+
+
+def test_two_swept_settings_are_one_table_of_all_combinations(tmp_path, figures):
+    make_cells(tmp_path)
+    found = runs.read_results(tmp_path)
+    (sweep,) = found.sweeps
+    assert not found.runs and sweep.fields == ["batch_size", "beta"] and sweep.name == "maze-v0/iql"
+    text = sweeps.section(sweep)
+    assert [line for line in text.splitlines() if line.startswith("| ")][2:] == [
+        "| 64 | 1 | 30.0 (30.0 to 30.0) |",
+        "| 64 | 3 | 42.0 (40.0 to 44.0) |",
+        "| **128** | **1** | **81.0 (80.0 to 82.0)** |",
+        "| 128 | 3 | 15.0 (10.0 to 20.0) |",
+    ]
+    assert "best of 4 is batch_size 128, beta 1, score 81.0 (80.0 to 82.0). No other interval reaches its own." in text
+    pictures.draw(found, tmp_path)
+    panels = {panel.get_xlabel(): panel for panel in figures["sweep_maze-v0-iql.png"].axes}
+    for field, values, best in (("batch_size", ["64", "128"], [42, 81]), ("beta", ["1", "3"], [81, 42])):
+        line = panels[field].lines[-1]
+        assert [label.get_text() for label in panels[field].get_xticklabels()] == values
+        np.testing.assert_allclose(line.get_xydata(), np.array([[0, best[0]], [1, best[1]]]))
+        bars = np.array([segment[:, 1] for segment in panels[field].collections[0].get_segments()])
+        np.testing.assert_allclose(sorted(bars.tolist()), [[40, 44], [80, 82]])
+        assert sorted(panels[field].lines[0].get_ydata()) == [15, 30, 42, 81]  # all points
+    assert figures["sweep_maze-v0-iql.png"].get_suptitle() == "iql on stitch/maze-v0"
+
+
+def test_cells_of_single_values_are_a_sweep_as_well(tmp_path):
+    """Values that cannot be traced make a cell each, and no grid; they stay methods of the table too."""
+    for units, score in (([8, 8], 10.0), ([64], 30.0)):
+        run = tmp_path / "maze-v0" / f"iql,hidden={units}"
+        make_run(run, "stitch/maze-v0", [score, score])
+        change(run / "config.json", config={"algo": "iql", "dataset": "stitch/maze-v0", "hidden": units, "seed": 0})
+    found = runs.read_results(tmp_path)
+    assert len(found.runs) == 2
+    assert "best of 2 is hidden [64], score 30.0" in sweeps.sentence(found.sweeps[0])
+
+
+def test_more_seeds_of_one_point_are_pooled_and_one_seed_counts_once(tmp_path):
+    for first, scores in ((0, [10.0, 20.0]), (1, [20.0, 60.0])):
+        run = tmp_path / "maze-v0" / f"iql,seed={first}"
+        make_grid(run, {1.0: scores, 3.0: [0.0, 0.0]}, seeds=[first, first + 1] * 2)
+        change(run / "config.json", config={"algo": "iql", "dataset": "stitch/maze-v0", "seed": first})
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        lines = [line | {"seed": line["seed"] + first} for line in lines]
+        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (sweep,) = runs.read_results(tmp_path).sweeps
+    assert sweep.fields == ["beta"] and sorted(sweep.points["1.0",][0]) == [10, 20, 60]
+    assert "score 30.0 (" in sweeps.sentence(sweep)
+
+
+def test_a_value_without_all_its_scores_is_never_the_best(tmp_path):
+    """beta 1 has the best mean of the scores that are there; one of its seeds diverged."""
+    rows = BETAS | {1.0: [None, 70.0, 90.0]}
+    make_grid(tmp_path / "iql", rows, diverged=[False] * 3 + [True] + [False] * 5)
+    (sweep,) = runs.read_results(tmp_path).sweeps
+    assert "best of 3 is beta 3, score 64.0" in sweeps.sentence(sweep)
+    assert "| 1 | not scored; 1 of 3 diverged |" in sweeps.section(sweep)
+    shutil.rmtree(tmp_path / "iql")
+    make_grid(tmp_path / "iql", {1.0: [None], 3.0: [None]}, kind="not scored: eval_episodes is 0")
+    (sweep,) = runs.read_results(tmp_path).sweeps
+    assert "none can be called the best (not scored: eval_episodes is 0)" in sweeps.sentence(sweep)
+    report.main(report.Options(str(tmp_path)))  # draws an empty picture, and does not fail
+
+
+def test_one_seed_of_a_grid_has_no_interval(tmp_path):
+    make_grid(tmp_path / "iql", {1.0: [10.0], 3.0: [20.0], 10.0: [20.0]})
+    (sweep,) = runs.read_results(tmp_path).sweeps
+    said = sweeps.sentence(sweep)
+    assert "best of 3 is beta 3, score 20.0. Intervals that reach its own: beta 10." in said
+    assert "interval" not in sweeps.section(sweep).partition("evaluation after")[2].partition("The best of")[0]
+
+
+def test_grids_on_different_data_are_different_sweeps(tmp_path):
+    make_cells(tmp_path)
+    set_data(tmp_path / "maze-v0" / "iql,batch_size=64", {"hash": "b"})
+    assert len(runs.read_results(tmp_path).sweeps) == 2
+
+
 # --- Pictures -------------------------------------------------------------------------------------------
 
 
@@ -385,8 +739,9 @@ def test_committed_tables_are_those_of_the_committed_result_files():
 def figures(monkeypatch):
     """{name of the file: figure} of what is drawn; no file is written."""
     drawn = {}
-    monkeypatch.setattr(report, "RESAMPLES", 500)
-    monkeypatch.setattr(report, "save", lambda figure, path, source="": drawn.update({path.name: figure}))
+    monkeypatch.setattr(estimators, "RESAMPLES", 500)
+    for module in (pictures, sweeps):
+        monkeypatch.setattr(module, "save", lambda figure, path, source="": drawn.update({path.name: figure}))
     yield drawn
     plt.close("all")
 
@@ -394,11 +749,11 @@ def figures(monkeypatch):
 def test_scores_of_a_run_that_is_being_written_are_those_that_every_seed_has(tmp_path):
     make_run(tmp_path / "run", "stitch/maze-v0", [10.0, 20.0, 30.0])
     lose_a_line(tmp_path / "run")
-    steps, scores = report.read_scores(tmp_path / "run")
+    steps, scores = runs.read_scores(tmp_path / "run")
     assert steps.tolist() == [250] and scores.tolist() == [[5], [10], [15]]
     (tmp_path / "run" / "metrics.jsonl").write_text("")
     with pytest.raises(SystemExit, match="no evaluation yet"):
-        report.read_scores(tmp_path / "run")
+        runs.read_scores(tmp_path / "run")
 
 
 def last_line(panel):
@@ -407,7 +762,7 @@ def last_line(panel):
 
 def test_panels_show_the_mean_of_the_seeds_under_the_name_of_their_method(root, figures):
     results = root / "benchmarks" / "results" / "quick"
-    report.draw(report.read_runs(results), [], results)
+    pictures.draw(runs.read_results(results), results)
     panels = {panel.get_title(): panel for panel in figures["learning_curves_maze-v0.png"].axes}
     means = {"iql": [45, 90], "bc": [5, 10], "bc-top-10": [20, 40]}  # half of the last score at the first evaluation
     for name, expected in means.items():
@@ -421,7 +776,7 @@ def test_panels_show_the_mean_of_the_seeds_under_the_name_of_their_method(root, 
 
 def test_picture_of_the_iqm_shows_the_iqm_of_each_method(root, figures):
     results = root / "benchmarks" / "results" / "quick"
-    report.draw(report.read_runs(results), [], results)
+    pictures.draw(runs.read_results(results), results)
     axes = figures["iqm.png"].axes[0]
     dots = {y: x for line in axes.lines for x, y in [line.get_xydata()[-1]] if line.get_marker() == "o"}
     names = {tick: label.get_text() for tick, label in zip(axes.get_yticks(), axes.get_yticklabels(), strict=True)}
@@ -433,7 +788,7 @@ def test_picture_of_the_iqm_shows_the_iqm_of_each_method(root, figures):
 def test_probability_of_improvement_is_of_the_row_and_bold_where_it_is_sure(figures):
     noise = np.array([0.0, 1.0, 2.0])
     rows = {"low": [noise], "high": [noise + 10], "any": [np.array([-0.5, 11.5, 1.5])]}
-    report.draw_improvement(rows, "a dataset", pathlib.Path("p.png"), "")
+    pictures.draw_improvement(rows, "a dataset", pathlib.Path("p.png"), "")
     axes = figures["p.png"].axes[0]
     names = [label.get_text() for label in axes.get_yticklabels()]
     assert names == [label.get_text() for label in axes.get_xticklabels()]
@@ -446,46 +801,57 @@ def test_probability_of_improvement_is_of_the_row_and_bold_where_it_is_sure(figu
 
 
 def test_with_one_seed_nothing_is_bold(figures):
-    report.draw_improvement({"x": [np.array([1.0])], "y": [np.array([0.0])]}, "", pathlib.Path("p.png"), "")
+    pictures.draw_improvement({"x": [np.array([1.0])], "y": [np.array([0.0])]}, "", pathlib.Path("p.png"), "")
     assert {text.get_weight() for text in figures["p.png"].axes[0].texts} == {"normal"}
 
 
-def test_titles_name_the_data_and_the_band(root, figures):
+def caption_of(figure):
+    (text,) = figure.texts[-1:]
+    return " ".join(text.get_text().split())
+
+
+def test_titles_are_one_line_and_captions_name_the_data_and_the_band(root, figures):
     results = root / "benchmarks" / "results" / "quick"
-    report.draw(report.read_runs(results), [], results)
+    pictures.draw(runs.read_results(results), results)
     for name in ("iqm.png", "performance_profiles.png", "learning_curves_maze-v0.png"):
         title = figures[name].get_suptitle() or figures[name].axes[0].get_title()
-        title = " ".join(title.split())
-        assert "maze-v0" in title and "95 % bootstrap interval over 3 seeds, too narrow" in title and "75 %" in title
-    title = " ".join(figures["probability_of_improvement.png"].axes[0].get_title().split())
-    assert "D4RL-door-human-v2, maze-v0" in title and "9 % of pairs that do not differ" in title
+        below = caption_of(figures[name])
+        assert "\n" not in title and len(title) < 50
+        assert "maze-v0" in title + below and "95 % bootstrap interval over 3 seeds, too narrow" in below
+        assert "75 %" in below
+    below = caption_of(figures["probability_of_improvement.png"])
+    assert "D4RL-door-human-v2, maze-v0" in below and "9 % of pairs that do not differ" in below
 
 
 @pytest.mark.parametrize("count", [1, 32])
-def test_title_of_panels_is_within_the_picture_and_touches_none(figures, count):
+def test_title_and_caption_of_panels_touch_none(figures, count):
     line = np.array([0.0, 1.0])
     curves = {f"method-{i}": (line, line, line, line) for i in range(count)}
-    title = f"stitch/hopper-medium-expert-100k-v0: mean of the seeds. Band: {report.band([line] * 3)}"
-    report.draw_panels(curves, pathlib.Path("p.png"), "", title, "updates", "score")
+    text = f"Mean of the seeds. Band: {pictures.band([line] * 3)}."
+    pictures.draw_panels(
+        curves, pathlib.Path("p.png"), "", text, "stitch/hopper-medium-expert-100k-v0", "updates", "score"
+    )
     figure = figures["p.png"]
     figure.draw_without_rendering()
-    shown = figure._suptitle.get_window_extent()
-    assert 0 <= shown.x0 and shown.x1 <= figure.bbox.width
+    shown, below = figure._suptitle.get_window_extent(), figure.texts[-1].get_window_extent()
+    for extent in (shown, below):
+        assert 0 <= extent.x0 and extent.x1 <= figure.bbox.width
     assert all(panel.title.get_window_extent().y1 < shown.y0 for panel in figure.axes)
+    assert below.y1 < min(panel.get_tightbbox().y0 for panel in figure.axes)
 
 
 def test_check_finds_pictures_of_other_result_files(root):
     """Another score in the middle of a run stands in no table."""
     results = root / "benchmarks" / "results" / "quick"
     report.main(report.Options())
-    runs = report.read_runs(results)
-    assert report.stale_pictures(runs, [], results) == []
+    found = runs.read_results(results)
+    assert pictures.stale_pictures(found, results) == []
     metrics = results / "maze-v0" / "bc" / "metrics.jsonl"
     metrics.write_text(metrics.read_text().replace('"score": 5.0', '"score": 6.0'))
     with pytest.raises(SystemExit, match="learning_curves_maze-v0.png: not as the result files"):
         report.main(report.Options(check=True))
     (results / "learning_curves_own-v0.png").unlink()
-    assert report.stale_pictures(runs, [], results) == ["learning_curves_own-v0.png"]
+    assert pictures.stale_pictures(found, results) == ["learning_curves_own-v0.png"]
 
 
 # --- Model selection ------------------------------------------------------------------------------------
@@ -494,7 +860,7 @@ def test_check_finds_pictures_of_other_result_files(root):
 def test_selection_among_policies_that_never_vary():
     """With scores 0, 1, 2, 3 and no noise, m episodes try m policies: E[the highest of m] = 5 m / (m + 1) - 1."""
     scores = np.arange(4.0)
-    chosen = report.selection_curve(np.tile(scores[:, None] - 9, (1, 5)), scores, 6, num_trials=20_000).mean(axis=1)
+    chosen = selection.selection_curve(np.tile(scores[:, None] - 9, (1, 5)), scores, 6, num_trials=20_000).mean(axis=1)
     np.testing.assert_allclose(chosen[:5], [1.5, 1.5, 7 / 3, 11 / 4, 3], atol=0.04)
     np.testing.assert_array_equal(chosen[4:], 3)
 
@@ -502,7 +868,7 @@ def test_selection_among_policies_that_never_vary():
 def test_selection_draws_its_candidates_anew_in_each_trial():
     """Of 4 policies 2 are candidates: the better of two is 5 * 2 / 3 - 1 on average, however long one looks."""
     scores = np.arange(4.0)
-    chosen = report.selection_curve(scores[:, None], scores, 20, num_candidates=2, num_trials=20_000).mean(axis=1)
+    chosen = selection.selection_curve(scores[:, None], scores, 20, num_candidates=2, num_trials=20_000).mean(axis=1)
     np.testing.assert_allclose(chosen[[0, 2, 20]], [1.5, 7 / 3, 7 / 3], atol=0.04)
 
 
@@ -515,7 +881,7 @@ def test_selection_between_two_coins():
     3/16: the other one never gets ahead: 1/2. Together 9/16 + 3/16 * 3/4 + 3/16 * 1/2 = 51/64.
     """
     returns = [[1.0, 1.0, 1.0, 0.0], [1.0, 0.0, 0.0, 0.0]]
-    chosen = report.selection_curve(returns, [75.0, 25.0], 3, num_trials=40_000).mean(axis=1)
+    chosen = selection.selection_curve(returns, [75.0, 25.0], 3, num_trials=40_000).mean(axis=1)
     expected = 25 + 50 * np.array([1 / 2, 1 / 2, 3 / 4, 51 / 64])
     np.testing.assert_allclose(chosen, expected, atol=0.6)
 
@@ -525,7 +891,7 @@ def test_selection_comes_back_to_a_policy_that_had_bad_luck(scale):
     """One policy always returns 0.5, the other 1 in three of four episodes and else 0. Greed would leave the better one
     for good after a first 0, in a quarter of the trials; the bonus brings it back, whatever the scale of returns."""
     returns = scale * np.array([[0.5] * 4, [1.0, 1.0, 1.0, 0.0]])
-    chosen = report.selection_curve(returns, [50.0, 75.0], 300, num_trials=2_000).mean(axis=1)
+    chosen = selection.selection_curve(returns, [50.0, 75.0], 300, num_trials=2_000).mean(axis=1)
     np.testing.assert_allclose(chosen[2], 50 + 25 * 3 / 4, atol=1.5)
     assert chosen[300] > 74
 
@@ -535,7 +901,7 @@ def test_selection_does_not_waste_episodes_on_policies_that_are_plainly_worse():
     better coin is chosen with probability Phi(0.15 / sqrt((0.7 * 0.3 + 0.55 * 0.45) / 50)) = 0.94."""
     returns = np.zeros((8, 20))
     returns[0, :14] = returns[1, :11] = 1
-    chosen = report.selection_curve(returns, [1.0] + [0.0] * 7, 400)
+    chosen = selection.selection_curve(returns, [1.0] + [0.0] * 7, 400)
     assert chosen[400].mean() > 0.98
 
 
@@ -545,20 +911,20 @@ def test_selection_of_equal_policies_promises_nothing():
     chosen = []
     for _ in range(40):
         returns = (rng.random((20, 10)) < 0.5).astype(float)
-        for part in report.halves(returns, 100 * returns.mean(axis=1)):
-            chosen.append(report.selection_curve(*part, 100, num_trials=50).mean(axis=1)[[0, 1, 10, 100]])
+        for part in selection.halves(returns, 100 * returns.mean(axis=1)):
+            chosen.append(selection.selection_curve(*part, 100, num_trials=50).mean(axis=1)[[0, 1, 10, 100]])
     np.testing.assert_allclose(np.mean(chosen, axis=0), 50, atol=6)
 
 
 def test_halves_are_apart_and_scored_as_the_whole():
     """Scores are 10 + 2 x the mean return; of four episodes two choose and two score, and the other way round."""
     returns = [[1.0, 2.0, 3.0, 4.0], [5.0, 0.0, 7.0, 0.0]]
-    (a, score_a), (b, score_b) = report.halves(returns, [15.0, 16.0])
+    (a, score_a), (b, score_b) = selection.halves(returns, [15.0, 16.0])
     np.testing.assert_array_equal(a, [[1, 3], [5, 7]])
     np.testing.assert_array_equal(b, [[2, 4], [0, 0]])
     np.testing.assert_allclose(score_a, [16, 10])
     np.testing.assert_allclose(score_b, [14, 22])
-    (_, score), _ = report.halves([[1.0, 0.0], [0.0, 1.0]], [7.0, 7.0])  # nothing tells the scale
+    (_, score), _ = selection.halves([[1.0, 0.0], [0.0, 1.0]], [7.0, 7.0])  # nothing tells the scale
     np.testing.assert_allclose(score, 7)
 
 
@@ -577,8 +943,8 @@ def test_selection_leaves_out_what_is_not_finished_and_draws_beside_its_runs(tmp
     fail(tmp_path / "mine" / "maze-v0" / "cql", "stitch/maze-v0", "status -9: killed")
     report.main(report.Options(selection=tuple(tmp_path.glob("mine/*/*"))))
     assert "cql holds no finished run" in capsys.readouterr().out
-    pictures = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.png")}
-    assert pictures == {"mine/selection_maze-v0.png", "mine/selection_door-v0.png"}
+    drawn = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.png")}
+    assert drawn == {"mine/selection_maze-v0.png", "mine/selection_door-v0.png"}
 
 
 def test_selection_report_pools_the_folders_of_an_algorithm(tmp_path, capsys):
@@ -596,10 +962,10 @@ def test_selection_report_pools_the_folders_of_an_algorithm(tmp_path, capsys):
     np.testing.assert_allclose([float(cells[3]), float(cells[4])], 30, atol=2)
     assert (tmp_path / "out" / "selection_maze-v0.png").exists()
     with pytest.raises(SystemExit, match="finished run"):
-        report.report_selection([tmp_path / "nowhere"], 8, tmp_path)
+        selection.report_selection([tmp_path / "nowhere"], 8, tmp_path)
     make_run(tmp_path / "blind", "stitch/maze-v0", [float("nan")])
     with pytest.raises(SystemExit, match="not all runs were scored"):
-        report.report_selection([tmp_path / "blind"], 8, tmp_path)
+        selection.report_selection([tmp_path / "blind"], 8, tmp_path)
 
 
 # --- Cards ----------------------------------------------------------------------------------------------
@@ -654,7 +1020,7 @@ def test_card_of_a_dataset(tmp_path, monkeypatch):
     report.main(options)
     assert files(tmp_path / "cards") == first and len(first) == 2
     with pytest.raises(SystemExit, match="is not in Minari's folder"):
-        report.write_card("own/other-v0", tmp_path)
+        cards.write_card("own/other-v0", tmp_path)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:minari")
@@ -680,7 +1046,7 @@ def test_card_of_play_that_goes_on_after_a_terminal_row(tmp_path, monkeypatch):
         "own/play-v0", buffer=episodes, observation_space=box[0], action_space=box[1], description="Play."
     )
     (tmp_path / "README.md").write_text("Cards\n<!-- report:cards:begin -->\n<!-- report:cards:end -->\n")
-    report.write_card("own/play-v0", tmp_path)
+    cards.write_card("own/play-v0", tmp_path)
     card = (tmp_path / "own-play-v0.md").read_text()
     assert "| ends | 1 terminated, 1 only cut off |\n| terminal rows within episodes | 2 |\n" in card
     row = "| [own-play-v0](own-play-v0.md) | 2 episodes, 6 transitions | 3 ± 0 |"
@@ -688,10 +1054,10 @@ def test_card_of_play_that_goes_on_after_a_terminal_row(tmp_path, monkeypatch):
 
 
 def test_list_of_the_committed_cards_is_what_they_say():
-    cards = ROOT / "benchmarks" / "cards"
-    readme = cards / "README.md"
-    assert report.fill(readme.read_text(), "cards", report.list_of_cards(cards), readme) == readme.read_text()
-    assert all(card.with_suffix(".png").exists() for card in cards.glob("*-v0.md"))
+    folder = ROOT / "benchmarks" / "cards"
+    readme = folder / "README.md"
+    assert tables.fill(readme.read_text(), "cards", cards.list_of_cards(folder), readme) == readme.read_text()
+    assert all(card.with_suffix(".png").exists() for card in folder.glob("*-v0.md"))
 
 
 CARDS = [card for card in sorted((ROOT / "benchmarks" / "cards").glob("*-v0.md")) if "sepsis" not in card.stem]

@@ -1,283 +1,745 @@
-"""The run contract: what a run leaves, and that a killed one ends as one that was not killed, bit for bit."""
+"""The run contract: what a run leaves, whom it belongs to, how it goes on after a kill, and how its policy acts.
+
+Real files of algos/, on tests/payer.py. Each program is compiled once for all tests (`load`); where what an evaluation
+does is not the question, `staged` stands in for the environment.
+"""
 
 import dataclasses
+import errno
 import importlib
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
+import filelock
 import flax
+import jax
 import numpy as np
+import payer
 import pytest
 
-from common.datasets import Environment, Evaluation
+from common.environments import Environment, Interface
 
 ROOT = pathlib.Path(__file__).parents[1]
 TINY = dict(
-    num_updates=40, eval_interval=20, log_interval=10, eval_episodes=2, batch_size=16, hidden=(8, 8), num_seeds=2
+    dataset=payer.NAME, num_updates=40, eval_interval=20, log_interval=10, eval_episodes=2, batch_size=16, num_seeds=2
 )
+FILES = {"config.json", "metrics.jsonl", "checkpoint.msgpack", "summary.json", "lock"}
 SUMMARY = {
-    "algo", "dataset", "num_updates", "seeds", "grid", "returns",
+    "algo", "dataset", "num_updates", "seeds", "grid", "returns", "diverged",
     "score_per_seed", "score_mean", "score_std", "score_kind",
-    "updates_per_second", "compile_seconds", "train_seconds", "device", "command", "commit", "versions",
+    "updates_per_second", "compile_seconds", "train_seconds", "eval_seconds", "device", "command", "commit", "versions",
 }  # fmt: skip
-ALGOS = sorted(p.stem for p in (ROOT / "algos").glob("*.py") if p.stem != "__init__")
+PHASES = {
+    "iql": {},
+    "brac": dict(pretrain_updates=40, target_divergence=0.5),
+    "bear": dict(pretrain_updates=20, num_samples=2),
+}
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # Minari's, of missing authors and descriptions
+
+
+@pytest.fixture(scope="module", autouse=True)
+def surroundings(tmp_path_factory):
+    """The dataset, in a Minari root of this module's own, and what `load` changes."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path_factory.mktemp("minari")))
+        monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
+        monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
+        monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")  # of the processes that are started here
+        monkeypatch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
+        payer.build()
+        load.monkeypatch = monkeypatch
+        yield
 
 
 def load(name):
-    return importlib.import_module(f"algos.{name}")
+    """The module, whose `Runs` compile equal programs once: a run that goes on does not compile again."""
+    algo, programs = importlib.import_module(f"algos.{name}"), {}
+    every, lower = algo.Runs.every, algo.Runs.lower
+    if every.__name__ == "kept":
+        return algo
+
+    def key(self, *more):
+        cfg = dataclasses.replace(self.cfg, out="", dataset="", eval_episodes=0, eval_steps=0)
+        return cfg, str(self.interface), tuple(map(str, self.fields.values())), *more
+
+    def kept(self, function, donate=()):
+        at = key(self, function.__code__, function.__closure__ and str(function.__closure__[0].cell_contents))
+        if at not in programs:
+            programs[at] = every(self, function, donate)
+        return programs[at]
+
+    def lowered(self, phase, shared):
+        at = key(self, phase)
+        if at not in programs:
+            programs[at] = lower(self, phase, shared).compile()
+        return SimpleNamespace(compile=lambda: programs[at])
+
+    load.monkeypatch.setattr(algo.Runs, "every", kept)
+    load.monkeypatch.setattr(algo.Runs, "lower", lowered)
+    return algo
 
 
-def run(algo, out, **changes):
-    fields = {f.name for f in dataclasses.fields(algo.Config)}
-    more = {"pretrain_updates": 20} if "pretrain_updates" in fields else {}
-    more |= {name: (8, 8) for name in fields if name.endswith("hidden")}
-    if not algo.Config.dataset.startswith("stitch/pointmaze"):  # it takes discrete actions only
-        more["dataset"] = "stitch/cartpole-mixed-2k-v0"
-    return algo.main(algo.Config(**(TINY | more | changes), out=str(out)))
+@pytest.fixture
+def staged(monkeypatch):
+    """Evaluations that ask the policy at four points, twice, and play nothing; its actions are the returns."""
+
+    def measure(self, policy, q, seeds, num_episodes, discount=1.0, max_steps=0):
+        obs = np.linspace(-1, 1, num=len(seeds) * num_episodes * 2, dtype=np.float32)
+        obs, memory = obs.reshape(len(seeds), num_episodes, 2), None
+        for step in range(2):
+            actions, memory = policy(obs, step, memory, np.zeros(obs.shape[:2], np.float32))
+        returns = np.asarray(actions, np.float64).reshape(len(seeds), num_episodes, -1).sum(axis=-1)
+        columns = {"score": returns.mean(axis=1), "returns": returns}
+        return columns if q is None else columns | {"believed_value": np.asarray(q(obs, actions)).mean(axis=1)}
+
+    monkeypatch.setattr(Environment, "measure", measure)
+    monkeypatch.setattr(Environment, "probe", lambda self, wanted=True: True)
+    monkeypatch.setattr(Environment, "score_kind", "staged")
 
 
-def command(out, *extra):
-    options = [f"--{k.replace('_', '-')}={v}" for k, v in TINY.items() if k != "hidden"]
-    return [sys.executable, "algos/iql.py", *options, "--hidden", "8", "8", f"--out={out}", *extra]
+def config(algo, out="", **changes):
+    fields = {field.name for field in dataclasses.fields(algo.Config)}
+    small = {name: (4,) for name in fields if name.endswith("hidden")}
+    small |= {"pretrain_updates": 20} if "pretrain_updates" in fields else {}
+    small |= {"prepare_interval": 10} if "prepare_interval" in fields else {}
+    return algo.Config(**(TINY | small | changes), out=str(out))
 
 
-def result(out):
-    """What must not depend on interruptions: final parameters, optimiser states and keys, and every metric."""
-    _, states = (flax.serialization.msgpack_restore((out / "checkpoint.msgpack").read_bytes())[i] for i in ("0", "2"))
-    leaves = {"/".join(map(str, path)): x for path, x in flatten(states)}
-    return leaves, (out / "metrics.jsonl").read_text()
+def run(name, out, grid=None, **changes):
+    algo = load(name)
+    return algo.main(config(algo, out, **PHASES.get(name, {}) | changes), grid)
+
+
+def strictly(text):
+    """The value of a JSON text; NaN and infinities, which Python's parser takes, are no JSON."""
+
+    def no_json(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    return json.loads(text, parse_constant=no_json)
+
+
+def lines(out):
+    return [strictly(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def checkpoint(out):
+    return flax.serialization.msgpack_restore((out / "checkpoint.msgpack").read_bytes())
 
 
 def flatten(tree, path=()):
     if isinstance(tree, dict):
-        return [leaf for key, value in tree.items() for leaf in flatten(value, (*path, key))]
-    return [(path, tree)]
+        return {name: x for key, value in tree.items() for name, x in flatten(value, (*path, key)).items()}
+    return {"/".join(map(str, path)): tree}
 
 
-def assert_same(a, b):
-    assert a[0].keys() == b[0].keys()
-    for name in a[0]:
-        np.testing.assert_array_equal(a[0][name], b[0][name], err_msg=name)
-    assert a[1] == b[1]
+def assert_same_end(out, whole):
+    """Every array of the checkpoint and every byte of the metrics."""
+    ours, theirs = (flatten(checkpoint(x)["states"]) for x in (out, whole))
+    assert ours.keys() == theirs.keys()
+    for name, x in theirs.items():
+        np.testing.assert_array_equal(ours[name], x, err_msg=name)
+    assert (out / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+
+
+def contents(out):
+    return {path.name: path.read_bytes() for path in out.iterdir() if path.name != "lock"}
+
+
+def copy(whole, out, without=()):
+    shutil.copytree(whole, out, ignore=lambda folder, names: without)
+    return out
+
+
+def sentence(call, *args, **kwargs):
+    """What the user reads where `call` refuses: one sentence, with status 1."""
+    with pytest.raises(SystemExit) as error:
+        call(*args, **kwargs)
+    assert isinstance(error.value.code, str) and "\n" not in error.value.code and error.value.code.endswith(".")
+    assert len(error.value.code) < 1500
+    return error.value.code
 
 
 @pytest.fixture(scope="module")
-def finished(umaze, tmp_path_factory):
+def finished(surroundings, tmp_path_factory):
+    """IQL, evaluated in the environment itself."""
     out = tmp_path_factory.mktemp("runs") / "finished"
-    return out, run(load("iql"), out)
+    return out, run("iql", out)
 
 
-@pytest.mark.parametrize("name", ALGOS)
-def test_a_run_leaves_what_it_says(name, umaze, tmp_path, capsys):
-    out = tmp_path / "run"
-    summary = run(load(name), out)
-    assert {p.name for p in out.iterdir()} == {"config.json", "metrics.jsonl", "checkpoint.msgpack", "summary.json"}
-    assert summary.keys() == SUMMARY and json.loads((out / "summary.json").read_text()) == summary
-    assert summary["seeds"] == [0, 1] and summary["grid"] == [{}, {}] and np.shape(summary["returns"]) == (2, 2)
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    steps = [0, 20, 40] if hasattr(load(name).Config, "pretrain_updates") else [20, 40]
-    assert [(line["step"], line["seed"]) for line in lines] == [(step, seed) for step in steps for seed in (0, 1)]
-    assert all(("score" in line) == (line["step"] > 0) for line in lines)
-    assert summary["score_per_seed"] == [line["score"] for line in lines[-2:]]  # the last evaluation, not the best
-    if summary["dataset"].startswith("stitch/pointmaze"):
-        assert summary["score_per_seed"] == [100 * np.mean(r) for r in summary["returns"]]
-    np.testing.assert_allclose(summary["score_std"], np.std(summary["score_per_seed"]))
-    saved = json.loads((out / "config.json").read_text())
-    assert saved["config"]["batch_size"] == 16 and saved["versions"]["jax"] and saved["device"]
-    assert f"python benchmarks/plot.py {out}" in capsys.readouterr().out.splitlines()[-1]
+@pytest.fixture
+def unfinished(finished, tmp_path):
+    """All of it but the summary: the same command goes on from here."""
+    return copy(finished[0], tmp_path / "unfinished", without={"summary.json"})
 
 
-def test_a_finished_run_is_not_trained_again(finished, capsys):
+# --- What a run leaves -----------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_what_it_says(finished):
     out, summary = finished
-    before = {p.name: p.stat().st_mtime_ns for p in out.iterdir()}
-    assert run(load("iql"), out) == summary and "finished" in capsys.readouterr().out
-    assert before == {p.name: p.stat().st_mtime_ns for p in out.iterdir()}
+    assert {path.name for path in out.iterdir()} == FILES
+    assert summary.keys() == SUMMARY and strictly((out / "summary.json").read_text()) == summary
+    assert (summary["algo"], summary["dataset"], summary["num_updates"]) == ("iql", payer.NAME, 40)
+    assert summary["seeds"] == [0, 1] and summary["grid"] == [{}, {}] and summary["diverged"] == [False, False]
+    assert [(line["step"], line["seed"]) for line in lines(out)] == [(20, 0), (20, 1), (40, 0), (40, 1)]
+    columns = {"step", "seed", "grid", "score", "returns", "believed_value", "true_value", "diverged"}
+    assert all(columns | {"actor_loss", "critic_loss", "value_loss", "q"} <= line.keys() for line in lines(out))
+    about = strictly((out / "config.json").read_text())
+    assert about.keys() == {"config", "interface", "command", "commit", "versions", "device"}
+    assert about["config"]["algo"] == "iql" and about["config"]["batch_size"] == 16 and about["config"]["out"] == ""
+    assert about["config"]["data"]["rows"] == 80 and about["versions"]["jax"] and about["device"].endswith("x cpu")
 
 
-def test_a_folder_with_another_configuration_is_never_overwritten(finished):
-    out, _ = finished
-    before = result(out)
-    with pytest.raises(SystemExit, match="another configuration"):
-        run(load("iql"), out, beta=1.0)
-    assert_same(result(out), before)
+def test_the_score_is_that_of_the_last_evaluation_between_the_reference_scores(finished):
+    # Reference scores -8 and 12. The spread is that of the scores: put through the map of the mean, it would be shifted
+    summary, last = finished[1], lines(finished[0])[-2:]
+    assert summary["score_kind"] == "normalised by the dataset's reference scores"
+    assert summary["returns"] == [line["returns"] for line in last] and np.shape(summary["returns"]) == (2, 2)
+    scores = [100 * (np.mean(line["returns"]) + 8) / 20 for line in last]
+    assert len(set(scores)) == 2
+    np.testing.assert_allclose(summary["score_per_seed"], scores)
+    np.testing.assert_allclose([line["score"] for line in last], scores)
+    np.testing.assert_allclose([summary["score_mean"], summary["score_std"]], [np.mean(scores), np.std(scores)])
 
 
-def test_each_seed_is_that_seed_alone(finished, tmp_path):
-    together, _ = result(finished[0])
-    run(load("iql"), tmp_path / "alone", seed=1, num_seeds=1)
-    alone, metrics = result(tmp_path / "alone")
-    for name, x in alone.items():
-        np.testing.assert_allclose(together[name][1], x[0], rtol=1e-4, atol=1e-6, err_msg=name)
-    lines = [json.loads(line) for line in (finished[0] / "metrics.jsonl").read_text().splitlines()]
-    for line, other in zip([x for x in lines if x["seed"] == 1], map(json.loads, metrics.splitlines()), strict=True):
-        assert line["returns"] == other["returns"]
+def test_without_reference_scores_the_score_is_the_return(finished, tmp_path):
+    payer.build("test/raw-v0", reference=None)
+    summary = run("iql", tmp_path, dataset="test/raw-v0")
+    assert summary["score_kind"] == "raw return"
+    np.testing.assert_allclose(summary["score_per_seed"], np.mean(summary["returns"], axis=1))
 
 
-def test_a_grid_of_floats_is_each_of_its_runs_alone(umaze, tmp_path):
-    """Every combination trains every seed; initialisation, training and evaluation have that combination's values."""
-    summary = load("iql").main(
-        load("iql").Config(**TINY, out=str(tmp_path / "grid")), {"beta": [0.0, 30.0], "tau": [0.5]}
-    )
-    points = [{"beta": 0.0, "tau": 0.5}, {"beta": 30.0, "tau": 0.5}]
-    assert summary["seeds"] == [0, 1, 0, 1] and summary["grid"] == [points[0]] * 2 + [points[1]] * 2
-    together, metrics = result(tmp_path / "grid")
-    lines = [json.loads(line) for line in metrics.splitlines()]
-    for i, point in enumerate(points):
-        run(load("iql"), tmp_path / str(i), **point)
-        alone, metrics = result(tmp_path / str(i))
-        for name, x in alone.items():
-            np.testing.assert_allclose(together[name][2 * i : 2 * i + 2], x, rtol=1e-4, atol=1e-6, err_msg=name)
-        for line, other in zip(
-            [x for x in lines if x["grid"] == point], map(json.loads, metrics.splitlines()), strict=True
-        ):
-            assert (line["seed"], line["returns"]) == (other["seed"], other["returns"])
-    with pytest.raises(SystemExit, match="another configuration"):
-        load("iql").main(load("iql").Config(**TINY, out=str(tmp_path / "grid")), {"beta": [0.0]})
+def test_the_last_lines_say_the_score_and_how_to_draw_it(staged, unfinished, capsys):
+    summary = run("iql", unfinished)
+    *_, score, folder = capsys.readouterr().out.splitlines()
+    assert score.startswith(f"iql on {payer.NAME}: score {summary['score_mean']:.1f} +- {summary['score_std']:.1f}")
+    assert folder.endswith(f"python benchmarks/plot.py {unfinished}")
 
 
-def test_scores_are_those_of_the_last_evaluation_and_their_spread(umaze, tmp_path, monkeypatch):
-    # Reference scores 10 and 20: returns (0, 1) and (1, 1) score -95 and -90: mean -92.5, standard deviation 2.5.
-    # (The standard deviation of the returns, put through the same map as a mean, would be -97.5.)
-    evaluations = iter([np.full((2, 2), 15.0), np.array([[0.0, 1.0], [1.0, 1.0]])])  # the better one first
-    monkeypatch.setattr(Environment, "evaluate", lambda *args: Evaluation(next(evaluations), None, None, None, None))
-    monkeypatch.setattr(Environment, "score", lambda self, returns: 100 * (np.asarray(returns) - 10) / 10)
-    summary = run(load("bc"), tmp_path)
-    assert summary["score_per_seed"] == [-95, -90] and summary["returns"] == [[0, 1], [1, 1]]
-    assert (summary["score_mean"], summary["score_std"]) == (-92.5, 2.5)
-
-
-def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
-    path, iql = tmp_path / "file", load("iql")
-    iql.write(path, "old")
+def test_what_is_written_is_strict_json_and_whole_or_not_at_all(tmp_path, monkeypatch):
+    iql, path = load("iql"), tmp_path / "file.jsonl"
+    iql.write(path, {"a": np.float32("nan"), "b": np.array([np.inf, 1.5])}, {"c": np.bool_(True), "d": (np.int32(3),)})
+    assert [strictly(x) for x in path.read_text().splitlines()] == [
+        {"a": None, "b": [None, 1.5]},
+        {"c": True, "d": [3]},
+    ]
 
     def killed(*args):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(os, "replace", killed)
+    before = path.read_bytes()
     with pytest.raises(KeyboardInterrupt):
         iql.write(path, b"new")
-    assert path.read_text() == "old"
+    assert path.read_bytes() == before
 
 
-def kill_after(algo, out, writes, monkeypatch, **changes):
-    """A run that is killed in the middle of the write that follows the first `writes`."""
-    write, count = algo.write, 0
-
-    def killed(path, content):
-        nonlocal count
-        count += 1
-        if count > writes:
-            path.with_name(path.name + ".tmp").write_bytes(b"torn")
-            raise KeyboardInterrupt
-        write(path, content)
-
-    with monkeypatch.context() as context:
-        context.setattr(algo, "write", killed)
-        with pytest.raises(KeyboardInterrupt):
-            run(algo, out, **changes)
+# --- Whose folder it is ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("writes", [2, 4, 5])
-def test_a_kill_between_two_writes_changes_nothing(finished, tmp_path, monkeypatch, writes):
-    """The files are written in this order: config, then metrics and checkpoint of each evaluation, then summary."""
-    kill_after(load("iql"), tmp_path, writes, monkeypatch)
-    run(load("iql"), tmp_path)
-    assert_same(result(tmp_path), result(finished[0]))
+def test_a_finished_run_is_not_trained_again(finished, capsys):
+    out, summary = finished
+    before = {path: path.stat().st_mtime_ns for path in out.iterdir() if path.name != "lock"}
+    assert run("iql", out) == summary and "finished" in capsys.readouterr().out
+    assert before == {path: path.stat().st_mtime_ns for path in before}
 
 
-TWO_PHASES = dict(pretrain_updates=40, target_divergence=0.5)  # BRAC, with every part of its state in use
+@pytest.mark.parametrize("changes", [{"beta": 1.0}, {"num_seeds": 1}, {"seed": 1}, {"num_updates": 60}])
+def test_a_folder_of_another_configuration_is_refused(unfinished, changes):
+    before = contents(unfinished)
+    assert "something else" in sentence(run, "iql", unfinished, **changes)
+    assert "something else" in sentence(run, "iql", unfinished, grid={"beta": [10.0]})
+    assert contents(unfinished) == before
+
+
+def test_a_folder_of_other_data_under_the_same_name_is_refused(staged, tmp_path):
+    """Whether that run has finished or not. The same data, recorded anew, are the same."""
+    name, finished, stopped = "test/renewed-v0", tmp_path / "finished", tmp_path / "stopped"
+    payer.build(name)
+    run("iql", finished, dataset=name)
+    copy(finished, stopped, without={"summary.json"})
+    before = contents(finished), contents(stopped)
+    payer.build(name, offset=0.5)
+    for out in (finished, stopped):
+        assert "something else" in sentence(run, "iql", out, dataset=name)
+    assert (contents(finished), contents(stopped)) == before
+    payer.build(name)
+    assert run("iql", finished, dataset=name) and run("iql", stopped, dataset=name)
+
+
+def test_one_process_at_a_time_holds_a_folder(staged, unfinished):
+    code = """if True:
+        import filelock, sys
+        with filelock.FileLock(sys.argv[1]):
+            print("held", flush=True)
+            sys.stdin.read()
+    """
+    holder = [sys.executable, "-c", code, str(unfinished / "lock")]
+    process = subprocess.Popen(holder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == "held\n"
+        before = contents(unfinished)
+        assert "in use" in sentence(run, "iql", unfinished)
+        assert contents(unfinished) == before
+        load("iql").restore(unfinished)  # who only acts needs no lock
+    finally:
+        process.communicate()
+    assert run("iql", unfinished)["num_updates"] == 40
+    with filelock.FileLock(unfinished / "lock", timeout=0):  # given back
+        pass
 
 
 @pytest.fixture(scope="module")
-def finished_in_two_phases(umaze, tmp_path_factory):
-    out = tmp_path_factory.mktemp("runs") / "two_phases"
-    run(load("brac"), out, **TWO_PHASES)
-    return out
+def damages(finished):
+    """{what has happened: (file, its content)}; each makes a run that cannot go on."""
+    out, pack = finished[0], flax.serialization.msgpack_serialize
+    about, saved = (out / "config.json").read_bytes(), (out / "checkpoint.msgpack").read_bytes()
+    parts = checkpoint(out)
+    other = strictly(about) | {"config": strictly(about)["config"] | {"algo": "sql"}}
+    table = {
+        f"config.json holds {text}": ("config.json", text) for text in (b"", b"[]", b"null", b"{}", b"\xff\0", b"7")
+    }
+    table |= {"config.json torn": ("config.json", about[: len(about) // 2])}
+    table |= {"config.json of another algorithm": ("config.json", json.dumps(other).encode())}
+    table |= {
+        f"checkpoint holds {x}": ("checkpoint.msgpack", x) for x in (b"", b"junk", pack([1, 2]), pack({}), pack(3))
+    }
+    table |= {f"checkpoint cut at {i}": ("checkpoint.msgpack", saved[:i]) for i in (1, len(saved) // 2, len(saved) - 1)}
+    for name in parts:
+        table[f"checkpoint without {name}"] = (
+            "checkpoint.msgpack",
+            pack({k: x for k, x in parts.items() if k != name}),
+        )
+    states = parts["states"]
+    changed = {"another algorithm": {name: x for name, x in states.items() if name != "value"}}
+    changed |= {"fewer seeds": jax.tree.map(lambda x: x[:1], states)}
+    changed |= {"more seeds": jax.tree.map(lambda x: np.concatenate([x, x[:1]]), states)}
+    changed |= {"wider layers": jax.tree.map(lambda x: np.repeat(x, 2, axis=-1) if x.ndim > 2 else x, states)}
+    changed |= {"other dtypes": jax.tree.map(lambda x: x.astype(np.float64), states)}
+    for what, states in changed.items():
+        table[f"checkpoint of {what}"] = ("checkpoint.msgpack", pack({**parts, "states": states}))
+    return table
 
 
-@pytest.mark.parametrize("writes, step", [(3, -20), (5, 0), (7, 20)])
-def test_a_kill_in_either_phase_changes_nothing(finished_in_two_phases, tmp_path, monkeypatch, writes, step):
-    """Steps -20 and 0 are the checkpoints of the first phase, 20 is the first one of the second."""
-    kill_after(load("brac"), tmp_path, writes, monkeypatch, **TWO_PHASES)
-    saved = flax.serialization.msgpack_restore((tmp_path / "checkpoint.msgpack").read_bytes())
-    assert saved["0"] == step
-    run(load("brac"), tmp_path, **TWO_PHASES)
-    assert_same(result(tmp_path), result(finished_in_two_phases))
+def test_damaged_files_are_one_sentence_each_and_nothing_is_overwritten(damages, unfinished):
+    for what, (name, content) in damages.items():
+        untouched = (unfinished / name).read_bytes()
+        (unfinished / name).write_bytes(content)
+        before = contents(unfinished)
+        try:
+            assert str(unfinished) in sentence(run, "iql", unfinished)
+            assert contents(unfinished) == before
+            assert str(unfinished) in sentence(load("iql").restore, unfinished)
+        except BaseException as error:
+            error.add_note(what)
+            raise
+        (unfinished / name).write_bytes(untouched)
+    (unfinished / "config.json").unlink()
+    before = contents(unfinished)
+    assert "something else" in sentence(run, "iql", unfinished) and contents(unfinished) == before
 
 
-def test_the_second_phase_leaves_the_first_ones_network_alone(finished_in_two_phases, tmp_path, monkeypatch):
-    """Each phase trains its own networks: b the first, critic and actor the second."""
-    before = {}
-    for writes, step in ((3, -20), (5, 0)):
-        kill_after(load("brac"), tmp_path / str(step), writes, monkeypatch, **TWO_PHASES)
-        before[step], _ = result(tmp_path / str(step))
-    after, _ = result(finished_in_two_phases)
-    for name, x in after.items():
-        if name.startswith("behaviour/"):
-            np.testing.assert_array_equal(x, before[0][name], err_msg=name)
-            assert not np.array_equal(x, before[-20][name]), name
-        elif name.startswith("critic/params"):
-            np.testing.assert_array_equal(before[0][name], before[-20][name], err_msg=name)
-            assert not np.array_equal(x, before[0][name]), name
-        elif name.startswith("actor/params"):  # it starts as the clone
-            np.testing.assert_array_equal(before[0][name], before[0][name.replace("actor", "behaviour", 1)])
-            assert not np.array_equal(x, before[0][name]), name
+def test_what_follows_from_the_checkpoint_is_written_anew_where_it_is_damaged(finished, tmp_path):
+    whole, summary = finished
+    for i, content in enumerate([b"", b"[]", b'{"algo": "iq', b"null", (whole / "config.json").read_bytes()]):
+        out = copy(whole, tmp_path / str(i))
+        (out / "summary.json").write_bytes(content)
+        (out / "metrics.jsonl").write_bytes(content)
+        again = run("iql", out)
+        assert_same_end(out, whole)
+        assert {k: x for k, x in again.items() if "second" not in k} == {
+            k: x for k, x in summary.items() if "second" not in k
+        }
 
 
-def test_sigkill_and_start_again(umaze, tmp_path):
-    """A real kill of a real process, sharded over the devices that `main` asks for."""
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    subprocess.run(command(whole), cwd=ROOT, check=True, capture_output=True)
-    process = subprocess.Popen(command(killed), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.time() + 120
-    while not (killed / "checkpoint.msgpack").exists() and time.time() < deadline and process.poll() is None:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert (killed / "checkpoint.msgpack").exists()
-    subprocess.run(command(killed), cwd=ROOT, check=True, capture_output=True)
-    assert_same(result(killed), result(whole))
+def test_an_output_folder_that_cannot_be_written_is_said_before_any_compilation(tmp_path, monkeypatch):
+    iql = load("iql")
+    monkeypatch.setattr(iql.Runs, "lower", None)
+    (tmp_path / "file").write_text("mine")
+    for out in (tmp_path / "file", tmp_path / "file" / "below", tmp_path / ("x" * 300)):
+        assert str(out) in sentence(run, "iql", out)
+    assert (tmp_path / "file").read_text() == "mine"
+    for code in (errno.ENOSPC, errno.EROFS, errno.EACCES):
+
+        def write(path, *parts, code=code):
+            raise OSError(code, os.strerror(code), str(path))
+
+        monkeypatch.setattr(iql, "write", write)
+        assert os.strerror(code) in sentence(run, "iql", tmp_path / str(code))
+
+
+def test_a_disk_that_fills_up_while_training_is_a_sentence(staged, unfinished, monkeypatch):
+    write = load("iql").write
+
+    def full(path, *parts):
+        if path.name == "metrics.jsonl":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        write(path, *parts)
+
+    monkeypatch.setattr(load("iql"), "write", full)
+    before = contents(unfinished)
+    assert "No space left" in sentence(run, "iql", unfinished)
+    assert contents(unfinished) == before
 
 
 @pytest.mark.parametrize(
-    "changes, sentence",
+    "changes, said",
     [
-        ({"batch_size": 0}, "batch_size must be positive, not 0"),
-        ({"num_seeds": -1}, "num_seeds must be positive"),
-        ({"hidden": (8, 0)}, "hidden must be positive"),
-        ({"eval_interval": 30}, "multiple of eval_interval"),
-        ({"log_interval": 3}, "multiple of eval_interval"),
-        ({"dataset": "stitch/pointmaze-umaz-v0"}, "a similar name .stitch/pointmaze-umaze-v0"),
+        ({"batch_size": 0}, "batch_size must be from 1"),
+        ({"num_seeds": -1}, "num_seeds must be from 1"),
+        ({"num_seeds": 0}, "num_seeds must be from 1"),
+        ({"hidden": (8, 0)}, "hidden must be from 1"),
+        ({"seed": -1}, "seed must be from 0"),
+        ({"seed": 2**32}, "seed must be from 0"),  # cut to 32 bits it is seed 0
+        ({"seed": 2**31 - 1, "num_seeds": 2}, "seed"),
+        ({"eval_episodes": -1}, "eval_episodes must be from 0"),
+        ({"eval_steps": -1}, "eval_steps must be from 0"),
+        ({"num_updates": 0}, "num_updates must be from 1"),
+        ({"num_updates": 30}, "num_updates must be a multiple of eval_interval, which is 20"),
+        ({"log_interval": 3}, "eval_interval must be a multiple of log_interval, which is 3"),
+        ({"learning_rate": float("nan")}, "learning_rate must be a finite number"),
+        ({"beta": float("inf")}, "beta must be a finite number"),
+        ({"reward_shift": 1e39}, "reward_shift must be a finite number"),
     ],
 )
-def test_bad_input_is_one_sentence_before_any_compilation(umaze, tmp_path, monkeypatch, changes, sentence):
-    monkeypatch.setattr(load("iql"), "make_agent", None)
-    with pytest.raises(SystemExit, match=sentence) as error:
-        run(load("iql"), tmp_path / "run", **changes)
-    assert isinstance(error.value.code, str) and "\n" not in error.value.code
+def test_bad_numbers_are_one_sentence_before_the_data_are_read(tmp_path, monkeypatch, changes, said):
+    monkeypatch.setattr(load("iql"), "load_data", None)
+    assert said in sentence(run, "iql", tmp_path / "run", **changes)
     assert not (tmp_path / "run").exists()
 
 
-def test_bad_input_on_the_command_line_is_a_sentence_and_a_status(umaze, tmp_path):
+def test_bad_numbers_of_some_files_and_of_grids(tmp_path, monkeypatch):
+    for name in ("iql", "brac", "td3_bc", "awr"):
+        monkeypatch.setattr(load(name), "load_data", None)
+    for value in (float("nan"), float("-inf")):
+        assert "beta must be a finite number" in sentence(run, "iql", tmp_path / "x", grid={"beta": [1.0, value]})
+    assert "pretrain_updates must be a multiple" in sentence(run, "brac", tmp_path / "x", pretrain_updates=30)
+    assert "log_interval must be a multiple of policy_delay" in sentence(run, "td3_bc", tmp_path / "x", policy_delay=3)
+    assert "multiple of prepare_interval" in sentence(run, "awr", tmp_path / "x", prepare_interval=20)
+    load("iql").check(load("iql").Config(seed=2**31 - 4), {"beta": [0.0, -1.0]})  # and these are right
+
+
+def test_an_unknown_dataset_is_a_sentence_before_any_compilation(tmp_path, monkeypatch):
+    monkeypatch.setattr(load("iql").Runs, "__init__", None)
+    said = sentence(run, "iql", tmp_path / "run", dataset="stitch/pointmaze-umaz-v0")
+    assert "a similar name (stitch/pointmaze-umaze-v0" in said and not (tmp_path / "run").exists()
+
+
+def command(out, *more):
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in TINY.items()]
+    return [sys.executable, "algos/iql.py", *options, "--hidden=4", f"--out={out}", *more]
+
+
+def test_on_the_command_line_it_is_the_last_line_and_a_status(tmp_path):
     done = subprocess.run(command(tmp_path / "x", "--batch-size=0"), cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.strip().splitlines()[-1] == "batch_size must be positive, not 0."
+    assert done.returncode == 1 and done.stderr.strip().splitlines()[-1].startswith("batch_size must be from 1 to")
     assert "Traceback" not in done.stderr
 
 
-def test_one_compilation_of_training_and_one_of_the_policy(umaze, tmp_path, caplog):
-    import jax
-
-    with jax.log_compiles(), caplog.at_level("WARNING"):
-        run(load("iql"), tmp_path, num_updates=80)
-    compiled = [r.getMessage() for r in caplog.records if r.getMessage().startswith("Compiling jit(")]
-    assert sum("jit(policy)" in m for m in compiled) == 1, compiled
-    assert sum("jit(train_shard)" in m for m in compiled) == 1, compiled
+# --- Going on --------------------------------------------------------------------------------------------
 
 
-def test_tests_leave_the_users_datasets_alone(umaze):
-    assert str(umaze.storage.data_path).startswith(os.environ["MINARI_DATASETS_PATH"])
+class Killed(BaseException):
+    pass
+
+
+def tear_every_write_once(algo, monkeypatch):
+    """Each first try to write a file of a step ends in the middle, and with it the run."""
+    write, torn = algo.write, []
+
+    def killed(path, *parts):
+        what = path.name, 0
+        if path.name == "checkpoint.msgpack":
+            what = path.name, flax.serialization.msgpack_restore(parts[0])["step"]
+        if path.name == "metrics.jsonl":
+            what = path.name, parts[-1]["step"]
+        if what not in torn:
+            torn.append(what)
+            path.with_name(path.name + ".tmp").write_bytes(b"torn")
+            raise Killed
+        write(path, *parts)
+
+    monkeypatch.setattr(algo, "write", killed)
+    return torn
+
+
+@pytest.mark.parametrize("name, steps", [("iql", [20, 40]), ("brac", [-20, 0, 20, 40]), ("bear", [0, 20, 40])])
+def test_a_run_killed_in_every_window_ends_as_one_that_was_not(staged, tmp_path, monkeypatch, name, steps):
+    """A checkpoint comes before its evaluation, so between two kills a run trains, or evaluates, or summarises."""
+    whole, out = tmp_path / "whole", tmp_path / "killed"
+    summary = run(name, whole)
+    with monkeypatch.context() as context:
+        torn = tear_every_write_once(load(name), context)
+        for kills in range(2 * len(steps) + 2):
+            with pytest.raises(Killed):
+                run(name, out)
+            assert len(torn) == kills + 1
+        again = run(name, out)
+    evaluations = [(file, step) for step in steps for file in ("checkpoint.msgpack", "metrics.jsonl")]
+    assert torn == [("config.json", 0), *evaluations, ("summary.json", 0)]
+    assert_same_end(out, whole)
+    assert {k: x for k, x in again.items() if "second" not in k} == {
+        k: x for k, x in summary.items() if "second" not in k
+    }
+    assert [line["step"] for line in lines(out)] == [step for step in steps for _ in range(2)]
+    assert all(("score" in line) == (line["step"] > 0) for line in lines(out))  # a first phase is not played
+
+
+def test_the_second_phase_leaves_the_first_ones_network_alone(staged, tmp_path, monkeypatch):
+    """Each phase trains its own networks: b the first, critic and actor the second."""
+    brac, saved = load("brac"), {}
+    write = brac.write
+
+    def keep(path, *parts):
+        write(path, *parts)
+        if path.name == "checkpoint.msgpack":
+            parts = checkpoint(tmp_path)
+            saved[parts["step"]] = flatten(parts["states"])
+
+    monkeypatch.setattr(brac, "write", keep)
+    run("brac", tmp_path)
+    for name, x in saved[40].items():
+        if name.startswith("behaviour/"):
+            np.testing.assert_array_equal(x, saved[0][name], err_msg=name)
+            assert not np.array_equal(x, saved[-20][name]), name
+        elif name.startswith("critic/params"):
+            np.testing.assert_array_equal(saved[0][name], saved[-20][name], err_msg=name)
+            assert not np.array_equal(x, saved[0][name]), name
+        elif name.startswith("actor/params"):  # it starts as the clone
+            np.testing.assert_array_equal(saved[0][name], saved[0][name.replace("actor", "behaviour", 1)])
+            assert not np.array_equal(x, saved[0][name]), name
+
+
+def test_ctrl_c_is_a_word_and_the_same_command_goes_on(staged, finished, tmp_path, monkeypatch):
+    with monkeypatch.context() as context:
+
+        def interrupted(*args, **kwargs):
+            raise KeyboardInterrupt
+
+        context.setattr(Environment, "measure", interrupted)
+        said = sentence(run, "iql", tmp_path)
+        assert "the same command goes on" in said and str(tmp_path) in said
+    assert checkpoint(tmp_path)["step"] == 20
+    assert run("iql", tmp_path)["num_updates"] == 40
+
+
+def test_sigkill_and_start_again(finished, tmp_path):
+    """A real kill of a real process, sharded over the devices that `main` asks for."""
+    process = subprocess.Popen(command(tmp_path), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 120
+    while not (tmp_path / "checkpoint.msgpack").exists() and time.time() < deadline and process.poll() is None:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert (tmp_path / "checkpoint.msgpack").exists() and not (tmp_path / "summary.json").exists()
+    subprocess.run(command(tmp_path), cwd=ROOT, check=True, capture_output=True)
+    ours, theirs = (flatten(checkpoint(out)["states"]) for out in (tmp_path, finished[0]))
+    for name, x in theirs.items():
+        np.testing.assert_allclose(ours[name], x, rtol=1e-4, atol=1e-6, err_msg=name)
+    for ours, theirs in zip(lines(tmp_path), lines(finished[0]), strict=True):
+        assert (ours["step"], ours["seed"]) == (theirs["step"], theirs["seed"])
+        np.testing.assert_allclose(ours["returns"], theirs["returns"], rtol=1e-4)
+
+
+# --- Seeds and grids; divergence -------------------------------------------------------------------------
+
+
+def test_each_seed_is_that_seed_alone(finished, tmp_path):
+    run("iql", tmp_path, seed=1, num_seeds=1)
+    together, alone = (flatten(checkpoint(out)["states"]) for out in (finished[0], tmp_path))
+    for name, x in alone.items():
+        np.testing.assert_allclose(together[name][1], x[0], rtol=1e-4, atol=1e-6, err_msg=name)
+        assert "kernel" not in name or not np.array_equal(together[name][0], together[name][1]), name
+    ours = [line for line in lines(finished[0]) if line["seed"] == 1]
+    np.testing.assert_allclose([x["returns"] for x in ours], [x["returns"] for x in lines(tmp_path)], rtol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def diverged(surroundings, tmp_path_factory):
+    """A grid, half of which has a learning rate that nothing survives: (folder, summary, what it printed)."""
+    out, capture = tmp_path_factory.mktemp("runs") / "grid", []
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr("builtins.print", lambda *args, **kwargs: capture.append(" ".join(map(str, args))))
+        summary = run("iql", out, grid={"learning_rate": [1e-3, 1e10], "beta": [10.0, 0.0]})
+    return out, summary, "\n".join(capture)
+
+
+def test_a_grid_is_each_seed_at_each_of_its_points(diverged, finished):
+    out, summary, _ = diverged
+    points = [{"learning_rate": rate, "beta": beta} for rate in (1e-3, 1e10) for beta in (10.0, 0.0)]
+    assert summary["seeds"] == [0, 1] * 4 and summary["grid"] == [point for point in points for _ in range(2)]
+    assert [(line["seed"], line["grid"]) for line in lines(out)[-8:]] == list(
+        zip(summary["seeds"], summary["grid"], strict=True)
+    )
+    together, plain = (flatten(checkpoint(x)["states"]) for x in (out, finished[0]))
+    for name, x in plain.items():  # the first point is the default
+        np.testing.assert_allclose(together[name][:2], x, rtol=1e-4, atol=1e-6, err_msg=name)
+        if name.startswith("actor/params") and "kernel" in name:
+            assert not np.allclose(together[name][2:4], x), "beta changes nothing"
+    np.testing.assert_allclose(summary["returns"][:2], finished[1]["returns"], rtol=1e-4)
+
+
+def test_divergence_is_said_and_recorded_run_by_run(diverged):
+    out, summary, said = diverged
+    assert summary["diverged"] == [False] * 4 + [True] * 4
+    assert [line["diverged"] for line in lines(out)[-8:]] == summary["diverged"]
+    assert any(line["critic_loss"] is None for line in lines(out)[-4:])
+    assert not any(None in line.values() for line in lines(out)[-8:-4])
+    assert "diverged" in said
+    strictly((out / "summary.json").read_text())
+
+
+def test_restoring_a_run_of_a_grid_gives_that_run(diverged):
+    out, summary, _ = diverged
+    everything, one = load("iql").restore(out, run=None), load("iql").restore(out, run=3)
+    assert [run["seed"] for run in everything.runs] == summary["seeds"] and everything.step == 40
+    assert everything.runs[3] == {"seed": 1, "grid": {"learning_rate": 1e-3, "beta": 0.0}}
+    assert (one.cfg.seed, one.cfg.num_seeds, one.cfg.beta) == (1, 1, 0.0)
+    points = np.array([[-0.5, 0.1], [0.5, -0.8]])
+    obs = np.broadcast_to(one.interface.observe(points), (8, 2, 2))
+    rows, _ = everything.act(obs, 0, None, np.zeros((8, 2), np.float32))
+    np.testing.assert_allclose(one(points), one.interface.to_env(np.asarray(rows)[3]), rtol=1e-4)
+    assert not np.allclose(rows[2], rows[3], rtol=1e-4)
+    for absent in (8, "x"):
+        assert repr(absent) in sentence(load("iql").restore, out, run=absent)
+    assert "no run that" in sentence(load("iql").restore, out.parent / "nowhere", run=None).replace("  ", " ")
+
+
+# --- Evaluation is never in the way of training ----------------------------------------------------------
+
+
+def test_an_evaluation_that_fails_costs_a_line_and_no_training(finished, tmp_path, monkeypatch, capsys):
+    steps = []
+
+    def evaluate(*args, **kwargs):
+        steps.append(checkpoint(tmp_path)["step"])
+        raise RuntimeError("the simulator\nhas lost its licence")
+
+    monkeypatch.setattr(Environment, "evaluate", evaluate)
+    summary = run("iql", tmp_path)
+    assert steps == [20, 40], "the checkpoint is written before its evaluation"
+    said = capsys.readouterr()
+    assert (said.out + said.err).count("not scored: the evaluation failed (RuntimeError: the simulator has lost") >= 1
+    assert summary["score_kind"].startswith("not scored: the evaluation failed")
+    assert summary["score_per_seed"] == [None, None] and summary["score_mean"] is None
+    assert all(line["score"] is None and line["critic_loss"] for line in lines(tmp_path))
+    for name, x in flatten(checkpoint(finished[0])["states"]).items():
+        np.testing.assert_array_equal(flatten(checkpoint(tmp_path)["states"])[name], x)
+
+
+def test_without_episodes_it_trains_and_plays_nothing(finished, tmp_path, monkeypatch):
+    def evaluate(*args, **kwargs):
+        raise Killed
+
+    monkeypatch.setattr(Environment, "evaluate", evaluate)
+    summary = run("iql", tmp_path, eval_episodes=0)
+    assert summary["returns"] == [[], []] and summary["score_mean"] is None and "eval_episodes" in summary["score_kind"]
+    for name, x in flatten(checkpoint(finished[0])["states"]).items():
+        np.testing.assert_array_equal(flatten(checkpoint(tmp_path)["states"])[name], x)
+
+
+def test_what_an_evaluation_is_given(staged, tmp_path, monkeypatch):
+    measure, given = Environment.measure, []
+
+    def listen(self, policy, q, seeds, **kwargs):
+        given.append({"seeds": list(seeds), **kwargs})
+        return measure(self, policy, q, seeds, num_episodes=kwargs["num_episodes"])
+
+    monkeypatch.setattr(Environment, "measure", listen)
+    run("iql", tmp_path, eval_steps=7, eval_episodes=3)
+    assert given == [{"seeds": [0, 1], "num_episodes": 3, "max_steps": 7, "discount": 0.99}] * 2
+
+
+# --- The folder is the policy ----------------------------------------------------------------------------
+
+
+def test_a_moved_folder_acts_in_the_environments_units_without_its_dataset(surroundings, tmp_path):
+    """TD3+BC that only clones: observations normalised by the data's mean of 500, actions scaled from [-2, 3]."""
+    payer.build("test/far-v0", middle=500.0, half=100.0)
+    cloning = dict(
+        dataset="test/far-v0",
+        alpha=0.0,
+        num_updates=600,
+        eval_interval=600,
+        log_interval=600,
+        eval_episodes=0,
+        num_seeds=1,
+    )
+    run("td3_bc", tmp_path / "here", **cloning, batch_size=64, learning_rate=1e-2, hidden=(16,))
+    there = tmp_path / "elsewhere" / "policy"
+    there.parent.mkdir()
+    shutil.move(tmp_path / "here", there)
+    code = """if True:
+        import json, sys
+        from algos.td3_bc import restore
+        policy = restore(sys.argv[1])
+        points = [[400, 500], [500, 500], [600, 500]]
+        unwanted = {"minari", "gymnasium", "h5py", "mujoco"} & set(sys.modules)
+        print(json.dumps([[policy(x).tolist() for x in points], policy(points).tolist(), sorted(unwanted)]))
+    """
+    surroundings = {**os.environ, "PYTHONPATH": str(ROOT), "MINARI_DATASETS_PATH": str(tmp_path / "none")}
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(there)], cwd=tmp_path, env=surroundings, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    one_by_one, batch, unwanted = json.loads(done.stdout)
+    np.testing.assert_allclose(one_by_one, [[1], [0], [-1]], atol=0.15)
+    np.testing.assert_allclose(batch, one_by_one, atol=1e-5)
+    assert unwanted == []
+
+
+def kept(name, folder, interface, **changes):
+    """An untrained policy, as a run leaves it."""
+    algo = load(name)
+    cfg = config(algo, **changes)
+    runs = algo.Runs(cfg, interface, {})
+    runs.states = runs.init()
+    runs.save(folder)
+    saved = {"algo": name, **dataclasses.asdict(cfg), "grid": {}, "data": {}}
+    algo.write(folder / "config.json", {"config": saved, "interface": list(interface)})
+    return runs, algo.restore(folder)
+
+
+def test_it_takes_observations_and_gives_actions_in_the_datasets_own_form(surroundings, tmp_path):
+    """Dict observations with a Discrete among them, which counts from -1; Discrete actions, which count from 3."""
+    layout = {"dict": {"goal": [2], "at": {"n": 3, "start": -1}}}
+    interface = Interface(layout, {"n": 4, "start": 3}, [0.0, 0, 0, 10, 20], [1.0, 1, 1, 2, 4])
+    runs, policy = kept("bc", tmp_path, interface, num_seeds=1)
+    flat = np.array([[0, 0, 1, (12 - 10) / 2, (28 - 20) / 4], [1, 0, 0, 0, 0]], np.float32)  # "at" before "goal"
+    indices = np.asarray(runs.act(flat[None], 0, None, np.zeros((1, 2), np.float32))[0])[0]
+    one = policy({"goal": np.array([12.0, 28.0]), "at": 1})
+    assert one == 3 + indices[0] and np.shape(one) == () and one.dtype == np.int64
+    batch = {"goal": np.array([[12.0, 28.0], [10.0, 20.0]]), "at": np.array([1, -1])}
+    np.testing.assert_array_equal(policy(batch), 3 + indices)
+    deep = {"goal": batch["goal"][:, None], "at": batch["at"][:, None]}
+    np.testing.assert_array_equal(policy(deep), 3 + indices[:, None])
+    many = {"goal": np.random.default_rng(0).normal(15, 9, (64, 2)), "at": np.zeros(64, int)}
+    assert len(set(policy(many).tolist())) > 1, "a policy that always does the same shows nothing"
+
+
+def test_sampling_is_reproducible_and_differs_over_steps_seeds_and_rows(finished, tmp_path):
+    about = strictly((finished[0] / "config.json").read_text())
+    for act in ("mode", "sample"):
+        copy(finished[0], tmp_path / act)
+        about["config"]["act"] = act
+        (tmp_path / act / "config.json").write_text(json.dumps(about))
+    restore, points = load("iql").restore, np.full((3, 2), 0.5)
+    mode, sample, again = restore(tmp_path / "mode"), restore(tmp_path / "sample"), restore(tmp_path / "sample")
+    assert np.ptp(mode(points)) == 0 and np.array_equal(mode(points), mode(points))
+    first, second = sample(points), sample(points)
+    assert np.ptp(first) > 0 and not np.array_equal(first, second)
+    np.testing.assert_array_equal([again(points), again(points)], [first, second])
+    everyone = restore(tmp_path / "sample", run=None)
+    everyone.states = jax.tree.map(lambda x: x[np.zeros(2, int)], everyone.states)  # seed 0's networks, twice
+    rows = [everyone.act(np.full((2, 3, 2), 0.5, np.float32), t, None, np.zeros((2, 3), np.float32))[0] for t in (0, 1)]
+    np.testing.assert_allclose(everyone.interface.to_env(np.asarray(rows)[:, 0]), [first, second], rtol=1e-4)
+    assert not np.allclose(rows[0][0], rows[0][1]), "each seed has noise of its own"

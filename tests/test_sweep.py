@@ -6,9 +6,11 @@ import dataclasses
 import fnmatch
 import importlib.util
 import json
+import math
 import os
 import pathlib
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -16,7 +18,9 @@ import time
 import tomllib
 import types
 
+import flax
 import pytest
+from conftest import project_algos
 
 from common.environments import Spec
 
@@ -92,6 +96,16 @@ def test_floats_share_a_program_and_other_settings_are_cells(sweep):
         (dict(protocol="p", set=("beta",)), "--set takes FIELD=VALUE"),
         (dict(protocol="p", set=("dataset=stitch/a-v0",)), "data and folder are --datasets and --out"),
         (dict(protocol="p", set=("out=runs",)), "data and folder are --datasets and --out"),
+        (dict(protocol="p", datasets=("../../x-v0",)), "outside --out: correct --datasets or --methods"),
+        (dict(protocol="p", datasets=("/tmp/x-v0",)), "outside --out"),
+        (dict(protocol="p", datasets=("stitch//x-v0",)), "outside --out"),
+        (dict(protocol="p", datasets=("x/./y-v0",)), "outside --out"),
+        (dict(protocol="p", methods=("../algos/iql",)), "../algos/iql is no file in algos/"),
+        (dict(protocol="p", methods=("__init__",)), "__init__ is no file in algos/"),
+        (dict(protocol="p", datasets=("stitch/a-v0", "a-v0")), "Two cells would share the folder a-v0/bc: name each"),
+        (dict(protocol="p", methods=("iql", "iql")), "Two cells would share the folder a-v0/iql"),
+        (dict(protocol="p", set=("batch_size=16,16",)), "Two cells would share the folder a-v0/bc,batch_size=16"),
+        (dict(protocol="p", methods=("iql",), set=("beta=1,1.0",)), "--set beta has a value twice"),
         (dict(protocol="p", set=("seed=1", "seed=3")), "--set has seed twice: give all its values at once, seed=1,3"),
     ],
 )
@@ -151,19 +165,22 @@ def test_a_failed_cell_is_recorded_and_a_second_sweep_does_what_is_missing(sweep
     assert not (tmp_path / good / "failed.json").exists()
     lines = results(tmp_path)
     assert lines.keys() == {bad, good}
-    assert lines[bad]["reason"] == "status 1: batch_size must be positive, not 0."
+    assert lines[bad]["reason"] == "status 1: batch_size must be from 1 to 2147483647, not 0."
     done = lines[good]
     assert done["config"]["batch_size"] == 16 and done["versions"]["jax"]
     assert done["grid"] == [{"learning_rate": 0.1}, {"learning_rate": 0.01}] and len(done["returns"]) == 2
     assert done["command"].startswith("benchmarks/sweep.py quick") and done["commit"] and done["updates_per_second"] > 0
-    assert lines[bad]["config"] == done["config"] | {"batch_size": 0}
+    assert done["config"].pop("data") and lines[bad]["config"] == done["config"] | {"batch_size": 0}
     assert all(lines[bad][name] == done[name] for name in ("command", "commit", "versions"))
 
     # The folder of another configuration is a failure as well, and what was there stays the one result
     other = sweep.Options("quick", ("bc",), (UMAZE,), (*TINY, "batch_size=16,0"), str(tmp_path))
     assert sweep.main(other) == 2
-    assert "holds a run of another configuration" in json.loads((tmp_path / good / "failed.json").read_text())["reason"]
-    assert results(tmp_path)[good] == done and len(results(tmp_path)) == 2
+    assert (
+        "holds something else than this very run" in json.loads((tmp_path / good / "failed.json").read_text())["reason"]
+    )
+    done = lines[good] = results(tmp_path)[good]  # with its data
+    assert done["config"]["batch_size"] == 16 and len(results(tmp_path)) == 2
     # The same sweep again tries what failed, and nothing else
     monkeypatch.setattr(sweep, "run_cell", lambda cell, *args: f"{cell.name} failed again")
     assert sweep.main(dataclasses.replace(other, set=(*grid, "batch_size=16,0"))) == 1
@@ -171,15 +188,46 @@ def test_a_failed_cell_is_recorded_and_a_second_sweep_does_what_is_missing(sweep
     assert not (tmp_path / good / "failed.json").exists()
 
 
-def test_a_failure_names_its_cause_and_what_does_not_apply_is_none(sweep, umaze, tmp_path, monkeypatch, capsys):
-    options = sweep.Options("quick", ("bc", "dqn"), (UMAZE,), (*TINY[:-1], f"hidden=[{2**62}]"), str(tmp_path))
-    assert sweep.main(options) == 1  # BC has too many units, and DQN needs discrete actions
-    assert "0 finished, 1 do not apply, 1 failed" in capsys.readouterr().out
-    assert "Error: random bits array of size" in results(tmp_path)["pointmaze-umaze-v0/bc"]["reason"]
+def test_a_failure_names_its_cause(sweep, tmp_path, monkeypatch):
+    """Whatever it raises, in one line, though what is printed before and a traceback stand around it."""
+    fails = sweep.RUN.replace("algo.main(", 'print("not scored"); raise ValueError("of two\\n lines") or (')
+    monkeypatch.setattr(sweep, "RUN", fails)
+    assert fails.count("raise") == 1 and sweep.main(sweep.Options("quick", ("bc",), (UMAZE,), out=str(tmp_path))) == 1
+    assert results(tmp_path)["pointmaze-umaze-v0/bc"]["reason"] == "status 1: ValueError: of two lines"
+
+
+def test_what_does_not_apply_is_no_failure_and_not_tried_again(sweep, umaze, tmp_path, monkeypatch, capsys):
+    options = sweep.Options("quick", ("dqn",), (UMAZE,), (*TINY[:-1],), str(tmp_path))
+    assert sweep.main(options) == 0
+    assert "0 finished, 1 do not apply, 0 failed" in capsys.readouterr().out
     monkeypatch.setattr(sweep, "run_cell", lambda *args: "tried again")
     sweep.main(options)
-    reasons = [line["reason"] for line in results(tmp_path).values()]
-    assert reasons[0] == "tried again" and "DQN needs discrete actions" in reasons[1]
+    (line,) = results(tmp_path).values()
+    assert "DQN needs discrete actions" in line["reason"]
+
+
+def test_the_sweep_that_the_texts_show_ends_in_its_best_value(umaze, tmp_path):
+    """Their two commands, on one dataset and with tiny runs: a row for each combination, a best one and a picture."""
+    pages = [ROOT / "README.md", *(ROOT / "benchmarks").glob("*.md")]
+    text = "\n".join(page.read_text() for page in pages)
+    (line, options, out) = re.search(r"^ *python (benchmarks/sweep.py (.*--set .*) --out (\S+))", text, re.M).groups()
+    assert re.search(rf"^ *python benchmarks/report.py {re.escape(out)}\b", text, re.M), line
+    words = options.replace('"', "").split()
+    settings = words[words.index("--set") + 1 :]
+    tiny = [setting for setting in TINY if setting.split("=")[0] not in [s.split("=")[0] for s in settings]]
+    done = subprocess.run(
+        [sys.executable, "benchmarks/sweep.py", *words, *tiny, "--datasets", UMAZE, f"--out={tmp_path}"],
+        cwd=ROOT, capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    report = [sys.executable, "benchmarks/report.py", str(tmp_path)]
+    said = subprocess.run(report, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    count = math.prod(len(setting.split(",")) for setting in settings)
+    assert said.returncode == 0 and f"best of {count} is" in said.stdout, said.stderr[-2000:]
+    text = (tmp_path / "report.md").read_text()
+    assert sum(line.startswith("| ") for line in text.splitlines()) == count + 2
+    assert [path.name for path in tmp_path.glob("sweep_*.png")] == ["sweep_pointmaze-umaze-v0-iql.png"]
+    assert "sweep_pointmaze-umaze-v0-iql.png" in text
 
 
 @pytest.mark.parametrize("cut", [("summary", "config"), ("config", ""), ("summary", "")])
@@ -193,6 +241,132 @@ def test_a_damaged_folder_is_a_failed_cell(sweep, tmp_path, cut):
     assert sweep.main(sweep.Options("quick", ("bc",), (UMAZE,), out=str(tmp_path))) == 1
     (line,) = results(tmp_path).values()
     assert str(folder) in line["reason"] and "missing or cut: remove that folder" in line["reason"]
+
+
+@pytest.mark.parametrize("content", ["7", "[1, 2]", '"text"', "null", "{", "[" * 100_000], ids=range(6))
+@pytest.mark.parametrize("name", ["config.json", "summary.json", "failed.json"])
+def test_a_foreign_file_stops_no_sweep(sweep, tmp_path, monkeypatch, name, content):
+    """Nor does the same in a folder of OUT that is no cell."""
+    for folder in (tmp_path / "pointmaze-umaze-v0" / "bc", tmp_path / "other"):
+        folder.mkdir(parents=True)
+        (folder / name).write_text(content)
+    if name == "failed.json":
+        monkeypatch.setattr(sweep, "RUN", "import sys; sys.exit('not run')")
+    assert sweep.main(sweep.Options("quick", ("bc",), (UMAZE,), out=str(tmp_path))) == 1
+    (line,) = results(tmp_path).values()
+    expected = "status 1: not run" if name == "failed.json" else "missing or cut: remove that folder"
+    assert line["cell"] == "pointmaze-umaze-v0/bc" and expected in line["reason"]
+
+
+BAR = "\r 50%|#####     | 5/10 [00:01<00:01, 5.00update/s, loss=1.2]"
+
+
+@pytest.mark.parametrize(
+    "output, sentence",
+    [
+        ("ValueError: beta\n", "ValueError: beta"),
+        (f"{BAR}{BAR}\nValueError: beta\n", "ValueError: beta"),
+        (f"ValueError: beta\n{BAR}", "ValueError: beta"),
+        (f"ValueError: beta\n{BAR}\n\n  \n", "ValueError: beta"),
+        (f"{BAR}Fatal Python error: Aborted\n", "Fatal Python error: Aborted"),
+        (f"said\r\n{BAR}\r", "said"),
+        ("said\n\rscore 3.0:   0%|          | 0/10 [00:00<?, ?update/s]", "said"),
+        ("said\n\r12update [01:02:03, 5.1update/s]", "said"),
+        ("% | 5/10 [00:01<00:01, 5.00update/s]", "without a word"),  # its beginning was cut off
+        (BAR, "without a word"),
+        ("", "without a word"),
+        ("shape [3, 4] is not [5]\n", "shape [3, 4] is not [5]"),
+    ],
+)
+def test_the_reason_is_the_last_sentence_and_no_progress_bar(sweep, output, sentence):
+    assert sweep.last_sentence(output.encode()) == sentence
+
+
+@pytest.mark.parametrize(
+    "code, reason",
+    [
+        ("os.kill(os.getpid(), 9)", "killed by signal 9 (out of memory?)"),
+        ("os.kill(os.getpid(), 11)", "killed by signal 11 (Segmentation fault): said"),
+        ("os._exit(3)", "status 3: said"),
+        ("sys.exit('beta must be positive.')", "status 1: beta must be positive."),
+        ("print('not scored'); sys.exit('beta must be positive.')", "status 1: beta must be positive."),
+        ("os._exit(0)", "ended with status 0, but without a summary: said"),
+        ("print('The simulator gave up.'); os._exit(3)", "status 3: The simulator gave up."),
+        ("sys.exit()", "ended with status 0, but without a summary: said"),
+    ],
+)
+def test_how_a_cell_ended(sweep, tmp_path, monkeypatch, code, reason):
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
+    bar = f"sys.stderr.write('said\\n' + {BAR!r}); sys.stderr.flush()"
+    monkeypatch.setattr(sweep, "RUN", f"import os, sys; {bar}; {code}")
+    assert sweep.main(sweep.Options("quick", ("bc",), (UMAZE,), out=str(tmp_path))) == 1
+    assert [line["reason"] for line in results(tmp_path).values()] == [reason]
+
+
+SLEEPER = """
+import pathlib, signal, sys, time
+sys.path.insert(0, "benchmarks")
+import sweep
+sweep.RUN = "import json, os, pathlib, sys, time; out = json.loads(sys.argv[1])['config']['out']; " \\
+    "pathlib.Path(out, 'pid').write_text(str(os.getpid())); time.sleep(300)"
+"""
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_sweep_alone_ends_its_cell(tmp_path, sent):
+    """The sweep's own last lines, from `if __name__`, with a cell that sleeps."""
+    script = (ROOT / "benchmarks" / "sweep.py").read_text()
+    script = script.replace(
+        "LOCKED = 75\n", SLEEPER.split("import sweep\n")[1].replace("sweep.RUN", "RUN") + "LOCKED = 75\n"
+    )
+    script = script.replace("Path(__file__)", f"Path({str(ROOT / 'benchmarks' / 'sweep.py')!r})")
+    (tmp_path / "sleeper.py").write_text(script)
+    arguments = [sys.executable, str(tmp_path / "sleeper.py"), *command(tmp_path / "out")[2:]]
+    process = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    pid = tmp_path / "out" / "pointmaze-umaze-v0" / "bc" / "pid"
+    try:
+        deadline = time.time() + 60
+        while not (pid.exists() and pid.read_text()) and time.time() < deadline:
+            time.sleep(0.05)
+        process.send_signal(sent)
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 1 and errors.strip().endswith("goes on from the last checkpoint.")
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(pid.read_text()), 0)
+    finally:
+        with contextlib.suppress(ProcessLookupError, FileNotFoundError):
+            os.kill(int(pid.read_text()), signal.SIGKILL)
+        process.kill()
+
+
+def finish(sweep, cell, folder, **changes):
+    """A finished run of a cell, as main leaves it."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"config": sweep.full_config(cell) | changes}))
+    (folder / "summary.json").write_text('{"algo": "iql"}')
+
+
+def test_a_finished_cell_is_of_the_same_data_and_may_be_older_than_a_field(sweep, tmp_path, monkeypatch):
+    (cell,) = sweep.make_cells(sweep.Options("p", ("iql",), ("stitch/a-v0",)), PROTOCOLS)
+    today = {"hash": "a"}
+    monkeypatch.setattr(sweep, "fingerprint", lambda dataset_id: today)
+    finish(sweep, cell, tmp_path / "same", data={"hash": "a"})
+    finish(sweep, cell, tmp_path / "other", data={"hash": "b"})
+    finish(sweep, cell, tmp_path / "older")  # without a fingerprint
+    finish(sweep, cell, tmp_path / "setting", beta=77.0)
+    config = json.loads((tmp_path / "older" / "config.json").read_text())["config"]
+    del config["max_weight"]  # it had its default before it was a field
+    (tmp_path / "older" / "config.json").write_text(json.dumps({"config": config}))
+    ended = {name: sweep.ended_before(cell, tmp_path / name) for name in ("same", "other", "older", "setting")}
+    assert ended == {"same": "", "other": None, "older": "", "setting": None}
+    today = None  # not on this machine: nothing to compare with
+    assert sweep.ended_before(cell, tmp_path / "other") == ""
+
+
+def test_a_fingerprint_is_that_of_the_data_on_this_machine(sweep, umaze):
+    sweep.fingerprint.cache_clear()
+    assert sweep.fingerprint(UMAZE)["rows"] == umaze.total_steps
+    assert sweep.fingerprint("own/nowhere-v0") is None
 
 
 def test_sweeps_that_write_at_the_same_time(sweep, tmp_path, monkeypatch):
@@ -217,8 +391,9 @@ def test_a_cell_that_another_sweep_trains_is_taken_over_when_that_one_is_killed(
         assert first.poll() is None
         os.killpg(first.pid, signal.SIGSTOP)  # it keeps its lock
         assert not (cell / "summary.json").exists()
-        metrics = (cell / "metrics.jsonl").read_text()
-        (cell / "metrics.jsonl").write_text(metrics.replace('{"step": 10,', '{"step": 10, "of": "the first sweep",'))
+        saved = flax.serialization.msgpack_restore((cell / "checkpoint.msgpack").read_bytes())
+        saved["seconds"]["train_seconds"] += 1_000  # which goes into the summary of whoever goes on from here
+        (cell / "checkpoint.msgpack").write_bytes(flax.serialization.msgpack_serialize(saved))
         second = subprocess.Popen(arguments, stdout=subprocess.PIPE, **quiet)
         seen = [second.stdout.readline() for _ in range(2)]
         assert "another sweep trains it" in seen[1], seen
@@ -231,7 +406,8 @@ def test_a_cell_that_another_sweep_trains_is_taken_over_when_that_one_is_killed(
             process.wait()
     assert second.returncode == 0 and "1 finished, 0 do not apply, 0 failed" in output
     lines = [json.loads(line) for line in (cell / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == list(range(10, 301, 10)) and lines[0]["of"] == "the first sweep"
+    assert [line["step"] for line in lines] == list(range(10, 301, 10))
+    assert json.loads((cell / "summary.json").read_text())["train_seconds"] > 1_000
 
 
 def test_an_interrupted_sweep_ends_in_one_sentence(tmp_path):
@@ -320,7 +496,7 @@ def test_ray_ends_every_cell_once_though_a_node_dies(umaze, tmp_path):
     finally:
         cluster.shutdown()
     assert process.returncode == 1 and "3 finished, 0 do not apply, 1 failed" in output, output
-    assert "holds a run of another configuration" in output
+    assert "holds something else than this very run" in output
     lines = results(tmp_path)
     assert lines.pop("pointmaze-umaze-v0/bc,batch_size=20") == {
         "cell": "pointmaze-umaze-v0/bc,batch_size=20", "config": {}, "score_mean": 1.0
@@ -347,7 +523,7 @@ def test_what_failed_in_the_committed_results_is_of_today_s_protocol(sweep):
 def test_the_protocols_have_every_algorithm_and_no_setting_that_fits_nothing(sweep, name):
     protocols = tomllib.loads((ROOT / "benchmarks" / "protocols.toml").read_text())
     cells = sweep.make_cells(sweep.Options(name), protocols)  # refuses a field that an algorithm does not have
-    algos = {path.stem for path in (ROOT / "algos").glob("*.py")} - {"__init__"}
+    algos = set(project_algos())
     assert {cell.algo for cell in cells} == algos
     for algo, patterns in protocols[name]["tuned"].items():
         for pattern, settings in patterns.items():

@@ -1,0 +1,133 @@
+"""The process in which environments are made and stepped, for common/environments.py.
+
+It imports neither JAX nor the caller's main module: it starts in half a second, from a script without a main guard, a
+notebook or standard input too. Whatever an environment does in it is an answer, or the end of this process alone.
+"""
+
+import io
+import os
+import signal
+import traceback
+import warnings
+from contextlib import redirect_stderr, suppress
+from pathlib import Path
+
+import numpy as np
+
+from common.recipes import tabular
+
+
+class EnvironmentFailure(Exception):
+    """What an environment did wrong, as a part of a sentence."""
+
+
+def work(connection):
+    """Answers messages (name of a method of Held, arguments) until the other end is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the caller
+    with suppress(EOFError, OSError):
+        held = Held(*connection.recv())
+        while True:
+            name, *arguments = connection.recv()
+            try:
+                answer = getattr(held, name)(*arguments)
+            except BaseException as error:  # sys.exit too
+                answer = EnvironmentFailure(reason(error))
+            connection.send(answer)
+    os._exit(0)  # threads of an environment do not outlive the caller
+
+
+class Held:
+    """The environments of a worker: all of one task, that which a dataset's file describes."""
+
+    def __init__(self, env_spec, observation_space, action_space, interface, needed):
+        self.env_spec, self.observation_space, self.action_space = env_spec, observation_space, action_space
+        self.interface, self.needed, self.envs = interface, [needed] if isinstance(needed, str) else needed, []
+
+    def make(self):
+        import gymnasium
+        from gymnasium.envs.registration import EnvSpec, load_env_creator
+
+        if self.env_spec is None:
+            raise EnvironmentFailure("the dataset names none, its env_spec is None")
+        spec = EnvSpec.from_json(self.env_spec)
+        spec.kwargs.pop("render_mode", None)  # windows and videos are no part of the task
+        films = "HumanRendering", "RecordVideo"
+        spec.additional_wrappers = tuple(wrapper for wrapper in spec.additional_wrappers if wrapper.name not in films)
+        absent = ImportError, AttributeError, gymnasium.error.DependencyNotInstalled, gymnasium.error.UnregisteredEnv
+        try:
+            with warnings.catch_warnings(action="ignore"), redirect_stderr(io.StringIO()):  # notes on versions
+                load_env_creator(spec.entry_point)
+                return gymnasium.make(spec, disable_env_checker=True)
+        except absent as error:
+            own = "or, where it is code of your own, keep it in a module and put the module's folder on PYTHONPATH"
+            raise EnvironmentFailure(f"{reason(error)}: install {', '.join(self.needed)}, {own}") from error
+
+    def probe(self):
+        """(time limit or None, tabular model or None) of the environment, if it is the dataset's."""
+        self.envs.append(self.make())
+        env = self.envs[0]
+        for name in ("action", "observation"):
+            its, ours = getattr(env, f"{name}_space"), getattr(self, f"{name}_space")
+            if not _alike(its, ours, bounds=name == "action"):
+                raise EnvironmentFailure(f"its {name}s are {one_line(its)}, the dataset's {one_line(ours)}")
+        self.reset([0])
+        self.step([0], self.interface.to_env(np.zeros((1, *self.action_space.shape))))
+        return getattr(env.spec, "max_episode_steps", None), tabular.model_of(env)
+
+    def reset(self, seeds):
+        """Begins an episode in each of the first environments: observations (n, obs_dim)."""
+        self.envs += [self.make() for _ in range(len(seeds) - len(self.envs))]
+        observations = []
+        for env, seed in zip(self.envs, seeds, strict=False):
+            observation, _ = env.reset(seed=seed)
+            observations.append(self.observe(observation))
+        return np.stack(observations)
+
+    def step(self, slots, actions):
+        """Steps the environments in `slots` (n,): observations (n, obs_dim), rewards (n,), whether they ended (n,)."""
+        observations, rewards, ended = [], np.zeros(len(slots)), np.zeros(len(slots), bool)
+        for i, action in enumerate(actions.tolist() if "n" in self.interface.action else actions):
+            observation, reward, terminated, truncated, _ = self.envs[slots[i]].step(action)
+            observations.append(self.observe(observation))
+            if np.size(reward) != 1 or not np.isfinite(reward := np.asarray(reward, np.float64).item()):
+                raise EnvironmentFailure(f"its reward is {one_line(reward)}, not one finite number")
+            rewards[i], ended[i] = reward, bool(terminated) or bool(truncated)
+        return np.stack(observations), rewards, ended
+
+    def observe(self, observation):
+        obs, length = self.interface.observe(observation), self.interface.spec.obs_dim
+        if obs.shape != (length,) or not np.isfinite(obs).all():
+            raise EnvironmentFailure(f"its observation is {one_line(observation)}, not {length} finite numbers")
+        return obs
+
+
+def _alike(its, ours, bounds):
+    """Whether two spaces mean the same numbers. Without `bounds`, these may differ where one of them has none."""
+    from gymnasium import spaces
+
+    if type(its) is not type(ours):
+        return False
+    if isinstance(ours, spaces.Dict):
+        return its.keys() == ours.keys() and all(_alike(its[key], ours[key], bounds) for key in ours.keys())
+    if isinstance(ours, spaces.Discrete):
+        return (its.n, its.start) == (ours.n, ours.start)
+    if its.shape != ours.shape or its.dtype.kind != ours.dtype.kind:
+        return False
+    pairs = (its.low, ours.low), (its.high, ours.high)
+    return all(np.all(np.isclose(a, b) | (not bounds and np.maximum(abs(a), abs(b)) > 1e30)) for a, b in pairs)
+
+
+def reason(error):
+    """What went wrong and where, for a sentence."""
+    if isinstance(error, EnvironmentFailure):
+        return str(error)
+    *_, frame = traceback.extract_tb(error.__traceback__)
+    if isinstance(error, AssertionError) and frame.filename.endswith("mujoco_utils.py"):
+        return "gymnasium-robotics does not work with this version of mujoco: pip install 'mujoco<3.12'"
+    return f"{one_line(error)}, in {Path(frame.filename).name}, line {frame.lineno}: `{frame.line}`"
+
+
+def one_line(x):
+    """An error or a space, for a sentence."""
+    text = f"{type(x).__name__}: {x}".removesuffix(": ") if isinstance(x, BaseException) else str(x)
+    return " ".join(text.split())[:300]

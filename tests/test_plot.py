@@ -1,0 +1,194 @@
+"""benchmarks/plot.py: what is drawn are the numbers of the run folders."""
+
+import json
+import pathlib
+import sys
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))  # scripts that import each other as they do when they are run
+
+import play  # noqa: E402
+import plot  # noqa: E402
+
+# (seeds, evaluations): the mean of the seeds is none of them, and neither the first, the best nor the worst
+SCORES = [[10.0, 20.0, 60.0], [0.0, 40.0, 90.0], [5.0, 0.0, 0.0]]
+
+
+def make_run(folder, scores=SCORES, algo="iql", dataset="stitch/maze-v0", grid=None, **metrics):
+    folder.mkdir(parents=True)
+    config = {"algo": algo, "dataset": dataset, "seed": 0, "num_seeds": len(scores), "num_updates": 300}
+    (folder / "config.json").write_text(json.dumps({"config": config | {"grid": grid or {}}}))
+    lines = [
+        {"step": 100 * (i + 1), "seed": seed, "grid": {}, "score": row[i]}
+        | {name: values[seed][i] for name, values in metrics.items()}
+        for i in range(len(scores[0]))
+        for seed, row in enumerate(scores)
+    ]
+    first = [{"step": -100, "seed": seed, "grid": {}, "fit_loss": 1.0} for seed in range(len(scores))]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*first, *lines]))
+    kind = {"score_kind": "normalised by the dataset's reference scores"}
+    (folder / "summary.json").write_text(json.dumps(kind))
+    return folder
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """{name of the file: figure} of what is drawn; no file is written."""
+    drawn = {}
+    monkeypatch.setattr(plot, "save", lambda figure, path: drawn.update({path.name: figure}))
+    yield drawn
+    plt.close("all")
+
+
+def draw(*runs):
+    configs = [plot.read_config(run) for run in runs]
+    plot.plot_learning_curve(runs, configs, pathlib.Path("curve.png"))
+
+
+def band(axes, i=0):
+    """(lowest, highest) of a band at each update."""
+    points = axes.collections[i].get_paths()[0].vertices
+    return {x: (points[points[:, 0] == x, 1].min(), points[points[:, 0] == x, 1].max()) for x in set(points[:, 0])}
+
+
+def test_a_learning_curve_is_the_mean_of_the_seeds_between_the_lowest_and_the_highest(tmp_path, figures):
+    draw(make_run(tmp_path / "run"))
+    (axes,) = figures["curve.png"].axes
+    (line,) = axes.lines
+    np.testing.assert_allclose(line.get_xydata(), [[100, 5], [200, 20], [300, 50]])
+    assert band(axes) == {100: (0, 10), 200: (0, 40), 300: (0, 90)}
+    assert axes.get_ylabel() == "score" and axes.get_ylim() == (0, 100)
+
+
+def test_several_runs_are_told_apart_by_what_differs(tmp_path, figures):
+    draw(make_run(tmp_path / "a"), make_run(tmp_path / "b", [[30.0, 30.0, 30.0]], "bc"))
+    labels = {line.get_label(): line.get_ydata().tolist() for line in figures["curve.png"].axes[0].lines}
+    assert labels == {"iql": [5, 20, 50], "bc": [30, 30, 30]}
+    draw(tmp_path / "a", make_run(tmp_path / "c"))
+    assert [line.get_label() for line in figures["curve.png"].axes[0].lines] == ["iql (a)", "iql (c)"]
+
+
+def test_title_is_one_line_and_the_caption_says_what_is_drawn(tmp_path, figures):
+    draw(make_run(tmp_path / "run"))
+    figure = figures["curve.png"]
+    assert figure.get_suptitle() == "stitch/maze-v0"
+    below = " ".join(figure.texts[-1].get_text().split())
+    assert below == (
+        "Lines: mean of 3 seeds; bands: lowest to highest. Score: normalised by the dataset's reference scores."
+    )
+    figure.draw_without_rendering()
+    extent = figure.texts[-1].get_window_extent()
+    assert extent.y1 <= min(axes.get_tightbbox().y0 for axes in figure.axes)  # with its legend
+
+
+def test_an_evaluation_that_failed_leaves_a_gap(tmp_path, figures):
+    scores = [[10.0, None, 60.0], [0.0, None, 90.0], [5.0, 1.0, 0.0]]
+    draw(make_run(tmp_path / "run", scores))
+    np.testing.assert_array_equal(figures["curve.png"].axes[0].lines[0].get_ydata(), [5, np.nan, 50])
+
+
+def test_of_runs_without_scores_the_losses_are_drawn(tmp_path, figures, capsys):
+    nothing = [[None] * 3] * 2
+    critic, actor = [[4.0, 2.0, 1.0], [8.0, 4.0, None]], [[-1.0, -2.0, -3.0], [-3.0, -4.0, -5.0]]
+    draw(make_run(tmp_path / "run", nothing, critic_loss=critic, actor_loss=actor, q=critic))
+    panels = {axes.get_title(): axes for axes in figures["curve.png"].axes}
+    assert panels.keys() == {"critic_loss", "actor_loss"}  # nor what belongs to a first phase
+    np.testing.assert_array_equal(panels["critic_loss"].lines[0].get_ydata(), [6, 3, np.nan])
+    np.testing.assert_array_equal(panels["actor_loss"].lines[0].get_xydata(), [[100, -2], [200, -3], [300, -4]])
+    assert "not scored" in figures["curve.png"].texts[-1].get_text().lower()
+    draw(tmp_path / "run", make_run(tmp_path / "scored"))
+    assert len(figures["curve.png"].axes[0].lines) == 1 and "was not scored: it has no line" in capsys.readouterr().out
+
+
+def test_a_run_with_neither_scores_nor_losses_is_said(tmp_path, figures, capsys):
+    draw(make_run(tmp_path / "run", [[None] * 3]))
+    assert not figures and "neither scores nor losses" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", ["7", "[1]", "null", "{", "", "not json"])
+@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "summary.json"])
+def test_a_foreign_file_is_one_sentence(tmp_path, figures, name, content):
+    run = make_run(tmp_path / "run")
+    (run / name).write_text(content)
+    with pytest.raises(SystemExit, match=r"run (cannot be read \(|has no evaluation yet)"):
+        draw(run)
+
+
+def test_bad_options_are_one_sentence(tmp_path):
+    run, grid = make_run(tmp_path / "run"), make_run(tmp_path / "grid", grid={"beta": [1.0, 3.0]})
+    for options, sentence in (
+        (dict(runs=()), "Name at least one run folder"),
+        (dict(runs=(run, run)), "say with --out"),
+        (dict(runs=(tmp_path,)), "is not a run folder"),
+        (dict(runs=(grid,)), f"python benchmarks/report.py {grid} shows it"),
+        (dict(runs=(run,), data_episodes=0), "--data-episodes must be at least 1, not 0"),
+    ):
+        with pytest.raises(SystemExit, match=sentence):
+            plot.main(plot.Options(**options))
+
+
+class Corridor:
+    """From (0, 0) one step along an axis per unit of action; a reward of 1 at the goal, (3, 0)."""
+
+    metadata = {}
+    spec = None
+    unwrapped = property(lambda self: self)
+
+    def reset(self, seed):
+        self.at, self.seed = np.zeros(2), seed
+        return self.seen(), {}
+
+    def step(self, action):
+        self.at = self.at + action
+        return self.seen(), float(self.at[0] == 3), bool(self.at[0] == 3), False, {}
+
+    def seen(self):
+        return {"achieved_goal": self.at.copy(), "desired_goal": np.array([3.0, 0.0])}
+
+
+class Walker:
+    """Seed 0 walks to the goal, and seed 1 the other way."""
+
+    step, episode = 700, None
+
+    def __init__(self, row):
+        self.way = np.array([1.0, 0.0]) * (-1 if row else 1)
+
+    def __call__(self, observation, reward=None):
+        return self.way
+
+
+def test_rollouts_of_a_maze_are_those_of_each_seed_s_policy(tmp_path, monkeypatch):
+    monkeypatch.setattr(plot, "restore", lambda run, config, row: Walker(row))
+    config = {"algo": "iql", "seed": 5, "num_seeds": 2, "eval_episodes": 2}
+    step, paths, reached = plot.rollouts(tmp_path, config, Corridor(), steps=4)
+    assert step == 700 and reached.tolist() == [True, True, False, False]
+    np.testing.assert_array_equal(paths[0], [[0, 0], [1, 0], [2, 0]])
+    np.testing.assert_array_equal(paths[3], [[0, 0], [-1, 0], [-2, 0], [-3, 0]])
+
+
+def test_a_dense_reward_does_not_say_whether_the_goal_was_reached(tmp_path, monkeypatch):
+    monkeypatch.setattr(plot, "restore", lambda run, config, row: Walker(row))
+    monkeypatch.setattr(Corridor, "reward_type", "dense", raising=False)
+    monkeypatch.setattr(Corridor, "step", lambda self, action: (self.walk(action), 0.5, False, False, {}))
+    monkeypatch.setattr(
+        Corridor, "walk", lambda self, a: setattr(self, "at", self.at + a) or self.seen(), raising=False
+    )
+    config = {"algo": "iql", "seed": 5, "num_seeds": 2, "eval_episodes": 1}
+    assert plot.rollouts(tmp_path, config, Corridor(), steps=5)[2].tolist() == [True, False]
+
+
+def test_starts_are_those_of_the_run_s_own_evaluation(umaze):
+    """Of seed 5's first two episodes, in the environment of the dataset."""
+    from common.datasets import load_dataset
+
+    _, env = load_dataset("stitch/pointmaze-umaze-v0")
+    ours = play.make_env("stitch/pointmaze-umaze-v0")
+    still = np.zeros((1, 2, 2), np.float32)
+    theirs = env.evaluate(lambda obs, step, memory, rewards: (still, None), [5], 2).obs[0]
+    starts = [env.interface.observe(ours.reset(seed=start)[0]) for start in play.starts(5, 2)]
+    np.testing.assert_array_equal(np.stack(starts), theirs)
