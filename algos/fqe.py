@@ -262,7 +262,7 @@ class Estimates:
     def __init__(self, cfg: Config, env, runs, dataset):
         self.env, self.runs, self.interface, self.discount = env, runs, runs.interface, cfg.discount
         self.first = dataset.obs[np.diff(dataset.episode, prepend=-1) != 0]  # (episodes, obs_dim)
-        self.largest = np.abs(dataset.reward).max()
+        self.largest = 1.001 * np.abs(dataset.reward).max() / max(1 - cfg.discount, 1e-9)  # of possible values
 
         def choose(_, agent, state, obs):
             return choices(cfg, env.spec, agent, state, obs, jax.random.key(cfg.seed), num_samples=32)
@@ -303,9 +303,10 @@ class Estimates:
         for seed, grid, *numbers in zip(summary["seeds"], summary["grid"], *columns, strict=True):
             run = self.runs.runs[seed % len(self.runs.runs)]
             estimate, low, high, true = np.array(numbers, float)  # None, JSON's NaN, is NaN again
-            possible = abs(estimate) * (1 - self.discount) <= 1.001 * self.largest
             rows.append(f"  seed {run['seed']} {run['grid'] | grid or ''}: {estimate:.5g} ({low:.5g} to {high:.5g})")
-            rows[-1] += f", true value {true:.5g}{'' if possible else '; REJECTED: rewards allow no such value'}\n"
+            rows[-1] += (
+                f", true value {true:.5g}{'' if abs(estimate) <= self.largest else '; REJECTED: not possible'}\n"
+            )
         return "".join(rows) + " "
 
 
