@@ -304,9 +304,7 @@ class Estimates:
             run = self.runs.runs[seed % len(self.runs.runs)]
             estimate, low, high, true = np.array(numbers, float)  # None, JSON's NaN, is NaN again
             rows.append(f"  seed {run['seed']} {run['grid'] | grid or ''}: {estimate:.5g} ({low:.5g} to {high:.5g})")
-            rows[-1] += (
-                f", true value {true:.5g}{'' if abs(estimate) <= self.largest else '; REJECTED: not possible'}\n"
-            )
+            rows[-1] += f", true value {true:.5g}{'' if abs(estimate) <= self.largest else '; REJECTED'}\n"
         return "".join(rows) + " "
 
 

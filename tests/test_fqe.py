@@ -11,8 +11,8 @@ import pytest
 from chain import D1, Q_PI
 
 from algos import fqe, iql
-from common.datasets import Spec, Transition
-from common.environments import Interface
+from common.datasets import Transition
+from common.environments import Interface, Spec
 
 PI = jnp.log(jnp.asarray(chain.PI))
 SMALL = dict(hidden=(16,), batch_size=32, num_updates=100, eval_interval=100, log_interval=100, eval_episodes=0)
