@@ -265,7 +265,7 @@ class Estimates:
         self.largest = 1.001 * np.abs(dataset.reward).max() / max(1 - cfg.discount, 1e-9)  # of possible values
 
         def choose(_, agent, state, obs):
-            return choices(cfg, env.spec, agent, state, obs, jax.random.key(cfg.seed), num_samples=32)
+            return choices(cfg, runs.interface.spec, agent, state, obs, jax.random.key(cfg.seed), 32)
 
         at_first = runs.fields, (runs.states,), {"obs": self.first}
         self.actions, self.weights = jax.device_get(runs.every(choose)(*at_first))  # (runs, k, episodes, ...)
