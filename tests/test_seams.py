@@ -390,16 +390,13 @@ def test_a_policy_with_a_memory_knows_its_step_and_what_it_was_paid(data, tmp_pa
 def test_an_agent_may_ask_what_ends_an_episode(data):
     """Spec.terminal_of, of next observations without normalisation, in the middle of a compiled update."""
 
-    class Known(Interface):
-        @property
-        def spec(self):
-            return super().spec._replace(terminal_of=lambda next_obs: next_obs[..., 0] > 0.5)
+    known = Interface(*json.loads(json.dumps(BOX._replace(termination=[True, [["x", 0, 1, None, 0.5]]]))))
 
     def imagine(algo, cfg, spec, state, batch):
         return note(state, batch), {"ends": spec.terminal_of(batch.next_obs).mean()}
 
     algo = toy(data, update=imagine)
-    runs = algo.Runs(algo.Config(**TINY | {"batch_size": 500}), Known(*BOX), {})
+    runs = algo.Runs(algo.Config(**TINY | {"batch_size": 500}), known, {})
     runs.states = runs.init()
     _, info = runs.lower("update", {"dataset": data}).compile()(runs.fields, (runs.states,), {"dataset": data})
     np.testing.assert_allclose(info["ends"], np.mean(data.next_obs[:, 0] > 0.5), atol=0.05)

@@ -180,7 +180,7 @@ def apart(found: list[Run]) -> list[Run]:
             if len(several) > 1:
                 print(f"{dataset}: not pooled, each in a column of its own: {', '.join(sorted(several))}.")
         found = [
-            run._replace(dataset=f"{run.dataset}@{tell(run)}") if len(variants[run.dataset]) > 1 else run
+            run._replace(dataset=f"{run.dataset}@{tell(run) or 'unknown'}") if len(variants[run.dataset]) > 1 else run
             for run in found
         ]
     count = Counter((run.method, run.dataset) for run in found)
@@ -195,12 +195,10 @@ def apart(found: list[Run]) -> list[Run]:
     return [run._replace(method=run.place) if count[run.method, run.dataset] > 1 else run for run in named]
 
 
-def data_of(run: Run) -> str:
-    """Which data: of their fingerprint in config.json, which older results do not have."""
+def data_of(run: Run) -> str | None:
+    """Which data, by their fingerprint in config.json. Older results have none: they pass for the others' data."""
     data = run.config.get("data")
-    return (
-        f"data-{hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:6]}" if data else "data-unknown"
-    )
+    return f"data-{hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:6]}" if data else None
 
 
 def scale_of(run: Run) -> str | None:
