@@ -1235,3 +1235,43 @@ def test_a_full_disk_leaves_nothing_behind(root, monkeypatch):
     monkeypatch.setattr(np, "savez", savez)
     np.testing.assert_array_equal(load_again().obs, label_rows((3,)))
     assert not list((root / NAME / "data").glob("stitch-*"))
+
+
+# --- Logged propensities -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reset", [False, True], ids=["T", "T+1"])
+def test_propensities_are_those_of_the_rows(reset):
+    """Logged with each action, or by a DataCollector, whose first info is the reset's."""
+    logged = [np.array([0.5, 0.25, 2.0]), np.array([0.125, 4.0])]
+    infos = [{"propensity": np.concatenate([[np.nan], x]) if reset else x} for x in logged]
+    write([episode(k, len(x), infos=info) for k, (x, info) in enumerate(zip(logged, infos, strict=True))])
+    for _ in range(2):  # read, and from the cache
+        data, env = load_dataset(NAME, columns=("propensity",))
+        np.testing.assert_array_equal(data.propensity, [0.5, 0.25, 2.0, 0.125, 4.0])
+        assert data.propensity.dtype == np.float32
+    assert load_dataset(NAME)[0].propensity is None
+    write([episode(k, len(x), infos={"propensity": 0.5 * x}) for k, x in enumerate(logged)], "test/other-v0")
+    assert load_dataset("test/other-v0")[1].fingerprint != env.fingerprint  # other data
+
+
+@pytest.mark.parametrize(
+    "logged, sentence",
+    [
+        ([None, None], "has no logged propensities: .* infos"),
+        ([[0.5, 0.5, 0.5], None], "in some episodes up to 1 and not in others"),
+        ([None, [0.5, 0.5, 0.5]], "in some episodes up to 1 and not in others"),
+        ([[0.5, 0.5, 0.5], [0.5, 0.0, 0.5]], "infos/propensity of episode 1 must be above 0 .* row 1 holds 0.0"),
+        ([[0.5, 0.5, 0.5], [0.5, 0.5, 1.5]], "above 0 and at most 1, and row 2 holds 1.5"),
+        ([[0.5, 0.5, 0.5], [np.nan, 0.5, 0.5]], "row 0 holds nan"),
+        ([[0.5, 0.5, 0.5], [0.5, 0.5]], "2 infos/propensity"),
+        ([[0.5, 0.5, 0.5], [1j, 1j, 1j]], "they have the type"),
+    ],
+)
+def test_propensities_that_are_none_are_refused_in_one_sentence(logged, sentence):
+    infos = [None if x is None else {"propensity": np.array(x)} for x in logged]
+    actions = np.array([0, 1, 0])
+    write([episode(k, 3, actions=actions, infos=x) for k, x in enumerate(infos)], action_space=spaces.Discrete(2))
+    with pytest.raises(DatasetError, match=sentence) as error:
+        load_dataset(NAME, columns=("propensity",))
+    assert "\n" not in error.value.code

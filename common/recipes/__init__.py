@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from common.recipes import cartpole, locomotion, manipulation, pointmaze, sepsis
+from common.recipes import cartpole, locomotion, manipulation, open_bandit, pointmaze, sepsis
 
 
 class Recipe(NamedTuple):
@@ -37,6 +37,11 @@ RECIPES: dict[str, Recipe] = {
         f"stitch/{task}-{quality}-v0": Recipe(functools.partial(locomotion.write, task, quality), 1_000_000)
         for task in locomotion.TASKS
         for quality in locomotion.QUALITIES
+    },
+    **{
+        f"stitch/open-bandit-{log}-{campaign}-v0": Recipe(functools.partial(open_bandit.write, log, campaign), 10_000)
+        for log in ("random", "bts")
+        for campaign in open_bandit.CAMPAIGNS
     },
     **{
         f"stitch/{task}-play-v0": Recipe(functools.partial(manipulation.write, task), 1_000_000)

@@ -26,7 +26,7 @@ def write(
       dataset_id: Minari's name of the dataset.
       data_path: a folder that does not exist yet.
       episodes: each of T + 1 observations and T actions, rewards, terminations and truncations.
-      env: whose spaces the data have.
+      env: whose spaces the data have; its `spec` is None where there is no environment.
       eval_env: the task on which policies are evaluated; its spec travels in the file.
       reference_scores: the returns that score 0 and 100, or None.
       **metadata: `algorithm_name`, `code_permalink`, `description` and `requirements` in Minari's sense.
@@ -38,13 +38,14 @@ def write(
     storage = MinariStorage.new(
         data_path, env.observation_space, env.action_space, env_spec=env.spec, data_format="hdf5"
     )
+    if eval_env.spec:
+        metadata["eval_env_spec"] = eval_env.spec.to_json()
     if reference_scores:
         metadata |= dict(zip(("ref_min_score", "ref_max_score"), reference_scores, strict=True))
     storage.update_metadata(
         {
             "dataset_id": dataset_id,
             "minari_version": minari.__version__,
-            "eval_env_spec": eval_env.spec.to_json(),
             "author": {"Stitch"},
             **metadata,
         }

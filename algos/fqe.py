@@ -1,0 +1,520 @@
+"""Fitted Q-evaluation (FQE): what a policy is worth, by dynamic programming on the data of another one.
+
+A critic is fitted to r + discount E_{a' ~ pi} Q(s', a'), where pi is the policy that is evaluated and never changes.
+There is one critic and no minimum, and no entropy: either would evaluate something else than the policy.
+
+Paper      Le, Voloshin & Yue (2019), https://arxiv.org/abs/1903.08738
+Reference  https://github.com/google-research/google-research, policy_eval/q_fitter.py
+
+From equation to code
+    V(s) = E_{a ~ pi} Q(s, a)    the exact sum for discrete actions, the mean of draws for others    expectation
+    y    = r + discount Vbar(s')         with the target critic                                       update
+    L_Q  = E[ (Q(s, a) - y)^2 ]                                                                       critic_loss
+    estimate = mean of V(s_0) over the first observations of the data's episodes                      Estimates
+
+Order of one update   Q, target.
+Hyper-parameters      The reference's train_eval.py, but for larger learning_rate and tau, for the short default run.
+Deviations            1. No weight decay, no noise on the data, no clip of targets; more on the page.
+Run                   python algos/fqe.py --policy RUN_FOLDER --dataset stitch/icu-sepsis-v0
+"""
+
+import contextlib
+import dataclasses
+import functools
+import importlib
+import itertools
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import chex
+import filelock
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orjson
+import tyro
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from tqdm import tqdm
+
+from common.datasets import load_dataset
+from common.environments import Interface, Spec, provenance
+from common.networks import Categorical, Critic, DiscreteCritic, Normal
+
+
+# --- Configuration -------------------------------------------------------------------------------------
+@dataclasses.dataclass(frozen=True)
+class Config:
+    # Experiment
+    dataset: str = "stitch/icu-sepsis-v0"  # a Minari dataset: on this machine, built by a recipe, or downloaded
+    seed: int = 0  # of the first run: its networks, batches and evaluation
+    num_seeds: int = 3  # runs trained in one program, with seeds seed, seed + 1, ...
+    num_updates: int = 6_000  # gradient steps (published runs: some 1,000,000)
+    eval_interval: int = 2_000  # gradient steps between two evaluations, each with a checkpoint
+    eval_episodes: int = 20  # episodes of one evaluation, for each seed; 0: none, and no environment is made
+    eval_steps: int = 0  # after as many steps an episode of an evaluation is stopped; 0: the environment's own limit
+    log_interval: int = 250  # gradient steps of one compiled call; the progress line moves after each
+    out: str = ""  # the run folder; by default runs/ALGORITHM/DATASET
+    # Optimisation
+    batch_size: int = 256  # transitions of one gradient step
+    learning_rate: float = 1e-3  # of Adam (the reference: 3e-4)
+    hidden: tuple[int, ...] = (256, 256)  # units of the hidden layers
+    discount: float = 0.99  # gamma
+    tau: float = 0.05  # Polyak step of the target critic (the reference: 0.005)
+    # FQE
+    policy: str = ""  # folder of the run whose policy is evaluated; seed s has its run s mod their number
+    num_samples: int = 1  # actions of the policy that estimate E_{a' ~ pi} Q(s', a'), where they are not discrete
+    folds: int = 1  # above 1, each run's policy has as many critics, each fitted without its part of the episodes
+    act: Literal["mode", "sample"] = "mode"  # what the evaluated policy does: its most likely action, or a draw
+
+
+@functools.cache
+def frozen(folder: str, act: str):
+    """(All runs of the policy's folder, make_agent of their file, (states, fields) as NumPy arrays)."""
+    if not folder:
+        raise SystemExit(
+            "Say which run to evaluate with --policy FOLDER. This makes a small one: "
+            "python algos/iql.py --dataset stitch/icu-sepsis-v0 --num-updates 2000 --out runs/policy"
+        )
+    try:
+        config = json.loads((Path(folder) / "config.json").read_text())["config"]
+        module = importlib.import_module(f"algos.{config['algo']}")
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        raise SystemExit(f"{folder} holds no run of a file in algos/ ({error!r}): choose another folder.") from error
+    with jax.ensure_compile_time_eval():  # it may be asked for while a program is traced
+        runs = module.restore(folder, run=None)
+        if hasattr(runs.cfg, "act"):
+            runs.cfg = dataclasses.replace(runs.cfg, act=act)
+        slim = {name: x._replace(opt_state=()) for name, x in runs.states._asdict().items() if hasattr(x, "opt_state")}
+        states = runs.states._replace(key=jax.random.key_data(runs.states.key), **slim)
+        return runs, module.make_agent, jax.device_get((states, runs.fields))
+
+
+def load_data(cfg: Config):
+    """The data on the scale of the evaluated policy: its observations as its networks see them, and its actions."""
+    runs, _, _ = frozen(cfg.policy, cfg.act)
+    if cfg.num_seeds % (wanted := len(runs.runs) * cfg.folds):
+        raise SystemExit(f"{cfg.policy} holds {len(runs.runs)} runs: evaluate all of them with --num-seeds {wanted}.")
+    dataset, env = load_dataset(cfg.dataset, columns=("episode",))
+    own, theirs = runs.interface, env.interface
+    task, data = ((x.observation, x.spec[:3], own.spec.discrete and x.action) for x in (own, theirs))
+    if task != data:
+        raise SystemExit(f"{cfg.policy} has other observations or actions than {cfg.dataset}: choose data of its task.")
+    number = np.random.default_rng(0).permutation(dataset.episode[-1] + 1)  # the folds must not follow their order
+    scaled = {"obs": observed(own, dataset.obs), "next_obs": observed(own, dataset.next_obs)}
+    scaled |= {"action": rescaled(theirs, own, dataset.action), "episode": number[dataset.episode]}
+    return (dataset := dataset._replace(**scaled)), Estimates(cfg, env, runs, dataset)
+
+
+def check(cfg: Config, grid: dict[str, list[float]]):
+    """Ends with one sentence where a number cannot be what its field needs."""
+    types = {field.name: field.type for field in dataclasses.fields(cfg)}
+    for name, kind in types.items():
+        value, low = grid.get(name, getattr(cfg, name)), 0 if name in ("seed", "eval_episodes", "eval_steps") else 1
+        if kind in (int, tuple[int, ...]) and not all(low <= x < 2**31 for x in np.ravel(value)):
+            raise SystemExit(f"{name} must be from {low} to {2**31 - 1}, not {value}.")
+        if kind is float and not np.all(np.abs(value) < 1e38):  # nor is NaN
+            raise SystemExit(f"{name} must be a finite number, not {value}.")
+    if cfg.seed + cfg.num_seeds > 2**31:
+        raise SystemExit(f"seed + num_seeds must be at most {2**31}, not {cfg.seed + cfg.num_seeds}.")
+    if wrong := [name for name in grid if types.get(name) is not float or not grid[name]]:
+        raise SystemExit(f"A grid has values of float fields, and {wrong[0]} is none or has no values.")
+    counts = {"num_updates": "eval_interval", "pretrain_updates": "eval_interval", "eval_interval": "log_interval"}
+    counts |= {"log_interval": "prepare_interval" if "prepare_interval" in types else "policy_delay"}
+    for whole, part in counts.items():
+        if getattr(cfg, whole, 0) % getattr(cfg, part, 1):
+            raise SystemExit(f"{whole} must be a multiple of {part}, which is {getattr(cfg, part)}.")
+
+
+# --- State: arrays only, so that a whole run can be vmapped, compared and saved -----------------------------
+class Trainable(NamedTuple):
+    params: Any
+    opt_state: optax.OptState
+
+
+class State(NamedTuple):
+    key: jax.Array
+    critic: Trainable
+    target_critic: Any
+    policy: Any  # the evaluated policy's own state, which never changes
+
+
+class Agent(NamedTuple):
+    init: Callable  # (key) -> State
+    update: Callable  # (State, Transition) -> (State, metrics)
+    act: Callable  # (State, obs, key) -> action
+    policy: Callable | None  # (State, obs) -> distribution; act is its mode; None: the policy has no density
+    q: Callable  # (State, obs, action) -> value, as the algorithm believes it
+
+
+# --- Algorithm -----------------------------------------------------------------------------------------
+def draw(key, dataset, state, cfg: Config):
+    """A batch: rows of the dataset, uniformly and with replacement."""
+    index = jax.random.randint(key, (cfg.batch_size,), 0, len(dataset.reward))
+    return jax.tree.map(lambda x: x[index], dataset)
+
+
+def descend(tx, loss_fn, trainable, *args):
+    """One optimiser step on `loss_fn(params, *args) -> (loss, info)`."""
+    (loss, info), grads = jax.value_and_grad(loss_fn, has_aux=True)(trainable.params, *args)
+    updates, opt_state = tx.update(grads, trainable.opt_state, trainable.params)
+    params = optax.apply_updates(trainable.params, updates)
+    return Trainable(params, opt_state), {loss_fn.__name__: loss, **info}
+
+
+def evaluated(cfg: Config, spec: Spec):
+    """(state, agent, number of the folder's runs) of the policy; without a folder a fixed one, for tests."""
+    if not cfg.policy:
+
+        def fixed(state, obs):
+            zeros = jnp.zeros((*obs.shape[:-1], spec.action_dim))
+            return Categorical(zeros) if spec.discrete else Normal(zeros, zeros)
+
+        def act(state, obs, key):
+            return fixed(state, obs).sample(key) if cfg.act == "sample" else fixed(state, obs).mode()
+
+        return (), Agent(None, None, act, fixed, None), 1
+    runs, make, rows = frozen(cfg.policy, cfg.act)
+    state, fields = jax.tree.map(lambda x: jnp.asarray(x)[cfg.seed % len(runs.runs)], rows)
+    agent = make(dataclasses.replace(runs.cfg, **fields), runs.interface.spec)
+    if hasattr(agent, "act_with_memory"):
+        raise SystemExit(f"The policy of {cfg.policy} has a memory: its value is no function of the observation alone.")
+    return state, agent, len(runs.runs)
+
+
+def choices(cfg: Config, spec: Spec, agent, state, obs, key, num_samples):
+    """Actions (k, ...) that the policy may take and their weights (k, ...), whose sum over k is 1."""
+    if not spec.discrete:
+        actions = jax.vmap(lambda key: agent.act(state, obs, key))(jax.random.split(key, num_samples))
+        return actions, jnp.full((num_samples, *obs.shape[:-1]), 1 / num_samples)
+    actions = jnp.stack([jnp.full(obs.shape[:-1], a) for a in range(spec.action_dim)])
+    if cfg.act == "sample" and getattr(agent, "policy", None):
+        return actions, jnp.exp(jax.vmap(agent.policy(state, obs).log_prob)(actions))
+    return actions, (agent.act(state, obs, key)[None] == actions).astype(float)
+
+
+def make_agent(cfg: Config, spec: Spec) -> Agent:
+    critic = DiscreteCritic(spec.action_dim, 1, cfg.hidden) if spec.discrete else Critic(1, cfg.hidden)
+    adam = optax.adam(cfg.learning_rate)
+    policy_state, pi, count = evaluated(cfg, spec)
+
+    def expectation(params, state, obs, key):
+        actions, weights = choices(cfg, spec, pi, state.policy, obs, key, cfg.num_samples)
+        return (weights * jax.vmap(lambda action: critic.apply(params, obs, action)[0])(actions)).sum(axis=0)
+
+    def critic_loss(params, batch, target, used):
+        (q,) = critic.apply(params, batch.obs, batch.action)
+        chex.assert_equal_shape([q, target, used])
+        return (used * (q - target) ** 2).sum() / jnp.maximum(used.sum(), 1), {"q": q.mean()}
+
+    def init(key):
+        key, key_critic = jax.random.split(key)
+        action = jnp.zeros(1, int) if spec.discrete else jnp.zeros((1, spec.action_dim))
+        params = critic.init(key_critic, jnp.zeros((1, spec.obs_dim)), action)
+        return State(key, Trainable(params, adam.init(params)), params, policy_state)
+
+    def update(state, batch):
+        key, key_action = jax.random.split(state.key)
+        next_v = expectation(state.target_critic, state, batch.next_obs, key_action)
+        target = batch.reward + cfg.discount * (1 - batch.terminal) * next_v
+        used = 1.0 - (cfg.folds > 1) * (batch.episode % cfg.folds == cfg.seed // count % cfg.folds)
+        new_critic, critic_info = descend(adam, critic_loss, state.critic, batch, target, used)
+        target_critic = optax.incremental_update(new_critic.params, state.target_critic, cfg.tau)
+        return State(key, new_critic, target_critic, state.policy), critic_info
+
+    def policy(state, obs):
+        return pi.policy(state.policy, obs)
+
+    def act(state, obs, key):
+        return pi.act(state.policy, obs, key)
+
+    def q(state, obs, action):
+        return critic.apply(state.critic.params, obs, action)[0]
+
+    return Agent(init, update, act, policy if getattr(pi, "policy", None) else None, q)
+
+
+def observed(own: Interface, obs):
+    """Flat raw observations as the networks of an interface see them."""
+    return ((obs - np.array(own.obs_mean, np.float32)) / np.array(own.obs_scale, np.float32)).astype(np.float32)
+
+
+def rescaled(here: Interface, there: Interface, action):
+    """Actions on the scale of one interface on that of another, beyond -1 and 1 where its bounds are narrower."""
+    if here.spec.discrete:
+        return action
+    (low, high), (low_there, high_there) = here.bounds, there.bounds
+    raw = (low + high) / 2 + (high - low) / 2 * np.asarray(action)
+    half = np.where(high_there > low_there, (high_there - low_there) / 2, 1)
+    return ((raw - (low_there + high_there) / 2) / half).astype(np.float32)
+
+
+class Estimates:
+    """The environment of the data, whose columns and sentence also have the estimate, for which nothing is played."""
+
+    def __init__(self, cfg: Config, env, runs, dataset):
+        self.env, self.runs, self.interface, self.discount = env, runs, runs.interface, cfg.discount
+        self.first = dataset.obs[np.diff(dataset.episode, prepend=-1) != 0]  # (episodes, obs_dim)
+        self.largest = 1.001 * np.abs(dataset.reward).max() / max(1 - cfg.discount, 1e-9)  # of possible values
+
+        def choose(_, agent, state, obs):
+            return choices(cfg, runs.interface.spec, agent, state, obs, jax.random.key(cfg.seed), 32)
+
+        at_first = runs.fields, (runs.states,), {"obs": self.first}
+        self.actions, self.weights = jax.device_get(runs.every(choose)(*at_first))  # (runs, k, episodes, ...)
+
+    def __getattr__(self, name):
+        return getattr(self.env, name)
+
+    def measure(self, policy, q, seeds, num_episodes, **options):
+        own, theirs = self.interface, self.env.interface  # the environment has the data's scales
+
+        def play(obs, *episode):
+            action, memory = policy(observed(own, obs), *episode)
+            return rescaled(own, theirs, action), memory
+
+        def believe(obs, action):
+            return q(observed(own, obs), rescaled(theirs, own, action))
+
+        columns = self.env.measure(play, believe, seeds, num_episodes, **options)
+        run = np.asarray(seeds) % len(self.runs.runs)
+        first = np.broadcast_to(self.first, (len(run), *self.first.shape))
+        each = [np.asarray(q(first, self.actions[run, k])) for k in range(self.actions.shape[1])]
+        values = (self.weights[run] * np.stack(each, axis=1)).sum(axis=1)  # V(s_0): (rows, episodes)
+        rows = np.random.default_rng(0).integers(values.shape[1], size=(1000, values.shape[1]))  # of the bootstrap
+        low, high = np.percentile([values[:, index].mean(axis=1) for index in rows], [2.5, 97.5], axis=0)
+        return columns | {"estimate": values.mean(axis=1), "estimate_low": low, "estimate_high": high}
+
+    def summary(self, lines):
+        last = [line for line in lines if line["step"] == lines[-1]["step"]]
+        names = ("estimate", "estimate_low", "estimate_high", "true_value")
+        return self.env.summary(lines) | {name: [line[name] for line in last] for name in names}
+
+    def sentence(self, summary):
+        columns = [summary[name] for name in ("estimate", "estimate_low", "estimate_high", "true_value")]
+        rows = [f"{self.env.dataset_id}: discounted return in raw rewards, discount {self.discount:g}, no horizon\n"]
+        for seed, grid, *numbers in zip(summary["seeds"], summary["grid"], *columns, strict=True):
+            run = self.runs.runs[seed % len(self.runs.runs)]
+            estimate, low, high, true = np.array(numbers, float)  # None, JSON's NaN, is NaN again
+            rows.append(f"  seed {run['seed']} {run['grid'] | grid or ''}: {estimate:.5g} ({low:.5g} to {high:.5g})")
+            rows[-1] += f", true value {true:.5g}{'' if abs(estimate) <= self.largest else '; REJECTED'}\n"
+        return "".join(rows) + " "
+
+
+# --- Training: the same in every file, and a test keeps it so -----------------------------------------------
+def make_train(cfg: Config, agent: Agent, phase: str = "update"):
+    """`train(state, dataset)`: `cfg.log_interval` updates and the mean of each metric. Pure: jit it, vmap it."""
+    first = "pretrain_" if phase == "pretrain" else ""  # of the two phases that some methods have
+    cycle = getattr(agent, first + "cycle", [getattr(agent, phase)])  # updates in turn; the last has every metric
+    prepare = getattr(agent, first + "prepare", lambda *unchanged: unchanged)
+    draw_batch = getattr(agent, first + "draw", draw)
+    interval = getattr(cfg, "prepare_interval", cfg.log_interval)
+
+    def train(state, dataset):
+        names = []  # of the metrics, once `step` is traced
+
+        def step(state, rows):
+            infos = []
+            for update in cycle:
+                key, key_batch = jax.random.split(state.key)
+                batch = draw_batch(key_batch, rows, state, cfg)
+                state, info = update(state._replace(key=key), batch)
+                infos.append(info)
+            names[:] = info
+            values = ([info[name] for info in infos if name in info] for name in names)
+            return state, jnp.stack([sum(x) / len(x) for x in values])  # in one array: one kernel
+
+        def steps(state, _):
+            state, rows = prepare(state, dataset)
+            return jax.lax.scan(lambda state, _: step(state, rows), state, length=interval // len(cycle))
+
+        state, metrics = jax.lax.scan(steps, state, length=cfg.log_interval // interval)
+        return state, dict(zip(names, metrics.mean(axis=(0, 1)), strict=True))
+
+    return train
+
+
+def act_at(cfg: Config, agent: Agent, state, obs, memory, reward, t):
+    """(actions, memory) at step `t` of episodes; at their start there is no memory, and the last reward is 0."""
+    act = getattr(agent, "act_with_memory", lambda *at: (agent.act(*at[:3]), None))
+    key = jax.random.fold_in(jax.random.key(~cfg.seed), t)  # of no use elsewhere: init splits the seed's own key
+    return act(state, obs, key, memory, reward)
+
+
+class Runs:
+    """The runs of a folder: each seed at each point of a grid has a row in every array of `fields` and `states`."""
+
+    def __init__(self, cfg: Config, interface: Interface, grid: dict[str, list[float]]):
+        self.cfg, self.interface = cfg, interface
+        rows = list(itertools.product(*grid.values(), range(cfg.seed, cfg.seed + cfg.num_seeds)))
+        self.runs = [{"seed": row[-1], "grid": dict(zip(grid, row, strict=False))} for row in rows]
+        self.fields = {name: np.array([run["grid"][name] for run in self.runs], np.float32) for name in grid}
+        self.fields["seed"] = np.array([run["seed"] for run in self.runs], np.int32)
+        self.mesh = Mesh(jax.local_devices()[: math.gcd(len(self.runs), jax.local_device_count())], "run")
+        self.step = -getattr(cfg, "pretrain_updates", 0)  # updates so far; a first phase ends at 0
+        self.seconds = {"train_seconds": 0.0, "eval_seconds": 0.0}
+        self.metrics, self.lines, self.episode = {}, [], None  # of the last interval; of metrics.jsonl; of `__call__`
+        make_agent(cfg, interface.spec)  # refuses what it cannot be, before any compilation
+        init, act = self.every(lambda cfg, agent: agent.init(jax.random.key(cfg.seed))), self.every(act_at)
+        self.init = lambda: init(self.fields, (), {})
+        self.act = lambda obs, t, *episode: act(self.fields, (self.states, obs, *episode), {"t": t})
+        q = self.every(lambda cfg, agent, *at: agent.q(*at))
+        self.q = (lambda *at: q(self.fields, (self.states, *at), {})) if "q" in Agent._fields else None
+
+    def __call__(self, observation, reward=None):  # see Interface.act
+        action, self.episode = self.interface.act(self.act, observation, reward, self.episode)
+        return action
+
+    def every(self, function, donate=()):
+        """`function(cfg, agent, *row, **shared)` of every run, with its row of each array: (fields, rows, shared)."""
+
+        def of_run(fields, row, shared):
+            cfg = dataclasses.replace(self.cfg, **fields)
+            return function(cfg, make_agent(cfg, self.interface.spec), *row, **shared)
+
+        def of_device(fields, rows, shared):
+            if self.mesh.devices[0].platform == "cpu":  # its caches hold the networks of one run: they take turns
+                return jax.lax.map(lambda row: of_run(*row, shared), (fields, rows))
+            return jax.vmap(of_run, in_axes=(0, 0, None))(fields, rows, shared)
+
+        specs = {"in_specs": (P("run"), P("run"), P()), "out_specs": P("run"), "check_vma": False}
+        return jax.jit(jax.shard_map(of_device, mesh=self.mesh, **specs), donate_argnums=donate)
+
+    def lower(self, phase: str, shared):
+        train = self.every(lambda cfg, agent, *row, **shared: make_train(cfg, agent, phase)(*row, **shared), donate=1)
+        return train.lower(self.fields, (self.states,), shared)
+
+    def advance(self, train, shared, bar):
+        infos, started = [], time.perf_counter()
+        for _ in range(self.cfg.eval_interval // self.cfg.log_interval):
+            self.states, info = train(self.fields, (self.states,), shared)
+            infos.append(jax.device_get(info))
+            losses = {name: f"{x.mean():.3g}" for name, x in infos[-1].items() if name.endswith("loss")}
+            bar.set_postfix(losses, refresh=False)
+            bar.update(self.cfg.log_interval)
+        self.step += self.cfg.eval_interval
+        self.seconds["train_seconds"] += time.perf_counter() - started
+        self.metrics = {name: np.mean([info[name] for info in infos], axis=0) for name in info}
+
+    def save(self, folder: Path):
+        states = jax.device_get(self.states._replace(key=jax.random.key_data(self.states.key)))
+        saved = {name: getattr(self, name) for name in ("step", "seconds", "metrics", "lines")}
+        saved["states"] = flax.serialization.to_state_dict(states)
+        write(folder / "checkpoint.msgpack", flax.serialization.msgpack_serialize(saved, in_place=True))  # keeps order
+
+    def evaluate(self, env, folder: Path, bar):
+        columns, started = {}, time.perf_counter()
+        if self.step > 0:  # a first phase is not played
+            discount = self.fields.get("discount", getattr(self.cfg, "discount", 1.0))
+            limits = {"num_episodes": self.cfg.eval_episodes, "max_steps": self.cfg.eval_steps}
+            columns = env.measure(self.act, self.q, self.fields["seed"], discount=discount, **limits)
+            bar.set_description(f"score {columns['score'].mean():.1f}")
+        arrays = self.metrics, jax.device_get([x.params for x in self.states if isinstance(x, Trainable)])
+        finite = [np.isfinite(x).reshape(len(self.runs), -1).all(axis=1) for x in jax.tree.leaves(arrays)]
+        columns |= {**self.metrics, "diverged": ~np.all(finite, axis=0)}
+        for i, run in enumerate(self.runs):
+            self.lines.append({"step": self.step, **run, **{name: column[i] for name, column in columns.items()}})
+        write(folder / "metrics.jsonl", *self.lines)
+        self.seconds["eval_seconds"] += time.perf_counter() - started
+
+
+def restore(folder: str | Path, run: int | None = 0) -> Runs:
+    """A trained policy: `policy = restore("runs/iql/...")`; `env.step(policy(observation))`. None: all of its runs."""
+    try:
+        kept = json.loads((Path(folder) / "config.json").read_text())
+        saved = flax.serialization.msgpack_restore((Path(folder) / "checkpoint.msgpack").read_bytes())
+        fields = {name: tuple(x) if isinstance(x, list) else x for name, x in kept["config"].items()}
+        assert fields["algo"] == Path(__file__).stem, f"a run of {fields['algo']}"
+        cfg = Config(**{field.name: fields[field.name] for field in dataclasses.fields(Config)})
+        runs = Runs(cfg, Interface(*kept["interface"]), fields["grid"])
+        states = flax.serialization.from_state_dict(like := jax.eval_shape(runs.init), saved["states"])
+        states = states._replace(key=jax.random.wrap_key_data(states.key))
+        chex.assert_trees_all_equal_shapes_and_dtypes(states, like)
+        if run is not None:
+            one, states = dict(enumerate(runs.runs))[run], jax.tree.map(lambda x: x[run, None], states)
+            runs = Runs(dataclasses.replace(cfg, seed=one["seed"], num_seeds=1, **one["grid"]), runs.interface, {})
+        runs.states, runs.step, runs.seconds = jax.device_put(states), saved["step"], saved["seconds"]
+        runs.metrics, runs.lines = saved["metrics"], saved["lines"]
+        return runs
+    except Exception as error:  # absent, torn, foreign or of another version, each in its own way
+        raise SystemExit(f"{folder} holds no run that {Path(__file__).name} can go on with ({error!r}).") from error
+
+
+def read(path: Path):  # a JSON object, empty where the file is absent, torn or something else
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        return dict(orjson.loads(path.read_bytes()))
+    return {}
+
+
+def write(path: Path, *parts):
+    """Bytes, or what becomes JSON (NaN becomes null). A reader, or a kill, finds the old file or the new one whole."""
+    style = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE | orjson.OPT_INDENT_2 * (path.suffix == ".json")
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(b"".join(x if isinstance(x, bytes) else orjson.dumps(x, option=style) for x in parts))
+    os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def hold(folder: Path, about: dict):
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(folder / "lock", timeout=0):
+            if not {path.suffix for path in folder.iterdir()} & {".json", ".jsonl", ".msgpack"}:  # no run yet
+                write(folder / "config.json", about)
+            if read(folder / "config.json").get("config") != orjson.loads(orjson.dumps(about["config"])):
+                raise SystemExit(f"{folder} holds something else than this very run: choose another --out.")
+            yield
+    except KeyboardInterrupt:
+        raise SystemExit(f"Stopped: the same command goes on from the last checkpoint in {folder}.") from None
+    except OSError as error:
+        raise SystemExit(f"{folder} is in use, or cannot be written ({error}): choose another --out.") from error
+
+
+def main(cfg: Config, grid: dict[str, list[float]] | None = None):
+    """Trains every seed at every point of `grid`, whose float fields `load_data` does not read; goes on if stopped."""
+    algo, grid, pretrain = Path(__file__).stem, grid or {}, getattr(cfg, "pretrain_updates", 0)
+    check(cfg, grid)
+    out = Path(cfg.out or f"runs/{algo}/{cfg.dataset}")
+    with contextlib.suppress(RuntimeError):  # JAX runs already, in a notebook or a test; or there is no home
+        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "stitch"))
+        rows = cfg.num_seeds * math.prod(map(len, grid.values()))
+        jax.config.update("jax_num_cpu_devices", math.gcd(rows, os.cpu_count()))
+    dataset, env = load_data(cfg)
+    env.probe(cfg.eval_episodes > 0)  # says before training what will not be scored
+    started, runs = time.perf_counter(), Runs(cfg, env.interface, grid)
+    source = {**provenance(), "device": f"{runs.mesh.size} x {runs.mesh.devices[0].device_kind}"}
+    config = {"algo": algo, **dataclasses.asdict(cfg), "out": "", "grid": grid, "data": env.fingerprint}
+    with hold(out, {"config": config, "interface": list(env.interface), **source}):
+        if (summary := read(out / "summary.json")).get("algo") == algo:
+            print(f"{out} holds this very run, finished: to train again, choose another --out or remove it.")
+            return summary
+        runs.states = runs.init()
+        if (out / "checkpoint.msgpack").exists():
+            runs = restore(out, run=None)
+        shared = {"dataset": jax.device_put(dataset, NamedSharding(runs.mesh, P()))}
+        trains = {phase: runs.lower(phase, shared).compile() for phase in ("pretrain", "update")[runs.step >= 0 :]}
+        compile_seconds = time.perf_counter() - started
+        with tqdm(total=pretrain + cfg.num_updates, initial=pretrain + runs.step, unit="update") as bar:
+            if runs.metrics:  # a checkpoint comes before its evaluation
+                runs.evaluate(env, out, bar)
+            while runs.step < cfg.num_updates:
+                runs.advance(trains["pretrain" if runs.step < 0 else "update"], shared, bar)
+                runs.save(out)
+                runs.evaluate(env, out, bar)
+        speed = (pretrain + runs.step) * len(runs.runs) / runs.seconds["train_seconds"]  # of all runs together
+        summary = {"algo": algo, "dataset": cfg.dataset, "num_updates": runs.step, "updates_per_second": speed}
+        summary |= {"compile_seconds": compile_seconds, **runs.seconds, **env.summary(runs.lines), **source}
+        write(out / "summary.json", summary)
+    print(f"{algo} on {env.sentence(summary)}, {speed:.0f} updates/s\nTo draw it: python benchmarks/plot.py {out}")
+    return read(out / "summary.json")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__.partition("\n\n")[0]))
