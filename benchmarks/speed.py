@@ -44,7 +44,9 @@ from typing import Literal
 import tyro
 
 HERE = Path(__file__).resolve().parent
-ALGOS = tuple(sorted(p.stem for p in (HERE.parent / "algos").glob("*.py") if p.stem != "__init__"))
+# Files that train by themselves; fqe.py needs a policy to evaluate, and the estimators train nothing
+TEXTS = {path.stem: path.read_text() for path in (HERE.parent / "algos").glob("*.py")}
+ALGOS = tuple(sorted(name for name, text in TEXTS.items() if "# --- Training" in text and name != "fqe"))
 SHAPE = {"obs_dim": 17, "action_dim": 6, "hidden": [256, 256], "batch_size": 256, "rows": 100_000}
 
 

@@ -8,6 +8,9 @@ jax.config.update("jax_numpy_rank_promotion", "raise")  # (n,) against (n, 1) is
 jax.config.update("jax_disable_most_optimizations", True)  # tiny networks: nearly all time is compilation
 
 
+EVALUATORS = {"fqe", "importance_sampling", "doubly_robust"}  # files that take a policy and learn none
+
+
 def project_algos():
     """Names of the files in algos/ that git knows, and of all where there is no git. A file that somebody only tries
     out must satisfy the contract tests, but neither README nor protocols nor tables need have it."""
