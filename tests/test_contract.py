@@ -373,7 +373,7 @@ def test_what_it_believes_is_the_smaller_of_its_critics(case):
     critics = getattr(case.state, "critic", None)
     leaves = jax.tree_util.tree_leaves_with_path(params(critics))
     biases = [x for path, x in leaves if jax.tree_util.keystr(path).endswith("['bias']")]
-    if not hasattr(case.agent, "q") or biases[-1].ndim == 1:
+    if not hasattr(case.agent, "q") or biases[-1].ndim == 1 or len(biases[-1]) == 1:
         pytest.skip("learns no Q-function, or a single one")
     count, last = biases[-1].shape[0], jax.tree_util.keystr(leaves[-1][0]).split("['linear']")[0]
 
@@ -485,6 +485,8 @@ def test_the_dataset_is_an_argument_of_the_compiled_program(case):
 @pytest.mark.parametrize("name", ALGOS)
 def test_every_option_of_the_data_reaches_them(name, monkeypatch):
     """Each field of Config that names an option of load_dataset is handed on, and the discount of whole returns is."""
+    if name == "fqe":
+        pytest.skip("its data are of its policy's folder, in tests/test_fqe.py")
     algo, calls = load(name), []
 
     def record(dataset_id, **options):
