@@ -1,6 +1,6 @@
 """Conservative Offline Model-Based Policy Optimization (COMBO): MBPO with critics that trust the data, not the model.
 
-The critics' loss pushes down the values of the policy's actions in imagined states, and pushes up those of the data. So
+The critics' loss pushes down the values of actions in data and imagined states, and pushes up those of the data. So
 the model need not know where it is wrong: no estimate of its uncertainty is used.
 
 Paper      Yu, Kumar, Rafailov, Rajeswaran, Levine & Finn (2021), https://arxiv.org/abs/2102.08363
@@ -13,10 +13,11 @@ From equation to code
     L_Q  = E[ (Q_j(s, a) - y)^2 ] + weight gap_j, summed over the critics j     critic_loss
     y    = r + discount min_j Qbar_j(s', a'), L_pi and L_alpha of SAC           update
 
-Order of one update   That of mbpo.py: with weight 0 and backup_entropy it is the same to the last bit.
+Order of one update   That of mbpo.py: with weight 0, backup_entropy, one learning rate and its real_ratio it is the
+                      same to the last bit. OfflineRL-Kit: pi and alpha before Q.
 Hyper-parameters      weight, horizon and real_ratio: OfflineRL-Kit's; the others: those of cql.py and mbpo.py.
 Deviations            1. The paper's penalty is the mean of Q over actions of pi; the log-sum-exp, as in CQL, is what
-                         codes have. There is no 1/2 before the squared error: weight is twice the paper's beta.
+                         most codes have. No 1/2 before the squared error: weight is twice the paper's beta.
                       2. Those of mbpo.py and, of the proposals and their densities, cql.py.
 Run                   python algos/combo.py --dataset stitch/pointmaze-umaze-v0
 """
@@ -73,7 +74,7 @@ class Config:
     # SAC
     target_entropy: float = -1.0  # H in L_alpha, for each dimension of the action
     # COMBO
-    weight: float = 1.0  # of the gap in the critics' loss (the reference: 0.5 or 5); 0 (with backup_entropy) is MBPO
+    weight: float = 1.0  # of the gap in the critics' loss (the reference: 0.5 or 5)
     num_samples: int = 4  # actions of each of the three proposals (the reference: 10, slow on a CPU)
     states: Literal["mix", "model"] = "mix"  # where values are pushed down: in the whole batch, or its imagined rows
     backup_entropy: bool = False  # y with the entropy of the next action, as in SAC

@@ -18,7 +18,8 @@ Order of one update   First phase: the members, each on its bootstrap of the dat
 Hyper-parameters      The reference's (bnn.py, constructor.py); learning_rate and tau are sac.py's, roll-outs smaller.
 Deviations            1. Each member has bounds of log sigma^2 and a patience of its own; one decay for all layers.
                       2. Where the task's rule of termination is not known, an output of the model learns it.
-                      3. Those of sac.py. A member's batch is drawn from its bootstrap with replacement.
+                      3. The fit has a fixed number of steps. A batch is drawn from the bootstrap with replacement.
+                      4. Those of sac.py.
 Run                   python algos/mbpo.py --dataset stitch/pointmaze-umaze-v0
 """
 

@@ -17,8 +17,8 @@ Order of one update   That of mbpo.py: with lambda 0 it is the same to the last 
 Hyper-parameters      lambda and the horizon are the reference's for each dataset; the others are mbpo.py's.
 Deviations            1. Each member has bounds of log sigma^2 and a patience of its own; one decay for all layers.
                       2. Where the task's rule of termination is not known, an output of the model learns it.
-                      3. Those of sac.py. A member's batch is drawn from its bootstrap with replacement.
-                      4. As the reference: no penalty for a termination beyond the one of its row.
+                      3. The fit has a fixed number of steps. A batch is drawn from the bootstrap with replacement.
+                      4. Those of sac.py.
 Run                   python algos/mopo.py --dataset stitch/pointmaze-umaze-v0
 """
 

@@ -222,6 +222,8 @@ def pretrain_draw(key, rows, state, cfg: Config):
 def make_agent(cfg: Config, spec: Spec) -> Agent:
     if spec.discrete:
         raise SystemExit("MOReL needs continuous actions and this dataset's are discrete: use IQL or BC.")
+    if isinstance(cfg.discount, float) and cfg.discount >= 1:  # not of a grid
+        raise SystemExit(f"MOReL needs a discount below 1, since HALT costs kappa for ever, and not {cfg.discount}.")
     if cfg.horizon * cfg.rollout_batch_size > cfg.buffer_size:
         raise SystemExit(f"horizon times rollout_batch_size must be at most buffer_size, which is {cfg.buffer_size}.")
     actor = TanhGaussianActor(spec.action_dim, cfg.hidden)
@@ -351,19 +353,22 @@ def make_agent(cfg: Config, spec: Spec) -> Agent:
         return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), jax.lax.scan(step, carry, keys)[1])
 
     def measure(state, dataset):
-        """The largest disagreement over the data, in blocks of its rows."""
+        """The largest disagreement over the data, in blocks of its rows: once, since later no block is left."""
+        size = min(cfg.rollout_batch_size, len(dataset.obs))
+        blocks = -(-len(dataset.obs) // size)
 
-        def of_row(row):
-            mean = dynamics.apply(state.snapshot, row[0][None], row[1][None], *state.scale).mean
-            return disagreement(mean)[0]
+        def block(i, largest):  # a slice that would reach over the end begins earlier
+            obs, action = (jax.lax.dynamic_slice_in_dim(x, i * size, size) for x in (dataset.obs, dataset.action))
+            mean = dynamics.apply(state.snapshot, obs, action, *state.scale).mean
+            return jnp.fmax(largest, disagreement(mean).max())  # the number, where one of the two is NaN
 
-        rows = dataset.obs, dataset.action
-        return jax.lax.map(of_row, rows, batch_size=cfg.rollout_batch_size).max()
+        # A cond would measure before every roll-out: under vmap it becomes a select
+        first = jnp.where(jnp.isnan(state.largest), 0, blocks)
+        return jax.lax.fori_loop(first, blocks, block, state.largest)
 
     def prepare(state, dataset):
         state = keep_best(state, dataset)
-        largest = jax.lax.cond(jnp.isnan(state.largest), measure, lambda state, _: state.largest, state, dataset)
-        state = state._replace(largest=largest)
+        state = state._replace(largest=measure(state, dataset))
         rows, valid, unknown = roll_out(state, dataset)
         buffer = store(state.buffer, rows, valid)
         report = errors(state) | describe(buffer) | {"data_reward": dataset.reward.mean()}

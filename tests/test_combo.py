@@ -78,12 +78,14 @@ def test_values_of_a_bandit_end_where_the_paper_has_them(num_td, beta, values):
     np.testing.assert_allclose(q, values, atol=1e-4)
 
 
-def test_the_gap_reaches_the_critics_in_an_update():
-    # Linear critics of Q = 0, and rewards of 0: the TD error is 0, and so all of the gradient is the gap's. At s = 1 in
-    # every row the bias has none: both sides have it. Pi is at 0.5 exactly, and the data's action is -1
-    cfg = dataclasses.replace(LINEAR, batch_size=8, weight=2.0, num_samples=200)
+@pytest.mark.parametrize("states, pushed_down", [("mix", 2.5), ("model", 3.0)])
+def test_the_gap_reaches_the_critics_in_an_update(states, pushed_down):
+    # Linear critics of Q = 0, and rewards of 0: the TD error is 0, and so all of the gradient is the gap's. The bias
+    # has none: both sides have it. Pi is at 0.5 exactly. Two real rows are at s = 1 with the action -1, six imagined
+    # ones at s = 3 with the action 1
+    cfg = dataclasses.replace(LINEAR, batch_size=8, weight=2.0, num_samples=200, real_ratio=0.25, states=states)
     state = as_ours(test_mbpo.linear_state(test_mbpo.LINEAR, action=0.5))
-    batch = rows(np.ones(8), action=-1.0, next_obs=1.0)
+    batch = rows([1.0] * 2 + [3.0] * 6, action=[-1.0] * 2 + [1.0] * 6, next_obs=1.0)
     after, info = jax.jit(combo.make_agent(cfg, KNOWN).update)(state, batch)
     assert info["td_loss"] == 0
     np.testing.assert_allclose(info["critic_loss"], 2 * 2.0 * info["gap"], rtol=1e-6)
@@ -91,6 +93,7 @@ def test_the_gap_reaches_the_critics_in_an_update():
     np.testing.assert_allclose(slope["bias"], 0, atol=1e-5)
     # Importance weights of a policy of no width vanish, and the uniform proposals have a mean action of 0: 2 (0 - (-1))
     np.testing.assert_allclose(slope["kernel"][:, 1, 0], [2.0, 2.0], atol=0.2)
+    np.testing.assert_allclose(slope["kernel"][:, 0, 0], 2 * (pushed_down - 1), rtol=1e-4)  # less the data's s
     np.testing.assert_allclose(info["gap"], np.log(400), atol=0.05)  # 200 uniform ones of density 1/2
 
 

@@ -48,18 +48,30 @@ def test_disagreement_is_between_members_in_the_same_row():
 
 
 def test_the_threshold_is_of_the_largest_disagreement_over_the_data():
-    # Data at -4, 1 and 3 (11 rows, more than a block): disagreement 2, 0.5 and 1.5. With pessimism 2 a row is unknown
-    # above 1, that is beyond |s| = 2. There: reward -5 / (1 - 0.9) = -50, and terminal
-    cfg = dataclasses.replace(LINEAR, pessimism=2.0, kappa=5.0, discount=0.9, rollout_batch_size=8, buffer_size=32)
-    state = prepare(cfg, split_state(cfg), rows([-4.0, 1.0, 1.0, 3.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]))
+    # Data at -4, 1, 1.5 and 3 (11 rows, more than a block): disagreement 2, 0.5, 0.75 and 1.5. With pessimism 2 a row
+    # is unknown above 1, that is beyond |s| = 2. There: reward -5 / (1 - 0.9) = -50, and terminal. Only the first
+    # member imagines, s + 1, and the other one, no elite, disagrees all the same
+    cfg = dataclasses.replace(LINEAR, pessimism=2.0, kappa=5.0, discount=0.9, num_elites=1, buffer_size=32)
+    state = prepare(cfg, split_state(cfg), rows([-4.0, 1.0, 1.5, 3.0, 1.0, 1.5, 1.0, 1.5, 1.0, 1.5, 1.0]))
     np.testing.assert_allclose(state.largest, 2.0)
     imagined = jax.tree.map(lambda x: np.asarray(x[: int(state.buffer.size)]), state.buffer.rows)
     unknown = np.abs(imagined.obs[:, 0]) > 2
     np.testing.assert_allclose(imagined.reward, np.where(unknown, -50.0, 1.0), rtol=1e-5)
     np.testing.assert_array_equal(imagined.terminal, unknown)
-    assert unknown[:8].any() and not unknown[:8].all()  # in the first step, of the data's states, and in the second
+    assert unknown[:8].any() and unknown[8:].any() and not unknown.all()  # in the data's states, and a step later
     assert len(unknown) == 8 + (~unknown[:8]).sum()  # nothing follows HALT
     np.testing.assert_allclose(state.report["unknown"], unknown.mean(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("largest_at", [0, 10])
+def test_every_row_of_the_data_counts_for_the_threshold(largest_at):
+    # 11 rows in blocks of 8, of which the last one begins at the fourth row. Vmapped, each seed has its own
+    states = jax.tree.map(lambda x: jnp.stack([x, x]), split_state(LINEAR)._replace(key=None))
+    states = states._replace(key=jax.random.split(KEY), largest=jnp.array([jnp.nan, 70.0]))
+    data = rows(np.where(np.arange(11) == largest_at, -4.0, 1.0))
+    agent = morel.make_agent(LINEAR, KNOWN)
+    state, _ = jax.jit(jax.vmap(agent.prepare, in_axes=(0, None)))(states, data)
+    np.testing.assert_allclose(state.largest, [2.0, 70.0])
 
 
 def test_the_threshold_is_taken_once():
@@ -107,3 +119,8 @@ def test_without_pessimism_it_is_mbpo_bit_for_bit():
 def test_discrete_actions_are_refused_in_one_sentence():
     with pytest.raises(SystemExit, match="continuous actions"):
         morel.make_agent(LINEAR, Spec(3, 4, discrete=True))
+
+
+def test_halt_needs_a_discount_below_1():
+    with pytest.raises(SystemExit, match="discount below 1"):
+        morel.make_agent(dataclasses.replace(LINEAR, discount=1.0), KNOWN)
