@@ -91,8 +91,9 @@ def check(cfg: Config, grid: dict[str, list[float]]):
             raise SystemExit(f"{name} must be a finite number, not {value}.")
     if cfg.seed + cfg.num_seeds > 2**31:
         raise SystemExit(f"seed + num_seeds must be at most {2**31}, not {cfg.seed + cfg.num_seeds}.")
-    if wrong := [name for name in grid if types.get(name) is not float or not grid[name]]:
-        raise SystemExit(f"A grid has values of float fields, and {wrong[0]} is none or has no values.")
+    read = load_data.__code__.co_names  # names in its text: the data are loaded once, for all points of a grid
+    if wrong := [name for name in grid if types.get(name) is not float or name in read or not grid[name]]:
+        raise SystemExit(f"A grid has values of float fields that load_data does not read: not so {wrong[0]}.")
     counts = {"num_updates": "eval_interval", "pretrain_updates": "eval_interval", "eval_interval": "log_interval"}
     counts |= {"log_interval": "prepare_interval" if "prepare_interval" in types else "policy_delay"}
     for whole, part in counts.items():
@@ -328,10 +329,10 @@ def restore(folder: str | Path, run: int | None = 0) -> Runs:
         states = states._replace(key=jax.random.wrap_key_data(states.key))
         chex.assert_trees_all_equal_shapes_and_dtypes(states, like)
         if run is not None:
-            one, states = dict(enumerate(runs.runs))[run], jax.tree.map(lambda x: x[run, None], states)
+            one, states = runs.runs[run], jax.tree.map(lambda x: x[run, None], states)
             runs = Runs(dataclasses.replace(cfg, seed=one["seed"], num_seeds=1, **one["grid"]), runs.interface, {})
-        runs.states, runs.step, runs.seconds = jax.device_put(states), saved["step"], saved["seconds"]
-        runs.metrics, runs.lines = saved["metrics"], saved["lines"]
+        vars(runs).update({name: saved[name] for name in ("step", "seconds", "metrics", "lines")})
+        runs.states = jax.device_put(states)
         return runs
     except Exception as error:  # absent, torn, foreign or of another version, each in its own way
         raise SystemExit(f"{folder} holds no run that {Path(__file__).name} can go on with ({error!r}).") from error
@@ -373,9 +374,9 @@ def main(cfg: Config, grid: dict[str, list[float]] | None = None):
     check(cfg, grid)
     out = Path(cfg.out or f"runs/{algo}/{cfg.dataset}")
     with contextlib.suppress(RuntimeError):  # JAX runs already, in a notebook or a test; or there is no home
-        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "stitch"))
         rows = cfg.num_seeds * math.prod(map(len, grid.values()))
         jax.config.update("jax_num_cpu_devices", math.gcd(rows, os.cpu_count()))
+        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "stitch"))
     dataset, env = load_data(cfg)
     env.probe(cfg.eval_episodes > 0)  # says before training what will not be scored
     started, runs = time.perf_counter(), Runs(cfg, env.interface, grid)

@@ -272,6 +272,9 @@ def plot_maze(runs, configs, data_episodes, path):
     if len({config["dataset"] for config in configs}) > 1:
         print("No maze is drawn, because the runs are of several datasets.")
         return
+    if not all(config["eval_episodes"] for config in configs):  # then nothing that the dataset's metadata name is run
+        print("No maze is drawn, because eval_episodes is 0: such a run promises that no environment is made.")
+        return
     dataset_id = configs[0]["dataset"]
     try:
         env = make_env(dataset_id)

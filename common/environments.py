@@ -286,9 +286,10 @@ class Environment:
         return result | {name: [line[column] for line in lines] for name, column in lists.items()}
 
     def sentence(self, summary: dict) -> str:
-        score, runs = f"{summary['score_mean']:.1f} +- {summary['score_std']:.1f}", len(summary["seeds"])
+        score, runs = f"score {summary['score_mean']:.1f} +- {summary['score_std']:.1f}", len(summary["seeds"])
+        score = "no score" if np.isnan(summary["score_mean"]) else score
         lost = f", {np.sum(summary['diverged'])} of which diverged" if np.any(summary["diverged"]) else ""
-        return f"{self.dataset_id}: score {score} over {runs} runs{lost} ({self.score_kind})"
+        return f"{self.dataset_id}: {score} over {runs} runs{lost} ({self.score_kind})"
 
     def score(self, returns):
         """The returns on the scale that `score_kind` names: 0 is a reference's minimum and 100 its maximum."""
