@@ -40,7 +40,7 @@ PROPOSES = dict.fromkeys(("cql", "combo"), {"weight": 0.0})  # pi(.|s') proposes
 ALL_REAL = {"combo": {"real_ratio": 1.0}}  # pushes values up in a part of the rows alone, and this makes it all of them
 NEEDS = {"cql": {"lagrange": True}}  # options without which a float of theirs does nothing
 ACTS_ON_SAMPLES = {"bcq", "bear", "emaq", "qt_opt"}  # act takes the best of actions that it draws
-BELIEVES = {"bear": 0.75}  # weight of the smaller critic in `q`, where it is not the smaller one alone
+MIXES = {"bcq", "bear", "emaq"}  # q is min_weight of the smaller critic, and the rest of the larger one
 ACTS_BY_TARGETS = {"qt_opt"}  # the averaged critic is the one that its paper acts by
 RELABELS = {"awr"}  # its returns are made anew while it trains
 GAUSSIAN = {"epsilon_std"}  # floats of a Gaussian policy: a categorical one has no use for them
@@ -371,29 +371,28 @@ def test_what_it_believes_is_a_number_for_each_state_and_depends_on_the_action(c
 def test_what_it_believes_is_the_smaller_of_its_critics(case):
     """One critic's last bias raised far above the other changes nothing, lowered it carries the value down with it."""
     critics = getattr(case.state, "critic", None)
-    leaves = jax.tree_util.tree_leaves_with_path(params(critics))
-    biases = [x for path, x in leaves if jax.tree_util.keystr(path).endswith("['bias']")]
-    if not hasattr(case.agent, "q") or biases[-1].ndim == 1 or len(biases[-1]) == 1:
+    leaves = [(jax.tree_util.keystr(path), x) for path, x in jax.tree_util.tree_leaves_with_path(params(critics))]
+    last, bias = [(path, x) for path, x in leaves if path.endswith("['linear']['bias']")][-1] if leaves else ("", None)
+    if not hasattr(case.agent, "q") or bias.ndim == 1 or len(bias) == 1:
         pytest.skip("learns no Q-function, or a single one")
-    count, last = biases[-1].shape[0], jax.tree_util.keystr(leaves[-1][0]).split("['linear']")[0]
 
     def shifted(by):
         """The state whose critics but the first say `by` more than they did."""
 
         def move(path, x):
-            final = jax.tree_util.keystr(path) == last + "['linear']['bias']"
-            return x.at[1:].add(by) if final else x
+            return x.at[1:].add(by) if jax.tree_util.keystr(path) == last else x
 
         tree = jax.tree_util.tree_map_with_path(move, params(critics))
         return case.state._replace(critic=critics._replace(params=tree))
 
     at = case.data.obs, case.data.action
     low, high, far = (case.agent.q(shifted(by), *at) for by in (-1e3, 1e3, 2e3))
-    smaller = BELIEVES.get(case.algo.__name__.removeprefix("algos."), 1.0)
-    assert count >= 2 and np.all(low < -500 * smaller)
-    if case.algo.__name__.endswith("qt_opt"):  # a sigmoid: its values have a bound
+    smaller = case.cfg.min_weight if case.algo.__name__.removeprefix("algos.") in MIXES else 1.0
+    if case.algo.__name__.endswith("qt_opt"):  # a sigmoid: its values have bounds
+        assert np.all(low < 0.01 * high)
         np.testing.assert_allclose(high, far, rtol=1e-5)
     else:
+        assert np.all(low < -500 * smaller)
         np.testing.assert_allclose((far - high) / 1e3, 1 - smaller, atol=1e-3)
 
 
@@ -404,11 +403,11 @@ def test_the_policy_is_what_acts(case):
         pytest.skip("the policy has no density")
     obs, key = case.data.obs, jax.random.key(0)
     pi = case.agent.policy(case.state, obs)
-    np.testing.assert_array_equal(case.agent.act(case.state, obs, key), pi.mode())
+    np.testing.assert_allclose(case.agent.act(case.state, obs, key), pi.mode(), rtol=1e-5, atol=1e-6)
     sampling = case.algo.make_agent(dataclasses.replace(case.cfg, act="sample"), case.spec)
     a, b, c = (jax.jit(sampling.act)(case.state, obs, jax.random.key(k)) for k in (0, 0, 1))
     np.testing.assert_array_equal(a, b)
-    assert differ(a, c) and differ(a, pi.mode())
+    assert differ(a, c) and np.abs(a - pi.mode()).max() > 0.1
     assert pi.log_prob(case.data.action).shape == (N,)
 
 
