@@ -414,30 +414,6 @@ def test_observations_that_never_change_stay_finite_and_comparable():
     np.testing.assert_array_equal(data.obs, np.zeros((3, 2)))
 
 
-# --- Evaluation ----------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def echo(root):
-    write_echo(env_id="stitch-test/EchoWithoutLimit-v0", longest=9)
-    return load_dataset(NAME)[1]
-
-
-def count_steps(env, seeds, num_episodes):
-    """Shapes that the policy is called with."""
-    shapes = []
-    env.evaluate(lambda obs, step: shapes.append((obs.shape, obs.dtype, step)) or zeros(obs, step), seeds, num_episodes)
-    return shapes
-
-
-def test_an_ended_episode_keeps_its_last_observation(echo):
-    seen = []
-    echo.evaluate(lambda obs, step: seen.append(obs.copy()) or zeros(obs, step), [0], 20)
-    clock = np.stack(seen)[:, 0, :, 1]  # (step, episode): Echo's own count of steps
-    assert (clock == np.minimum(np.arange(len(seen))[:, None], clock[-1])).all()
-    assert clock[-1].min() < len(seen) - 1
-
-
 def cannot_be_made():
     raise RuntimeError("no display")
 

@@ -14,5 +14,5 @@ def test_stitching(umaze, optimised, algo, lowest, highest):
     agent = algo.make_agent(cfg, env.spec)
     state, _ = jax.jit(algo.make_train(cfg, agent))(jax.jit(agent.init)(jax.random.key(0)), dataset)
     act = jax.jit(agent.act)
-    play = env.evaluate(lambda obs, t: act(state, obs[0], jax.random.key(0))[None], seeds=[0], num_episodes=20)
+    play = env.evaluate(lambda obs, *_: (act(state, obs[0], jax.random.key(0))[None], None), [0], num_episodes=20)
     assert lowest <= np.mean(play.returns) <= highest

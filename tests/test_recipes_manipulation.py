@@ -193,8 +193,8 @@ def test_evaluation_environment(built):
     assert task.spec.id == "cube-single-singletask-v0" and task.unwrapped._success_timing == "pre"
     assert task.spec.max_episode_steps == 200
     task.close()
-    env._max_steps = 3  # of 200
-    returns = env.evaluate(lambda obs, step: np.zeros((*obs.shape[:2], 5)), seeds=[0], num_episodes=1).returns
+    still = lambda obs, *_: (np.zeros((*obs.shape[:2], 5)), None)  # noqa: E731
+    returns = env.evaluate(still, [0], 1, max_steps=3).returns  # of 200
     assert returns.tolist() == [[-3]]
     np.testing.assert_allclose(env.score(np.array([-200.0, -50.0, 0.0])), [0, 75, 100])
 
