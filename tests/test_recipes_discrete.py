@@ -10,7 +10,8 @@ from gymnasium import spaces
 from minari.data_collector import EpisodeBuffer
 
 from common import recipes
-from common.datasets import Spec, load_dataset
+from common.datasets import load_dataset
+from common.environments import Spec
 from common.recipes import cartpole, rollouts, tabular
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # Minari's, of missing authors and descriptions
