@@ -22,7 +22,6 @@ import dataclasses
 import fnmatch
 import functools
 import importlib
-import importlib.metadata
 import inspect
 import itertools
 import json
@@ -62,7 +61,6 @@ except Exception as error:
 """
 LOCKED = 75
 BAR = r"[^\r\n]*?\[\d+:\d\d(:\d\d)?[<,][^\]\r\n]*\]"  # of tqdm: all before and in [01:23<04:56, 7.8update/s, loss=9]
-PACKAGES = ("jax", "flax", "optax", "numpy", "minari", "gymnasium", "gymnasium-robotics", "mujoco")  # as in algos/
 
 
 @dataclasses.dataclass(frozen=True)
@@ -302,14 +300,9 @@ def settle(cell: Cell, folder: Path, reason: str):
     if not reason:
         (folder / "failed.json").unlink(missing_ok=True)
         return
-    failed = {
-        **cell._asdict(),
-        "config": full_config(cell),
-        "reason": reason,
-        "command": " ".join(sys.argv),
-        "commit": subprocess.getoutput(f"git -C {HERE} describe --always --dirty --abbrev=40"),
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
-    }
+    from common.environments import provenance
+
+    failed = {**cell._asdict(), "config": full_config(cell), "reason": reason, **provenance()}
     write(folder / "failed.json", json.dumps(failed, indent=2))
 
 
