@@ -271,6 +271,9 @@ AT_MOST = {
 }
 
 
+ROLL_OUTS = {"mbpo", "mopo", "morel", "combo"}  # their own loops are not told apart from that of updates yet
+
+
 def committed():
     rows = json.loads((RESULTS / "kernels-h100.json").read_text())["results"]
     return {(row["algo"], row["seeds"]): row for row in rows}
@@ -278,7 +281,7 @@ def committed():
 
 def test_committed_numbers_are_complete_and_no_more_than_agreed():
     rows = committed()
-    assert set(rows) == {(algo, seeds) for algo in set(project_algos()) - EVALUATORS for seeds in (1, 16)}
+    assert set(rows) == {(algo, seeds) for algo in set(project_algos()) - EVALUATORS - ROLL_OUTS for seeds in (1, 16)}
     for algo, limits in AT_MOST.items():
         for seeds, limit in zip((1, 16), limits, strict=True):
             assert rows[algo, seeds]["kernels"] <= limit, (algo, seeds)
