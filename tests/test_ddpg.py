@@ -112,7 +112,6 @@ def test_is_td3_with_one_critic_no_delay_and_no_noise():
     twice = lambda tree: jax.tree.map(lambda x: jnp.concatenate([x, x]) if x.ndim else x, tree)  # noqa: E731
     theirs = td3.State(
         key=ours.key,
-        step=jnp.zeros((), int),
         actor=td3.Trainable(*ours.actor),
         critic=td3.Trainable(*twice(tuple(ours.critic))),
         target_actor=ours.target_actor,

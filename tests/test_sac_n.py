@@ -116,7 +116,7 @@ def test_constants_on_the_page():
     # c_N = the integral of x N phi(x) Phi(x)^(N - 1): the mean of the largest; and Royston's approximation to it
     x = np.linspace(-8, 8, 4_001)
     cdf = np.array(jax.scipy.stats.norm.cdf(x))
-    numbers = [re.findall(r"[\d.]+", line) for line in page().splitlines() if line.startswith(("| N |", "| m − … σ"))]
+    numbers = [re.findall(r"[\d.]+", line) for line in page().splitlines() if line.startswith(("| $N$ |", "| $c$ |"))]
     assert [int(n) for n in numbers[0]] == list(EXPECTED_MINIMUM)
     for n, on_page in zip(map(int, numbers[0]), map(float, numbers[1]), strict=True):
         c = np.trapezoid(x * np.gradient(cdf**n, x), x)
