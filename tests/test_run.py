@@ -418,14 +418,14 @@ def test_a_disk_that_fills_up_while_training_is_a_sentence(staged, unfinished, m
     ],
 )
 def test_bad_numbers_are_one_sentence_before_the_data_are_read(tmp_path, monkeypatch, changes, said):
-    monkeypatch.setattr(load("iql"), "load_data", None)
+    monkeypatch.setattr(load("iql"), "load_data", lambda cfg: pytest.fail("the data were read"))
     assert said in sentence(run, "iql", tmp_path / "run", **changes)
     assert not (tmp_path / "run").exists()
 
 
 def test_bad_numbers_of_some_files_and_of_grids(tmp_path, monkeypatch):
     for name in ("iql", "brac", "td3_bc", "awr"):
-        monkeypatch.setattr(load(name), "load_data", None)
+        monkeypatch.setattr(load(name), "load_data", lambda cfg: pytest.fail("the data were read"))
     for value in (float("nan"), float("-inf")):
         assert "beta must be a finite number" in sentence(run, "iql", tmp_path / "x", grid={"beta": [1.0, value]})
     assert "pretrain_updates must be a multiple" in sentence(run, "brac", tmp_path / "x", pretrain_updates=30)
