@@ -43,7 +43,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
-from common.datasets import Transition, load_dataset
+from common.datasets import Transition, aligned, load_dataset
 from common.environments import Interface, Spec, provenance
 from common.networks import CategoricalActor, DeterministicActor, GaussianActor
 
@@ -82,7 +82,7 @@ def keep_best(dataset: Transition, fraction: float) -> Transition:
     fits = np.cumsum(length[best_first]) <= round(fraction * len(dataset.reward), 6)  # 0.29 * 100 is 28.999...
     kept = best_first[: max(1, fits.sum())]
     rows = np.isin(dataset.episode, kept)
-    return jax.tree.map(lambda x: x[rows], dataset)
+    return jax.tree.map(lambda x: aligned(x[rows]), dataset)
 
 
 def load_data(cfg: Config):

@@ -45,7 +45,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
-from common.datasets import load_dataset
+from common.datasets import aligned, load_dataset
 from common.environments import Interface, Spec, provenance
 from common.networks import CategoricalActor, GaussianActor
 
@@ -84,7 +84,7 @@ def load_data(cfg: Config):
             f"[{weight.min():g}, {weight.max():g}]: raise --reward-shift (the smallest reward is now "
             f"{dataset.reward.min():g}), or use algos/rwr.py, which takes any reward."
         )
-    return dataset._replace(**{cfg.target: weight / weight.mean()}), env
+    return dataset._replace(**{cfg.target: aligned(weight / weight.mean())}), env
 
 
 def check(cfg: Config, grid: dict[str, list[float]]):

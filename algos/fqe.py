@@ -44,7 +44,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
-from common.datasets import load_dataset
+from common.datasets import aligned, load_dataset
 from common.environments import Interface, Spec, provenance
 from common.networks import Categorical, Critic, DiscreteCritic, Normal
 
@@ -110,7 +110,8 @@ def load_data(cfg: Config):
     number = np.random.default_rng(0).permutation(dataset.episode[-1] + 1)  # the folds must not follow their order
     scaled = {"obs": observed(own, dataset.obs), "next_obs": observed(own, dataset.next_obs)}
     scaled |= {"action": rescaled(theirs, own, dataset.action), "episode": number[dataset.episode]}
-    return (dataset := dataset._replace(**scaled)), Estimates(cfg, env, runs, dataset)
+    dataset = jax.tree.map(aligned, dataset._replace(**scaled))
+    return dataset, Estimates(cfg, env, runs, dataset)
 
 
 def check(cfg: Config, grid: dict[str, list[float]]):
