@@ -41,6 +41,7 @@ PHASES = {
     "brac": dict(pretrain_updates=40, target_divergence=0.5),
     "bear": dict(pretrain_updates=20, num_samples=2),
 }
+BOX = {"low": [-2.0], "high": [3.0], "dtype": "float32"}  # of Payer's actions
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # Minari's, of missing authors and descriptions
 
@@ -246,6 +247,67 @@ def test_what_is_written_is_strict_json_and_whole_or_not_at_all(tmp_path, monkey
     with pytest.raises(KeyboardInterrupt):
         iql.write(path, b"new")
     assert path.read_bytes() == before
+
+
+@pytest.fixture(scope="module")
+def labels(surroundings):
+    """Data whose actions are 0, 1 and 2, for files that take no others."""
+    import minari
+    from gymnasium import spaces
+    from minari.data_collector import EpisodeBuffer
+
+    rng, ends = np.random.default_rng(0), np.zeros((2, 4), bool)
+    ends[1, -1] = True
+    rows = [(rng.uniform(-1, 1, (5, 2)), rng.integers(3, size=4), rng.uniform(0, 1, 4)) for _ in range(20)]
+    rows = [EpisodeBuffer(None, None, None, obs, actions, rewards, *ends) for obs, actions, rewards in rows]
+    shown, taken = spaces.Box(-np.inf, np.inf, (2,)), spaces.Discrete(3)
+    minari.create_dataset_from_buffers("test/labels-v0", rows, observation_space=shown, action_space=taken)
+    return "test/labels-v0"
+
+
+@pytest.fixture
+def unplayed(staged, monkeypatch):
+    """Evaluations that only trace what the policy and its values compute: nothing more is compiled."""
+
+    def measure(self, policy, q, seeds, num_episodes, **limits):
+        obs = np.zeros((len(seeds), num_episodes, 2), np.float32)
+        actions, _ = jax.eval_shape(lambda: policy(obs, 0, None, obs[..., 0]))
+        assert actions.shape[:2] == obs.shape[:2]
+        value = {} if q is None else {"believed_value": np.zeros(jax.eval_shape(lambda: q(obs, actions)).shape[:1])}
+        return {"score": np.zeros(len(seeds)), "returns": np.zeros((len(seeds), num_episodes)), **value}
+
+    monkeypatch.setattr(Environment, "measure", measure)
+
+
+@pytest.mark.parametrize(
+    "name", sorted(p.stem for p in (ROOT / "algos").glob("*.py") if "\ndef main(" in p.read_text())
+)
+def test_every_file_trains_and_goes_on_after_a_stop(name, unplayed, labels, tmp_path, monkeypatch):
+    """Its own load_data, `main`, checkpoint and restore; a stop between the two ends as no stop."""
+    if not hasattr(algo := load(name), "make_train") or name == "fqe":
+        pytest.skip("trains no policy: its own tests run its main")
+    changes = {"num_members": 2, "num_elites": 1, "horizon": 2, "rollout_batch_size": 8, "buffer_size": 64}
+    changes = {field: x for field, x in changes.items() if hasattr(algo.Config, field)} | {"num_seeds": 1}
+    try:
+        algo.make_agent(config(algo), Interface([2], BOX, [0.0, 0.0], [1.0, 1.0]).spec)
+    except SystemExit:
+        changes["dataset"] = labels
+    if name == "emrl":
+        changes["reward_shift"] = 5.0  # no weight may be negative
+    whole, stopped, evaluate = tmp_path / "whole", tmp_path / "stopped", algo.Runs.evaluate
+    assert run(name, whole, **changes)["num_updates"] == 40
+
+    def interrupted(self, *args):
+        if self.step == 20:
+            raise KeyboardInterrupt
+        return evaluate(self, *args)
+
+    with monkeypatch.context() as stop:
+        stop.setattr(algo.Runs, "evaluate", interrupted)
+        assert "Stopped" in sentence(run, name, stopped, **changes)
+    assert run(name, stopped, **changes)["num_updates"] == 40 and checkpoint(stopped)["step"] == 40
+    assert [line["step"] for line in lines(stopped) if line["step"] > 0] == [20, 40]
+    assert_same_end(stopped, whole)
 
 
 # --- Whose folder it is ----------------------------------------------------------------------------------

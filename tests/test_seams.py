@@ -335,6 +335,19 @@ def test_without_them_the_first_phase_has_the_draw_of_the_second_and_one_update(
     assert ["x" in line for line in lines] == [True] * 2 + [False] * 4
 
 
+def test_an_interval_that_is_no_whole_number_of_cycles_is_refused(data, tmp_path, monkeypatch):
+    """The rest of its updates would be left out, and nobody would hear of it."""
+    fields, cycle = {"policy_delay": (int, 2)}, [by(1.0), by(2.0)]
+    prepared = {"prepare_interval": (int, 5)}, {"prepare": lambda algo, cfg, spec, state, dataset: (state, dataset)}
+    for more, seams, interval in (({}, {}, "log_interval"), (*prepared, "prepare_interval")):
+        algo = toy(data, fields | more, update=cycle[-1], cycle=cycle, **seams)
+        changes = {"log_interval": 5, "eval_interval": 20}
+        with pytest.raises(SystemExit, match=f"^{interval} must be a multiple of policy_delay, which is 2"):
+            train(algo, tmp_path / interval, **changes)
+        whole = {"log_interval": 10, "policy_delay": 5} if more else {"log_interval": 10}
+        algo.check(algo.Config(**TINY | whole), {})
+
+
 def test_the_updates_of_a_cycle_take_turns_each_with_its_own_batch(data, tmp_path):
     # x: the mean of all three; y: of the first and the last, which have it; z: of the last; w, which that has not: none
     cycle = [by(1.0, x=100.0, y=10.0, w=5.0), by(2.0, x=200.0), by(3.0, x=600.0, y=30.0, z=7.0)]
