@@ -8,6 +8,7 @@ import dataclasses
 import errno
 import importlib
 import json
+import math
 import os
 import pathlib
 import shutil
@@ -521,6 +522,24 @@ def test_an_unknown_dataset_is_a_sentence_before_any_compilation(tmp_path, monke
     assert "a similar name (stitch/pointmaze-umaze-v0" in said and not (tmp_path / "run").exists()
 
 
+def test_actions_that_an_algorithm_does_not_take_are_a_sentence_before_there_is_a_folder(tmp_path):
+    assert "discrete actions" in sentence(run, "dqn", tmp_path / "run") and not (tmp_path / "run").exists()
+
+
+def test_what_will_not_be_scored_is_said_before_training(tmp_path, monkeypatch):
+    happened = []
+
+    def listen(of, name):
+        call = getattr(of, name)
+        monkeypatch.setattr(of, name, lambda *args, **kwargs: happened.append(name) or call(*args, **kwargs))
+
+    listen(Environment, "probe")
+    listen(load("iql").Runs, "advance")
+    listen(Environment, "evaluate")
+    run("iql", tmp_path)
+    assert happened[:2] == ["probe", "advance"] and happened.count("evaluate") == 2
+
+
 def command(out, *more):
     options = [f"--{name.replace('_', '-')}={value}" for name, value in TINY.items()]
     return [sys.executable, "algos/iql.py", *options, "--hidden=4", f"--out={out}", *more]
@@ -631,6 +650,9 @@ def test_sigkill_and_start_again(finished, tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert (tmp_path / "checkpoint.msgpack").exists() and not (tmp_path / "summary.json").exists()
+    about = strictly((tmp_path / "config.json").read_text())
+    assert about["device"] == f"{math.gcd(2, os.cpu_count())} x cpu" and "algos/iql.py" in about["command"]
+    assert any((pathlib.Path.home() / ".cache" / "stitch").iterdir()), "compiled programs are kept for the next start"
     subprocess.run(command(tmp_path), cwd=ROOT, check=True, capture_output=True)
     ours, theirs = (flatten(checkpoint(out)["states"]) for out in (tmp_path, finished[0]))
     for name, x in theirs.items():
@@ -738,10 +760,14 @@ def test_without_episodes_it_trains_and_makes_no_environment(finished, tmp_path,
         np.testing.assert_array_equal(flatten(checkpoint(tmp_path)["states"])[name], x)
 
 
-def test_the_progress_line_has_a_score_only_where_one_is(finished, staged, tmp_path, monkeypatch):
-    said, tqdm = [], load("iql").tqdm
+def test_the_progress_line_has_a_score_only_where_one_is(unfinished, staged, tmp_path, monkeypatch):
+    said, bars, tqdm = [], [], load("iql").tqdm
 
     class Bar(tqdm):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            bars.append(self)
+
         def set_description(self, text, *args, **kwargs):
             said.append(text)
 
@@ -757,6 +783,10 @@ def test_the_progress_line_has_a_score_only_where_one_is(finished, staged, tmp_p
     monkeypatch.setattr(Environment, "sentence", lambda self, summary: "")
     run("iql", tmp_path / "not scored")
     assert said[6:] == [*["losses"] * 2, "no score"] * 2
+    run("iql", unfinished)  # all of it is trained already
+    monkeypatch.setattr(load("brac"), "tqdm", type("Bar", (Bar,), {"set_postfix": tqdm.set_postfix}))
+    run("brac", tmp_path / "two phases")
+    assert [(bar.initial, bar.n, bar.total) for bar in bars] == [(0, 40, 40)] * 2 + [(40, 40, 40), (0, 80, 80)]
 
 
 def test_what_an_evaluation_is_given(staged, tmp_path, monkeypatch):

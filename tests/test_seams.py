@@ -170,7 +170,23 @@ def test_the_data_are_an_argument_of_the_compiled_program(data, tmp_path, monkey
 
         monkeypatch.setattr(algo.Runs, "lower", listen)
         train(algo, tmp_path / str(times))
+    states = jax.tree.leaves(algo.restore(tmp_path / "1", run=None).states)
+    assert texts[0].count("tf.aliasing_output") == len(states), "the new state is written in the place of the old one"
     assert "tensor<80000xf32>" in texts[1] and abs(len(texts[1]) - len(texts[0])) < 0.1 * len(texts[0])
+
+
+def test_on_a_cpu_runs_take_turns(data):
+    """Its caches hold the networks of one run: a product of all runs at once would have a batch axis."""
+
+    def product(algo, cfg, spec, state, batch):
+        loss = batch.obs.T @ batch.reward
+        return note(state, batch), {"loss": loss.sum()}
+
+    algo = toy(data, update=product)
+    runs = algo.Runs(algo.Config(**TINY), BOX, {})
+    runs.states = runs.init()
+    text = runs.lower("update", {"dataset": data}).as_text()
+    assert "dot_general" in text and "batching_dims" not in text
 
 
 def test_updates_per_second_are_of_all_runs_and_phases_and_of_training_alone(data, tmp_path, monkeypatch):
