@@ -192,7 +192,7 @@ class Environment:
         self.interface = interface._replace(termination=_termination(dataset.env_spec, interface.observation))
         self.spec, self.num_workers = self.interface.spec, 0
         self._reward_scale, self._reward_shift, self._longest = reward_scale, reward_shift, longest_episode
-        self.tasks = _tasks(dataset.id, dataset.storage.metadata)
+        self.tasks = tasks_of(dataset.id, dataset.storage.metadata)
         self._reference, self._scored_kind = _reference(dataset.id, dataset.storage.metadata)
         needed = dataset.storage.metadata.get("requirements") or ["the package that registers it"]
         env_spec, spaces = dataset._eval_env_spec or dataset.env_spec, (dataset.observation_space, dataset.action_space)
@@ -417,7 +417,7 @@ def _termination(spec, observation):
     return [closed, [[None if x in (-np.inf, np.inf) else x for x in row] for row in ranges]]  # JSON has no infinity
 
 
-def _tasks(dataset_id, metadata):
+def tasks_of(dataset_id, metadata):
     """The options of reset of the tasks of an evaluation in turn; [None] where the dataset names none."""
     tasks = metadata.get("eval_tasks", [None])
     if tasks != [None] and not (isinstance(tasks, list) and tasks and all(isinstance(x, dict) and x for x in tasks)):
