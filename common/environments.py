@@ -261,7 +261,7 @@ class Environment:
         result["score_kind"] = self.score_kind
         lists = {"seeds": "seed", "grid": "grid", "returns": "returns", "diverged": "diverged"}
         result |= {name: [line[column] for line in lines] for name, column in lists.items()}
-        if any(self.tasks) and any(result["returns"]):  # (runs, tasks); episode j plays task j % tasks
+        if any(self.tasks) and any(map(len, result["returns"])):  # (runs, tasks); episode j plays task j % tasks
             played = self.score(np.array(result["returns"], float)).reshape(len(lines), -1, len(self.tasks))
             result["success_per_task"] = played.mean(axis=1)
         return result

@@ -162,7 +162,7 @@ def test_episodes_play_the_tasks_in_turn_and_the_score_is_success(root):
     np.testing.assert_array_equal(runs["score"], [50.0] * 3)
     assert env.score_kind == "success, %, mean over 2 tasks"
     lines = [
-        {"step": 5, "seed": i, "grid": {}, "score": x, "returns": [1, 0, 1, x], "diverged": False}
+        {"step": 5, "seed": i, "grid": {}, "score": x, "returns": np.array([1, 0, 1, x]), "diverged": False}
         for i, x in enumerate([0.0, 1.0])
     ]
     np.testing.assert_array_equal(env.summary(lines)["success_per_task"], [[100, 0], [100, 50]])
