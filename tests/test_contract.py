@@ -33,7 +33,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 TRAIN_NOTHING = {"importance_sampling", "doubly_robust"}
 ALGOS = sorted({p.stem for p in (ROOT / "algos").glob("*.py")} - {"__init__"} - TRAIN_NOTHING)
 CONTINUOUS, DISCRETE = Spec(3, 2), Spec(3, 4, discrete=True)
-ROOMS = ("datasets", "environments", "networks")  # of common/, beside the recipes
+ROOMS = ("datasets", "environments", "networks")  # of common/; the first two share its layouts
 N, B = 64, 16  # rows of the data and of a batch
 # What papers do on purpose, and a test would take for a defect
 RELATIVE = {"marwil", "reps", "td3_bc", "td3_awr", "rebrac"}  # weights relative to the batch's own scale
@@ -685,7 +685,11 @@ def test_defaults_are_those_of_the_page(name):
 
 def test_common_holds_data_and_networks_only():
     files = {p.relative_to(ROOT / "common").as_posix() for p in (ROOT / "common").rglob("*.py")}
-    assert {f for f in files if not f.startswith("recipes/")} == {"__init__.py", *(f"{room}.py" for room in ROOMS)}
+    assert {f for f in files if not f.startswith("recipes/")} == {
+        "__init__.py",
+        "layouts.py",
+        *(f"{room}.py" for room in ROOMS),
+    }
 
 
 @pytest.mark.parametrize("name", ALGOS)

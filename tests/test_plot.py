@@ -3,10 +3,12 @@
 import json
 import pathlib
 import sys
+import types
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+from gymnasium import spaces
 
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))  # scripts that import each other as they do when they are run
@@ -136,12 +138,13 @@ class Corridor:
 
     metadata = {}
     spec = None
+    action_space = spaces.Box(-1, 1, (2,))
     unwrapped = property(lambda self: self)
 
     seeds = []
 
-    def reset(self, seed):
-        self.at = np.zeros(2)
+    def reset(self, seed, options):
+        self.at, self.seed = np.zeros(2), seed
         self.seeds.append(seed)
         return self.seen(), {}
 
@@ -156,7 +159,7 @@ class Corridor:
 class Walker:
     """Seed 0 walks to the goal, and seed 1 the other way."""
 
-    step, episode = 700, None
+    step, episode, interface = 700, None, types.SimpleNamespace(goal=None)
 
     def __init__(self, row):
         self.way = np.array([1.0, 0.0]) * (-1 if row else 1)
@@ -317,5 +320,69 @@ def test_starts_are_those_of_the_run_s_own_evaluation(umaze):
     ours = play.make_env("stitch/pointmaze-umaze-v0")
     still = np.zeros((1, 2, 2), np.float32)
     theirs = env.evaluate(lambda obs, step, memory, rewards: (still, None), [5], 2).obs[0]
-    starts = [env.interface.observe(ours.reset(seed=start)[0]) for start in play.starts(5, 2)]
+    starts = [env.interface.observe(ours.reset(seed=start)[0]) for start, _ in play.starts(5, 2)]
     np.testing.assert_array_equal(np.stack(starts), theirs)
+
+
+# --- Tasks ---------------------------------------------------------------------------------------------
+
+
+class Rooms:
+    """As an OGBench maze: a row of four free cells between walls, 4 units wide, in which a point goes right."""
+
+    metadata, spec, action_space = {}, None, spaces.Box(-1, 1, (2,))
+    unwrapped = property(lambda self: self)
+    maze_map = np.array([[1] * 6, [1, 0, 0, 0, 0, 1], [1] * 6])
+    _maze_unit, _noise, _goal_tol = 4.0, 1, 1.0
+    task_infos = [{"init_xy": (0, 0), "goal_xy": (4 * k, 0)} for k in (1, 2)]
+
+    def ij_to_xy(self, cell):
+        return 4 * (cell[1] - 1), 4 * (cell[0] - 1)
+
+    def reset(self, seed, options):
+        self.at, self.goal = np.zeros(2), np.array(self.task_infos[options["task_id"] - 1]["goal_xy"])
+        return self.at.copy(), {"goal": self.goal}
+
+    def step(self, action):
+        self.at = self.at + action
+        near = bool(np.abs(self.at - self.goal).max() <= 1)
+        return self.at.copy(), float(near), near, False, {}
+
+
+class Right:
+    step, episode, interface = 700, None, types.SimpleNamespace(goal=[2], observation=[2])
+
+    def __call__(self, x, reward=None):
+        assert x.keys() == {"observation", "goal"}
+        return np.array([1.0, 0.0])
+
+
+def test_a_maze_with_tasks_has_a_panel_for_each(tmp_path, monkeypatch, figures):
+    """The first goal is three steps away, the second one seven, and there are five."""
+    run, tasks = make_run(tmp_path / "run"), [{"task_id": 1}, {"task_id": 2}]
+    config = {"algo": "iql", "dataset": "own/rooms-v0", "seed": 0, "num_seeds": 2, "eval_episodes": 4, "eval_steps": 5}
+    (run / "checkpoint.msgpack").touch()
+    monkeypatch.setattr(plot, "restore", lambda run, config, row: Right())
+    monkeypatch.setattr(play, "make_env", lambda dataset_id: Rooms())
+    monkeypatch.setattr(play, "dataset_tasks", lambda dataset_id: tasks)
+    monkeypatch.setattr(plot, "walks_of", lambda dataset_id: [np.zeros((9, 2)), np.ones((9, 2))])
+    plot.plot_maze([run, run], [config, config], 5, tmp_path / "maze.png")
+    axes = figures["maze.png"].axes
+    titles = [panel.get_title() for panel in axes if panel.get_visible()]
+    of_runs = [f"iql (run), task {k}: {share} %" for k, share in ((1, 100), (2, 0))]
+    assert titles == ["Data: 2 episodes", *of_runs, *of_runs]
+    assert [panel.get_xlabel().split(" roll")[0] for panel in axes[1:3]] == ["4 of 4", "0 of 4"]
+    goal = [line.get_xydata()[0].tolist() for line in axes[2].lines if line.get_marker() == "*"]
+    assert goal == [[8, 0]] and len(axes[2].patches) == 14  # its own alone; and the walls
+    assert axes[1].get_xlim() == pytest.approx((-4 + 4 / 6, 16 - 4 / 6))
+
+
+def test_a_maze_of_gymnasium_robotics_has_the_marks_of_its_tasks_or_of_its_map(umaze):
+    env = play.make_env("stitch/pointmaze-umaze-v0")
+    maze = plot.maze_of(env, [None])
+    assert len(maze.walls) == 18 and maze.size == 1 and maze.radius == 0.45 and maze.jitter == 0.25
+    np.testing.assert_array_equal([maze.starts, maze.goals], [[[-1, 1]], [[-1, -1]]])  # "r" and "g" of its map
+    tasks = [{"reset_cell": [3, 3], "goal_cell": [1, 3]}]
+    maze = plot.maze_of(env, tasks)
+    np.testing.assert_array_equal([maze.starts, maze.goals], [[[1, -1]], [[1, 1]]])
+    assert plot.maze_of(types.SimpleNamespace(unwrapped=None), [None]) is None

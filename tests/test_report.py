@@ -588,6 +588,21 @@ def test_a_folder_of_which_all_diverged_has_a_table(tmp_path):
     assert "| failed |" in (tmp_path / "report.md").read_text()
 
 
+def test_success_on_each_task_is_a_row_of_its_own(tmp_path):
+    kind = "success, %, mean over 2 tasks"
+    per_task = [[100.0, 0.0], [40.0, 20.0]]
+    make_run(tmp_path / "goals-v0" / "gcbc", "stitch/goals-v0", [50.0, 30.0], "gcbc", kind, success_per_task=per_task)
+    make_run(tmp_path / "goals-v0" / "iql", "stitch/goals-v0", [10.0, 20.0], kind=kind)
+    make_run(tmp_path / "own-v0" / "gcbc", "own-v0", [1.0, 2.0], "gcbc", "raw return")
+    lines = tables.table(runs.read_runs(tmp_path), [], ".").splitlines()
+    row = next(i for i, line in enumerate(lines) if "algos/gcbc.md" in line)
+    assert f", {kind} |" in lines[0] and lines[row + 1] == "| on each task | – | 70, 10 |"
+    assert sum("on each task" in line for line in lines) == 1
+    assert "On each task: the success on task 1, 2, ... of the data's, in %, a mean over the seeds." in lines[-1]
+    plain = tables.table([run for run in runs.read_runs(tmp_path) if run.dataset == "own-v0"], [], ".")
+    assert "each task" not in plain.lower()
+
+
 def test_null_is_no_number(root, figures):
     """An evaluation that failed amid a run leaves a gap in the curve, and an unknown value a dash."""
     run = root / "benchmarks" / "results" / "quick" / "maze-v0" / "iql"
@@ -1116,6 +1131,52 @@ def test_card_of_play_that_goes_on_after_a_terminal_row(tmp_path, monkeypatch):
     assert "| ends | 1 terminated, 1 only cut off |\n| terminal rows within episodes | 2 |\n" in card
     row = "| [own-play-v0](own-play-v0.md) | 2 episodes, 6 transitions | 3 ± 0 |"
     assert row in (tmp_path / "README.md").read_text().splitlines()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_card_of_a_maze_without_rewards(tmp_path, monkeypatch):
+    """Two walks along a row of cells of the U-maze, whose centre is (0, 0): over three cells, and over one."""
+    import gymnasium
+    import gymnasium_robotics
+    import minari
+    from minari.data_collector import EpisodeBuffer
+
+    gymnasium.register_envs(gymnasium_robotics)
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+    env = gymnasium.make("PointMaze_UMaze-v3", continuing_task=False)
+
+    def walk(xs):
+        at = np.stack([xs, np.ones(len(xs))], axis=1)
+        observations = {"achieved_goal": at, "desired_goal": at, "observation": np.concatenate([at, at], axis=1)}
+        end, steps = np.arange(2, len(xs) + 1) == len(xs), len(xs) - 1
+        actions = np.zeros((steps, 2), np.float32)
+        return EpisodeBuffer(observations=observations, actions=actions, rewards=np.zeros(steps),
+                             terminations=end & False, truncations=end)  # fmt: skip
+
+    walks = [walk([-1.0, -0.6, -0.4, 0.0, 0.6, 0.9]), walk([1.0, 1.1, 0.8])]
+    minari.create_dataset_from_buffers("own/walks-v0", buffer=walks, env=env, eval_env=env, description="Walks.")
+    tasks = [{"reset_cell": [1, 1], "goal_cell": [3, 1]}, {"reset_cell": [3, 3], "goal_cell": [1, 1]}]
+    minari.load_dataset("own/walks-v0").storage.update_metadata({"eval_tasks": tasks})
+    (tmp_path / "README.md").write_text("Cards\n<!-- report:cards:begin -->\n<!-- report:cards:end -->\n")
+    drawn = {}
+    monkeypatch.setattr(cards, "save", lambda figure, path: drawn.update({path.name: figure}))
+    cards.write_card("own/walks-v0", tmp_path)
+    card = (tmp_path / "own-walks-v0.md").read_text().splitlines()
+    for line in (
+        "| evaluation | `PointMaze_UMaze-v3`, 300 steps, 2 tasks in turn |",
+        "| episode return | none: no rewards |",
+        "| cells of the maze | 3 of 7 are visited; an episode passes 1 to 3 of them, median 2 |",
+        "![Where the episodes are, and the tasks](own-walks-v0.png)",
+    ):
+        assert line in card, line
+    assert not [line for line in card if "quantiles" in line or "reference" in line]
+    row = "| [own-walks-v0](own-walks-v0.md) | 2 episodes, 7 transitions | none: no rewards |"
+    assert row in (tmp_path / "README.md").read_text().splitlines()
+    (axes,) = drawn["own-walks-v0.png"].axes
+    assert [text.get_text() for text in axes.texts] == ["1", "1", "2", "2"]
+    stars = [line.get_xydata()[0] for line in axes.lines if line.get_marker() == "*"]
+    np.testing.assert_allclose(stars, [[-1, -1], [-1, 1]], atol=0.2)
+    plt.close("all")
 
 
 def test_list_of_the_committed_cards_is_what_they_say():
