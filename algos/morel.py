@@ -75,7 +75,7 @@ class Config:
     # SAC
     target_entropy: float = -1.0  # H in L_alpha, for each dimension of the action
     # MOReL
-    pessimism: float = 3.0  # the threshold is the data's largest disagreement divided by it; 0 is MBPO
+    pessimism: float = 3.0  # divides the data's largest disagreement: above 1 some of the data are unknown; 0: MBPO
     kappa: float = 2.0  # what HALT costs at every step, for ever
     pretrain_updates: int = 4_000  # gradient steps of the first phase, the model's fit (there: as long as it improves)
     prepare_interval: int = 250  # gradient steps between two roll-outs (1,000), or two hold-out errors (an epoch)

@@ -271,7 +271,8 @@ AT_MOST = {
 }
 
 
-ROLL_OUTS = {"mbpo", "mopo", "morel", "combo"}  # their own loops are not told apart from that of updates yet
+# Their own loops are not told apart from that of updates yet
+ROLL_OUTS = {"mbpo", "mopo", "morel", "combo", "rambo", "mobile"}
 
 
 def committed():

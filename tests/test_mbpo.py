@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from algos import combo, mbpo, mopo, morel, sac
+from algos import combo, mbpo, mobile, mopo, morel, rambo, sac
 from common.datasets import Transition
 from common.environments import Spec
 
@@ -32,7 +32,7 @@ LINEAR = mbpo.Config(
 )
 KNOWN = Spec(1, 1, terminal_of=never)
 KEY = jax.random.key(0)
-OTHERS = (mopo, morel, combo)  # what they share with MBPO is the same text
+OTHERS = (mopo, morel, combo, rambo, mobile)  # what they share with MBPO is the same text
 QUIET = -40.0  # log-variance of a model without noise
 
 
