@@ -38,7 +38,8 @@ N, B = 64, 16  # rows of the data and of a batch
 # What papers do on purpose, and a test would take for a defect
 RELATIVE = {"marwil", "reps", "td3_bc", "td3_awr", "rebrac"}  # weights relative to the batch's own scale
 PROPOSES = dict.fromkeys(("cql", "combo"), {"weight": 0.0})  # pi(.|s') proposes in every row; this leaves it out
-ALL_REAL = {"combo": {"real_ratio": 1.0}}  # pushes values up in a part of the rows alone, and this makes it all of them
+# Pushes values up, or doubts them, in a part of the rows alone. This makes it all of them, or none
+ALL_REAL = dict.fromkeys(("combo", "mobile"), {"real_ratio": 1.0})
 NEEDS = {"cql": {"lagrange": True}}  # options without which a float of theirs does nothing
 ACTS_ON_SAMPLES = {"bcq", "bear", "emaq", "qt_opt"}  # act takes the best of actions that it draws
 MIXES = {"bcq", "bear", "emaq"}  # q is min_weight of the smaller critic, and the rest of the larger one

@@ -84,6 +84,11 @@ def test_ratios_are_ours_to_the_others():
     assert speed.ratios([10.0, 30.0], [20.0, 15.0]) == [0.5, 2]
 
 
+def test_share_of_the_preparations():
+    """4 of them in a repetition, 0.5 s and 0.25 s each; 1,000 updates take 10 s at 100 updates/s, and 5 s at 200."""
+    assert speed.prepare_share([0.5, 0.25], 4, 1_000, [100.0, 200.0]) == [0.2, 0.2]
+
+
 def flops(function, *shapes):
     return speed.product_flops(jax.make_jaxpr(function)(*map(jnp.zeros, shapes)).jaxpr)
 
@@ -145,7 +150,7 @@ class Stub:
             {"first": [{"seconds": 30.0, "memory_mb": 900.0, "device_memory_mb": 50.0}]},
             {
                 "first": [{"seconds": 5.0, "memory_mb": 700.0, "device_memory_mb": 40.0}],
-                "about": [{"flops_per_update": 10, "devices": 2, "updates_per_repetition": 1_000}],
+                "about": [{"flops_per_update": 10, "devices": 2, "updates_per_repetition": 1_000, "prepares": 0}],
                 "product": [1000.0, 3000.0, 5000.0, 3000.0],
                 "train": [100.0, 200.0, 300.0],
             },
@@ -188,6 +193,11 @@ def test_a_table_of_known_numbers(row):
         "| iql | 8 | 200 (100 to 300) | 50% (50% to 75%) | 30.0 s, 5.0 s | 900 MB, device 50 MB | 40 (30 to 50) | "
         "5.0 (2.0 to 10.0) |"
     )
+    shown = speed.table(
+        report | {"results": [row, row | {"algo": "mopo", "prepare_share": [0.25, 0.2, 0.3]}]}
+    ).splitlines()
+    assert shown[0].split("|")[4] == " of it, roll-outs or relabelling " and shown[2].split("|")[4] == " – "
+    assert shown[3].startswith("| mopo | 8 | 200 (100 to 300) | 25% (20% to 30%) | 50%")
     report["environment"] = {"dataset": "x-v0", "steps_per_second": {"1": [2000.0] * 3, "16": [9000.0, 8000.0, 9500.0]}}
     said = "2,000 (2,000 to 2,000) with 1 worker; 9,000 (8,000 to 9,500) with 16 workers."
     assert speed.table(report).endswith(f"Environment steps/s of `x-v0`: {said}")

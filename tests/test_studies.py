@@ -238,6 +238,33 @@ def test_the_text_on_bounds_has_the_numbers_of_the_committed_result():
         assert listed(true, ".0f") in text, label
 
 
+@pytest.mark.parametrize("study", ["model_exploitation"], indirect=True)
+def test_the_error_of_a_counted_model_bounds_what_it_believes(study):
+    """State 0: action 0 stays, pays 0.005; action 1 ends in 2 and pays 1 half of the time, else leads to 1. 1: pays 0.
+
+    The data have seen action 0 twice and action 1 once, when it ended and paid: its next state is wrong by 1/2, its
+    reward by 1/2. Action 0 is right. What was never seen leads to nowhere, where 1 leads to 1 in truth: all of it.
+    """
+    transition, reward = np.zeros((3, 2, 3)), np.array([[0.005, 0.5], [0.0, 0.01], [0.0, 0.0]])
+    transition[0, 0, 0] = transition[1, :, 1] = transition[2, :, 2] = 1
+    transition[0, 1, 1:] = 0.5
+    model = study.Model(transition, reward, initial=np.array([1.0, 0, 0]))
+    assert study.over(model).tolist() == [False, False, True]
+    state, action = np.zeros(3, int), np.array([0, 0, 1], np.int32)
+    pay, terminal = np.array([0.005, 0.005, 1], np.float32), np.array([0, 0, 1], np.float32)
+    data = Transition(np.eye(3)[state], action, pay, np.eye(3)[[0, 0, 2]], terminal)
+    counted, earned, _ = study.empirical_mdp(data, 2)
+    u = study.true_error(model, counted, earned)
+    assert u == pytest.approx(np.array([[0, 0.5 + 0.99 / 2], [0.99, 0.01 + 0.99], [0, 0]]), abs=1e-6)
+    assert study.greedy(counted, earned).tolist() == [1, 0, 0]  # 0.005 for ever is 0.5, and less than 1
+    assert study.greedy(counted, earned - u).tolist() == [0, 0, 0]  # which may be 0.005
+    result = study.of_size(data, model)
+    for true, believed, error in result["policies"].values():
+        assert believed - error - 1e-6 <= true
+    true, believed, error = result["policies"]["pi_hat"]
+    assert true >= result["best_right_side"] - 1e-6
+
+
 @pytest.mark.parametrize("study", ["overestimation"], indirect=True)
 def test_the_committed_table_of_over_estimation_is_that_of_the_quick_results(study):
     """report.py reads the values, and test_report.py tests that."""
