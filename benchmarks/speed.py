@@ -44,9 +44,9 @@ from typing import Literal
 import tyro
 
 HERE = Path(__file__).resolve().parent
-# Files that train by themselves; fqe.py needs a policy to evaluate, and the estimators train nothing
+# Files that train by themselves; evaluators need a policy, and those without the training text train nothing
 TEXTS = {path.stem: path.read_text() for path in (HERE.parent / "algos").glob("*.py")}
-ALGOS = tuple(sorted(name for name, text in TEXTS.items() if "# --- Training" in text and name != "fqe"))
+ALGOS = tuple(sorted(name for name, text in TEXTS.items() if "# --- Training" in text and "def frozen(" not in text))
 SHAPE = {"obs_dim": 17, "action_dim": 6, "hidden": [256, 256], "batch_size": 256, "rows": 100_000}
 
 
