@@ -398,7 +398,7 @@ def test_what_it_believes_is_the_smaller_of_its_critics(case):
     critics = getattr(case.state, "critic", None)
     leaves = [(jax.tree_util.keystr(path), x) for path, x in jax.tree_util.tree_leaves_with_path(params(critics))]
     last, bias = [(path, x) for path, x in leaves if path.endswith("['linear']['bias']")][-1] if leaves else ("", None)
-    if not hasattr(case.agent, "q") or bias.ndim == 1 or len(bias) == 1:
+    if not hasattr(case.agent, "q") or bias is None or bias.ndim == 1 or len(bias) == 1:
         pytest.skip("learns no Q-function, or a single one")
 
     def shifted(by):
