@@ -296,6 +296,8 @@ def true_value(runs, env, cfg: Config):
 
 def evaluate(cfg: Config) -> list[dict]:
     """For each run of the policy's folder: its seed and grid point, and {"IS": (estimate, low, high), ...}."""
+    if min(cfg.resamples, cfg.clone_updates, cfg.batch_size, cfg.eval_episodes + 1) < 1:
+        raise SystemExit("resamples, clone_updates and batch_size must be at least 1, and eval_episodes at least 0.")
     runs = load_policy(cfg.policy, cfg.act)
     columns = ("episode", "propensity") if cfg.behaviour == "logged" else ("episode",)
     data, env = load_dataset(cfg.dataset, columns=columns)
