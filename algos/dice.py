@@ -23,6 +23,7 @@ Run                   python algos/dice.py --policy RUN_FOLDER --dataset stitch/
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import importlib
 import inspect
 import itertools
@@ -98,6 +99,7 @@ def frozen(folder: str, act: str):
             runs.cfg = dataclasses.replace(runs.cfg, act=act)
         slim = {name: x._replace(opt_state=()) for name, x in runs.states._asdict().items() if hasattr(x, "opt_state")}
         states = runs.states._replace(key=jax.random.key_data(runs.states.key), **slim)
+        runs.digest = hashlib.sha256((Path(folder) / "checkpoint.msgpack").read_bytes()).hexdigest()[:32]
         return runs, module.make_agent, jax.device_get((states, runs.fields))
 
 
@@ -215,6 +217,11 @@ def evaluated(cfg: Config, spec: Spec):
     agent = make(dataclasses.replace(runs.cfg, **fields), runs.interface.spec)
     if hasattr(agent, "act_with_memory"):
         raise SystemExit(f"The policy of {cfg.policy} has a memory: its value is no function of the observation alone.")
+    if not spec.discrete and (cfg.act == "mode" or not getattr(agent, "policy", None)):
+        raise SystemExit(
+            "No ratio of visits exists for a deterministic policy of continuous actions, or one without a density: use "
+            "--act sample with a run that has a density, or algos/fqe.py."
+        )
     return state, agent
 
 
@@ -298,6 +305,8 @@ class Estimates:
         self.discount, self.first = cfg.discount, np.flatnonzero(np.diff(dataset.episode, prepend=-1))  # (episodes,)
         if cfg.discount >= 1 and not dataset.terminal.any():
             raise SystemExit(f"No episode of {cfg.dataset} terminates, so visits never end: use --discount below 1.")
+
+        self.fingerprint = env.fingerprint | {"policy": runs.digest}  # of another policy in that folder: another run
 
     def __getattr__(self, name):
         return getattr(self.env, name)

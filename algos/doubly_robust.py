@@ -170,7 +170,7 @@ def blend(omega, bias):
 def magic(parts, samples):
     """x of `blend`, from each episode's parts (episodes, j) of the g_j and the bootstrap's samples of WDR."""
     g = parts.sum(axis=0)
-    low, high = np.percentile(samples, [5, 95])
+    low, high = np.nanpercentile(samples, [5, 95])
     low, high = min(low, g[-1]), max(high, g[-1])
     bias = np.maximum(0, np.maximum(low - g, g - high))  # how far it is from the interval
     return blend(len(parts) * np.atleast_2d(np.cov(parts.T)), bias)
@@ -379,7 +379,7 @@ def evaluate(cfg: Config) -> list[dict]:
             parts = np.asarray(jax.jit(partial)(episodes, ones, discount))[:, steps_of(episodes)]
         x = magic(parts, samples["WDR"])
         estimates["MAGIC"], samples["MAGIC"] = estimates.pop("g") @ x, samples.pop("g") @ x
-        interval = {name: np.percentile(sample, [2.5, 97.5]) for name, sample in samples.items()}
+        interval = {name: np.nanpercentile(sample, [2.5, 97.5]) for name, sample in samples.items()}
         results.append({**about, "discount": discount, "folds": folds, "weights_of_magic": x.tolist()})
         results[-1]["true_value"] = np.nan if truth[own] is None else truth[own]
         results[-1] |= {name: (float(value), *map(float, interval[name])) for name, value in estimates.items()}

@@ -315,7 +315,7 @@ def evaluate(cfg: Config) -> list[dict]:
                 episodes, cfg.discount, jax.random.key(cfg.seed), cfg.resamples
             )
             log_w = np.asarray(log_weights(episodes))
-        interval = {name: np.percentile(sample, [2.5, 97.5]) for name, sample in samples.items()}
+        interval = {name: np.nanpercentile(sample, [2.5, 97.5]) for name, sample in samples.items()}
         result = {name: (float(x), *map(float, interval[name])) for name, x in estimates.items()}
         results.append({**run, **result, "true_value": true})
         results[-1] |= {"mean_weight": np.exp(log_w[:, -1]).mean(), "zero_weights": np.isinf(log_w[:, -1]).mean()}

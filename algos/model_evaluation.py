@@ -24,6 +24,7 @@ Run                   python algos/model_evaluation.py --policy RUN_FOLDER --dat
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import importlib
 import inspect
 import itertools
@@ -103,6 +104,7 @@ def frozen(folder: str, act: str):
             runs.cfg = dataclasses.replace(runs.cfg, act=act)
         slim = {name: x._replace(opt_state=()) for name, x in runs.states._asdict().items() if hasattr(x, "opt_state")}
         states = runs.states._replace(key=jax.random.key_data(runs.states.key), **slim)
+        runs.digest = hashlib.sha256((Path(folder) / "checkpoint.msgpack").read_bytes()).hexdigest()[:32]
         return runs, module.make_agent, jax.device_get((states, runs.fields))
 
 
@@ -392,6 +394,8 @@ class Estimates:
 
         # Of every run: the first actions (members, starts, ...), or all probabilities (states, actions)
         self.actions = jax.device_get(runs.every(choose)(runs.fields, (runs.states,), {"obs": self.first}))
+
+        self.fingerprint = env.fingerprint | {"policy": runs.digest}  # of another policy in that folder: another run
 
     def __getattr__(self, name):
         return getattr(self.env, name)

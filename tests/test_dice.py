@@ -111,6 +111,7 @@ def test_training_finds_the_value_of_every_run_of_a_folder(form, policy, tmp_pat
 
 class Env:
     interface, dataset_id = Interface([1], {"n": 2, "start": 0}, [0.0], [1.0]), "some/data-v0"
+    fingerprint = {}
 
     def measure(self, policy, q, seeds, num_episodes, **options):
         return {"true_value": np.full(len(seeds), 7.0)}
@@ -120,7 +121,7 @@ def estimates(terminal, **changes):
     """Of two episodes, of rows 0, 1 and of row 2."""
     n = np.arange(3.0, dtype=np.float32)
     data = Transition(n[:, None], np.zeros(3, int), np.array([1, 2, 4], np.float32), n[:, None], np.array(terminal))
-    runs = type("Runs", (), {"runs": [{"seed": 0, "grid": {}}], "interface": Env.interface})()
+    runs = type("Runs", (), {"runs": [{"seed": 0, "grid": {}}], "interface": Env.interface, "digest": ""})()
     return dice.Estimates(dice.Config(**changes), Env(), runs, data._replace(episode=np.array([0, 0, 1])))
 
 

@@ -195,6 +195,7 @@ def test_the_true_value_has_as_many_steps_as_the_model():
 
     class Env:
         interface, dataset_id = Interface([1], {"low": [-1.0], "high": [1.0], "dtype": "float32"}, [0.0], [1.0]), "x-v0"
+        fingerprint = {}
 
         def measure(self, policy, q, seeds, num_episodes, **options):
             asked.append(options)
@@ -203,7 +204,9 @@ def test_the_true_value_has_as_many_steps_as_the_model():
     n = np.zeros((3, 1), np.float32)
     data = Transition(n, n, n[:, 0], n, n[:, 0], start=np.array([1.0, 0, 1]), episode=np.array([0, 0, 1]))
     runs = type(
-        "Runs", (), {"runs": [{"seed": 0, "grid": {}}], "interface": Env.interface, "fields": {}, "states": ()}
+        "Runs",
+        (),
+        {"runs": [{"seed": 0, "grid": {}}], "interface": Env.interface, "fields": {}, "states": (), "digest": ""},
     )()
     runs.every = lambda function: lambda fields, states, shared: np.zeros((1, 2, 2, 1))  # (runs, members, starts, 1)
     env = ope.Estimates(ope.Config(horizon=30, num_members=2), Env(), runs, data)
