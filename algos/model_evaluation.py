@@ -158,7 +158,7 @@ class State(NamedTuple):
     key: jax.Array
     model: Trainable  # the ensemble as it is fitted; here and in the next two, members are the first axis
     snapshot: Any  # the parameters of the smallest errors on what is held out; or Q (states, actions) of the counts
-    error: jax.Array  # these errors: mean squares, in units of the data
+    error: jax.Array  # these errors: the mean loss of a row
     scale: tuple[jax.Array, jax.Array]  # mean and deviation of the model's inputs
     limits: tuple[jax.Array, jax.Array]  # smallest and largest next observation and, last, reward: (obs_dim + 1,)
     policy: Any  # the evaluated policy's own state, which never changes
@@ -291,18 +291,17 @@ def of_networks(cfg: Config, spec: Spec, policy_state, pi):
     def predict(params, obs, action, scale):
         return dynamics.apply(params, obs, jax.nn.one_hot(action, spec.action_dim) if spec.discrete else action, *scale)
 
-    def errors(prediction, rows):
-        """Squared errors and which of them count: after an end there is no change. (members, n, obs_dim + 1)."""
+    def losses(params, rows, scale):
+        """-log-likelihood of the rows by each member, (members, n), up to factors; after an end there is no change."""
+        mean, log_var, logit = predict(params, rows.obs, rows.action, scale)
         target = jnp.concatenate([rows.next_obs - rows.obs, rows.reward[:, None]], axis=1)
         counts = (rows.terminal == 0)[:, None] | (jnp.arange(spec.obs_dim + 1) == spec.obs_dim)[None]
-        return jnp.where(counts[None], prediction.mean - target[None], 0.0) ** 2, counts[None]
+        square = jnp.where(counts[None], mean - target[None], 0.0) ** 2
+        nll = (square * jnp.exp(-log_var) + counts[None] * log_var).mean(axis=2)
+        return nll + optax.sigmoid_binary_cross_entropy(logit, rows.terminal[None])
 
     def model_loss(params, batch, scale):
-        prediction = predict(params, batch.obs, batch.action, scale)
-        error, counts = errors(prediction, batch)
-        nll = (error * jnp.exp(-prediction.log_var) + counts * prediction.log_var).mean(axis=2)
-        nll += optax.sigmoid_binary_cross_entropy(prediction.terminal, batch.terminal[None])
-        nll = (bootstrap(cfg, batch.episode)[1] * nll).mean(axis=1)
+        nll = (bootstrap(cfg, batch.episode)[1] * losses(params, batch, scale)).mean(axis=1)
         width = (params["params"]["max_log_var"] - params["params"]["min_log_var"]).sum()
         leaves = jax.tree_util.tree_leaves_with_path(params)
         decay = sum((x**2).sum() / 2 for path, x in leaves if path[-1].key == "kernel")
@@ -311,7 +310,10 @@ def of_networks(cfg: Config, spec: Spec, policy_state, pi):
     def init(key):
         key, key_model = jax.random.split(key)
         size = spec.obs_dim + spec.action_dim
-        scale, limits = (jnp.zeros(size), jnp.ones(size)), (jnp.zeros(spec.obs_dim + 1),) * 2
+        scale, limits = (
+            (jnp.zeros(size), jnp.ones(size)),
+            tuple(jnp.full(spec.obs_dim + 1, x) for x in (-jnp.inf, jnp.inf)),
+        )
         params = dynamics.init(key_model, jnp.zeros((1, spec.obs_dim)), jnp.zeros((1, spec.action_dim)), *scale)
         error = jnp.full(cfg.num_members, jnp.inf, float)
         return State(key, Trainable(params, adam.init(params)), params, error, scale, limits, policy_state)
@@ -325,8 +327,7 @@ def of_networks(cfg: Config, spec: Spec, policy_state, pi):
         held, _ = bootstrap(cfg, dataset.episode)
         index = jnp.flatnonzero(held, size=min(cfg.holdout, len(held)), fill_value=0)
         rows, valid = jax.tree.map(lambda x: x[index], dataset), (jnp.arange(len(index)) < held.sum())[None]
-        error, _ = errors(predict(state.model.params, rows.obs, rows.action, scale), rows)
-        error = error.mean(axis=2).mean(axis=1, where=valid)
+        error = losses(state.model.params, rows, scale).mean(axis=1, where=valid)
         better = (error < state.error) | ~valid.any()  # nothing is held out of a few episodes
         choose = jax.vmap(jnp.where)  # member by member
         snapshot = jax.tree.map(lambda new, old: choose(better, new, old), state.model.params, state.snapshot)
@@ -335,7 +336,7 @@ def of_networks(cfg: Config, spec: Spec, policy_state, pi):
 
     def update(state, batch):
         model, info = descend(adam, model_loss, state.model, batch, state.scale)
-        return state._replace(model=model), info | {"holdout_error": state.error.mean()}
+        return state._replace(model=model), info | {"holdout_nll": state.error.mean()}
 
     def q(state, obs, action):
         """The return of one roll-out for each row (n,), in one member: they share the rows out in blocks."""

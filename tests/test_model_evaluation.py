@@ -154,7 +154,7 @@ def test_members_have_weights_of_whole_episodes():
 
 
 def test_snapshots_are_of_the_smallest_errors_on_episodes_held_out():
-    # Members that expect a change of 1, 2 and 3 where it is 2: errors 1, 0, 1 of the change, halved by the reward's
+    # Members that expect a change of 1, 2 and 3 where it is 2, with the variance e^-10: (1 e^10 + 0) / 2 - 10, and -10
     cfg = ope.Config(hidden=(), num_members=3)
     agent, state = by_hand(cfg, [[i, 5.0, -50.0] for i in (1.0, 2.0, 3.0)])
     n = np.zeros((40, 1), np.float32)
@@ -163,8 +163,8 @@ def test_snapshots_are_of_the_smallest_errors_on_episodes_held_out():
     assert 0 < held.sum() < 40
     data = data._replace(next_obs=jnp.where(held[:, None], data.next_obs, 100.0))  # which the others do not change
     old = jax.tree.map(jnp.zeros_like, state.snapshot)
-    state, _ = agent.prepare(state._replace(snapshot=old, error=jnp.array([0.6, 0.6, 0.4])), data)
-    np.testing.assert_allclose(state.error, [0.5, 0.0, 0.4], atol=1e-6)
+    state, _ = agent.prepare(state._replace(snapshot=old, error=jnp.array([2e4, 2e4, 1e4])), data)
+    np.testing.assert_allclose(state.error, [np.exp(10) / 2 - 10, -10, 1e4], rtol=1e-5)
     bias = next(x for path, x in jax.tree_util.tree_leaves_with_path(state.snapshot) if path[-1].key == "bias")
     np.testing.assert_allclose(bias[:, 0], [1, 2, 0])
     np.testing.assert_allclose(np.stack(state.limits), [[2, 5], [100, 5]])
