@@ -15,7 +15,7 @@ From equation to code
 
 Order of one update   The members take a step. Every prepare_interval updates: the error on the episodes held out,
                       and a snapshot of each member that improved; snapshots are what the policy plays in.
-Hyper-parameters      mbpo.py's, but for a smaller network; the reference has 4 x 256 and 1,000 steps.
+Hyper-parameters      mbpo.py's, but for a smaller network; the reference has 4 x 256 and roll-outs of 1,000 steps.
 Deviations            1. One network for change, reward and end; the reward and the end count by their expectations.
                       2. Members, their bootstrap and the interval: the reference has one model and no interval.
 Run                   python algos/model_evaluation.py --policy RUN_FOLDER --dataset stitch/icu-sepsis-v0 --horizon 20
@@ -312,7 +312,7 @@ def of_networks(cfg: Config, spec: Spec, policy_state, pi):
         size = spec.obs_dim + spec.action_dim
         scale, limits = (
             (jnp.zeros(size), jnp.ones(size)),
-            tuple(jnp.full(spec.obs_dim + 1, x) for x in (-jnp.inf, jnp.inf)),
+            tuple(jnp.full(spec.obs_dim + 1, x, float) for x in (-jnp.inf, jnp.inf)),
         )
         params = dynamics.init(key_model, jnp.zeros((1, spec.obs_dim)), jnp.zeros((1, spec.action_dim)), *scale)
         error = jnp.full(cfg.num_members, jnp.inf, float)
