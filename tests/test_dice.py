@@ -139,6 +139,17 @@ def test_the_estimate_divides_by_what_flows_out_and_resamples_episodes():
     np.testing.assert_allclose([found["estimate_low"][0], found["estimate_high"][0]], [2, 8])
 
 
+def test_a_resample_has_as_many_episodes_as_the_data():
+    # 100 episodes, half of which earn 1: a mean of 0.5, of deviation 0.05
+    env = estimates([1.0, 1.0, 1.0])
+    data = env.dataset
+    env.dataset = Transition(*(x if x is None else np.resize(x, (100, *x.shape[1:])) for x in data))
+    env.dataset, env.first = env.dataset._replace(reward=np.arange(100) % 2), np.arange(100)
+    found = env.measure(None, lambda obs, action: np.ones(obs.shape[:2]), [0], 1, discount=0.9)
+    ends = [found["estimate_low"][0], found["estimate"][0], found["estimate_high"][0]]
+    np.testing.assert_allclose(ends, [0.4, 0.5, 0.6], atol=0.02)
+
+
 def test_visits_that_never_end_need_a_discount():
     with pytest.raises(SystemExit, match="use --discount below 1"):
         estimates([0.0, 0.0, 0.0], discount=1.0)
