@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tyro
+from conftest import EVALUATORS
 
 from common.datasets import Transition, aligned
 from common.environments import Spec
@@ -45,6 +46,7 @@ ACTS_ON_SAMPLES = {"bcq", "bear", "emaq", "qt_opt"}  # act takes the best of act
 MIXES = {"bcq", "bear", "emaq"}  # q is min_weight of the smaller critic, and the rest of the larger one
 ACTS_BY_TARGETS = {"qt_opt"}  # the averaged critic is the one that its paper acts by
 RELABELS = {"awr"}  # its returns are made anew while it trains
+OF_BELIEFS = {"model_evaluation": {"discount"}}  # floats of what it believes, and not of what it fits
 GAUSSIAN = {"epsilon_std"}  # floats of a Gaussian policy: a categorical one has no use for them
 
 
@@ -97,6 +99,7 @@ def random_data(spec, key):
         next_action=next_action,
         episode=jnp.arange(N) // 8,
         return_to_go=jax.random.normal(k[6], (N,)),
+        start=(jnp.arange(N) % 8 == 0).astype(jnp.float32),
     )
 
 
@@ -220,6 +223,7 @@ def traced_floats(case):
     tree = ast.parse(inspect.getsource(case.algo.load_data))
     read = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and getattr(n.value, "id", "") == "cfg"}
     read |= GAUSSIAN if case.spec.discrete else set()
+    read |= OF_BELIEFS.get(case.algo.__name__.removeprefix("algos."), set())
     fields = {f.name: getattr(case.cfg, f.name) for f in dataclasses.fields(case.cfg)}
     return {name: x for name, x in fields.items() if isinstance(x, float) and name not in read}
 
@@ -395,7 +399,7 @@ def test_what_it_believes_is_the_smaller_of_its_critics(case):
     critics = getattr(case.state, "critic", None)
     leaves = [(jax.tree_util.keystr(path), x) for path, x in jax.tree_util.tree_leaves_with_path(params(critics))]
     last, bias = [(path, x) for path, x in leaves if path.endswith("['linear']['bias']")][-1] if leaves else ("", None)
-    if not hasattr(case.agent, "q") or bias.ndim == 1 or len(bias) == 1:
+    if not hasattr(case.agent, "q") or bias is None or bias.ndim == 1 or len(bias) == 1:
         pytest.skip("learns no Q-function, or a single one")
 
     def shifted(by):
@@ -530,8 +534,8 @@ def test_the_dataset_is_an_argument_of_the_compiled_program(case):
 @pytest.mark.parametrize("name", ALGOS)
 def test_every_option_of_the_data_reaches_them(name, monkeypatch):
     """Each field of Config that names an option of load_dataset is handed on, and the discount of whole returns is."""
-    if name == "fqe":
-        pytest.skip("its data are of its policy's folder, in tests/test_fqe.py")
+    if name in EVALUATORS:
+        pytest.skip(f"its data are of its policy's folder, in tests/test_{name}.py")
     algo, calls = load(name), []
 
     def record(dataset_id, **options):
