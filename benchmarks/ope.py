@@ -1,7 +1,7 @@
 """How well does each estimator judge a pool of policies? As in DOPE (Fu et al. 2021), https://arxiv.org/abs/2103.16596
 
     python benchmarks/sweep.py quick --datasets stitch/icu-sepsis-v0 --methods bc iql crr sql \
-        --set num_updates=250,3000 --set eval_interval=250 --out runs/pool
+        --set num_updates=500,3000 eval_interval=500 act=sample --out runs/pool
     python benchmarks/ope.py runs/pool/icu-sepsis-v0/* --behaviour counts
 
 The pool: all runs (seeds, points of a grid) of the folders given, finished and of one task. Snapshots of one training
@@ -13,6 +13,7 @@ Measures   Absolute error: the mean of |estimate - truth|. Rank correlation: Spe
            less the best among the k policies of the highest estimates, of the range of true values (DOPE divides by
            the largest one). A policy that an estimator refuses is one that it cannot choose.
 Intervals  95 % of 1,000 bootstrap resamples of the policies. Runs of one method resemble each other, which it ignores.
+Own Q      What the run's own critic believes of its policy where the episodes begin, if it learned from raw rewards.
 Constant   The mean return of the data's episodes, as the estimate of every policy: an error to beat. Its regret is that
            of a choice at random.
 
@@ -140,9 +141,24 @@ def estimates_of(folder, count, options, out):
     return found, refused
 
 
+def own_values(runs, first):
+    """What each run's critic believes of its policy at raw observations (n, obs_dim): [value], NaN without a critic."""
+    raw = not (getattr(runs.cfg, "normalize_reward", False) or getattr(runs.cfg, "reward_shift", 0))
+    if runs.q is None or not raw:
+        return [np.nan] * len(runs.runs)
+    obs = (first - np.array(runs.interface.obs_mean, np.float32)) / np.array(runs.interface.obs_scale, np.float32)
+
+    def of_run(cfg, agent, state, obs):
+        keys = jax.random.split(jax.random.key(cfg.seed), 8)
+        return jax.vmap(lambda key: agent.q(state, obs, agent.act(state, obs, key)))(keys).mean()
+
+    return np.asarray(runs.every(of_run)(runs.fields, (runs.states,), {"obs": obs}), float).tolist()
+
+
 def pool(options, out):
-    """A row for each policy: where it is from, its truth, its estimates, and what its own critic believed."""
+    """A row for each policy: where it is from, its truth, its score in its own folder, and its estimates."""
     data, env = load_dataset(options.dataset, columns=("episode",))
+    first = data.obs[np.diff(data.episode, prepend=-1) != 0]
     step = np.arange(len(data.reward)) - np.searchsorted(data.episode, data.episode)
     constant = (options.discount**step * data.reward.astype(np.float64)).sum() / (data.episode[-1] + 1)
     policies, refusals = [], {}
@@ -152,10 +168,11 @@ def pool(options, out):
         truth = importance_sampling.true_value(runs, env, importance_sampling.Config(**fields))
         last = [line for line in read_lines(folder) if line["step"] == runs.step]
         rows, refusals[folder.name] = estimates_of(folder, len(runs.runs), options, out)
-        for run, true, row, line in zip(runs.runs, truth, rows, last, strict=True):
+        own = own_values(runs, first)
+        for run, true, row, line, believed in zip(runs.runs, truth, rows, last, own, strict=True):
             about = {"folder": folder.name, "updates": runs.step, **run, "true_value": float(true)}
-            about |= {name: line[name] for name in ("score", "believed_value", "q") if name in line}
-            policies.append(about | {"estimates": {"constant": (constant,) * 3, **row}})
+            row = {"constant": (constant,) * 3, "own Q": (believed,) * 3, **row}
+            policies.append(about | {"score": line["score"], "estimates": row})
     return policies, {folder: said for folder, said in refusals.items() if said}
 
 
