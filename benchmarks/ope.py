@@ -133,7 +133,7 @@ def estimates_of(folder, count, options, out):
             else:
                 rows = of_training(name, folder, count, options, out / name / folder.name)
         except SystemExit as sentence:
-            refused[name] = str(sentence)
+            refused[name] = str(sentence).replace(f"{folder.parent}/", "").replace(f"{out}/", "")
             print(f"{folder}: {name} refuses. {sentence}")
             continue
         for have, row in zip(found, rows, strict=True):
