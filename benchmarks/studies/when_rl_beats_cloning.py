@@ -146,13 +146,17 @@ def draw(result, path):
     for axis, (title, sweep) in zip(axes.flat, result["sweeps"].items(), strict=False):
         for i, name in enumerate((*METHODS, "demonstrators")):
             rows = np.array([point[name] for point in sweep["points"]])
-            style = {"color": f"C{i}" if name in METHODS else "0.6", "marker": "os^DvX"[i], "markersize": 4}
+            style = {"color": f"C{i}" if name in METHODS else "0.3", "marker": "os^Dv."[i], "markersize": 4}
+            style["linestyle"] = "-" if name in METHODS else ":"
             low, high = np.percentile(rows, [25, 75], axis=1)
             axis.plot(sweep["values"], rows.mean(axis=1), label=name, **style)
             axis.fill_between(sweep["values"], low, high, color=style["color"], alpha=0.12, linewidth=0)
         if sweep["field"] in ("episodes", "steps"):
             axis.set_xscale("log")
-        axis.set(title=title, xlabel=sweep["field"])
+            axis.set_xticks(sweep["values"], [f"{x:,}" for x in sweep["values"]])
+            axis.minorticks_off()
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel(sweep["field"])
         axis.spines[["top", "right"]].set_visible(False)
     for axis in axes[:, 0]:
         axis.set_ylabel("probability of reaching the end")
