@@ -12,7 +12,7 @@ import pytest
 from common.datasets import Transition
 
 STUDIES = pathlib.Path(__file__).parents[1] / "benchmarks" / "studies"
-NAMES = ("deadly_triad", "ladder", "lower_bound", "overestimation", "support")
+NAMES = ("deadly_triad", "ladder", "lower_bound", "overestimation", "support", "when_rl_beats_cloning")
 
 
 def section(title):
@@ -266,6 +266,70 @@ def test_what_the_text_says_of_sac_is_in_its_result():
     assert f"{small.min():,.0f} to {small.max():,.0f} on 1k, and {large.min():,.0f} to {large.max():,.0f} on" in text
     assert f"{true.min():.0f} to {true.max():.0f}.".replace("-", "−") in text
     assert 45 < np.median(small) / np.median(believed["10k"]) < 55  # README's "some 50 times"
+
+
+@pytest.mark.parametrize("study", ["when_rl_beats_cloning"], indirect=True)
+def test_the_methods_on_a_road_of_two_steps(study):
+    """One state of each step is visited. Step 0, critical: action 0 (right) three times, action 1 four times, two of
+    which fall. Step 1, not critical: action 2. So cloning takes 1, and RL and the filter 0."""
+    state = np.zeros((7, 2), int)
+    action = np.array([[0, 2], [0, 2], [0, 2], [1, 2], [1, 2], [1, 2], [1, 2]])
+    length = np.array([3, 3, 3, 3, 3, 1, 1])  # 1: a fall in the first step; 3: none
+    policies = study.learn(state, action, length)
+    first = {name: policy[0, 0].tolist() for name, policy in policies.items()}
+    assert first["cloning"] == [0, 1, 0, 0] and first["filtered cloning"] == [1, 0, 0, 0] == first["RL"]
+    assert first["cloning, sampled"] == pytest.approx([3 / 7, 4 / 7, 0, 0])
+    assert policies["RL"][1, 0].tolist() == [0, 0, 1, 0] and policies["RL"][0, 1].tolist() == [0.25] * 4
+    critical, right, habit = np.zeros((2, study.STATES), bool), np.zeros((2, study.STATES), int), np.ones((2, 10), int)
+    critical[0, :5] = True
+    assert study.value((critical, right, habit), np.tile([0.4, 0.6, 0, 0], (2, 10, 1))) == pytest.approx(1 - 0.3 / 2)
+
+
+@pytest.mark.parametrize("study", ["when_rl_beats_cloning"], indirect=True)
+def test_pessimism_doubts_an_action_that_was_tried_once(study):
+    """Action 0: 9 of 10 survive, action 1: the only one. 0.9 - c / sqrt(10) against 1 - c, with c = 1/2."""
+    action = np.array([[0]] * 10 + [[1]])
+    policies = study.learn(np.zeros((11, 1), int), action, np.array([2] * 9 + [1] + [2]))
+    assert policies["RL"][0, 0].tolist() == [0, 1, 0, 0] and policies["RL, pessimistic"][0, 0].tolist() == [1, 0, 0, 0]
+
+
+@pytest.mark.parametrize("study", ["when_rl_beats_cloning"], indirect=True)
+def test_demonstrators_reach_the_end_as_often_as_their_exact_value_says(study):
+    rng = np.random.default_rng(0)
+    road = study.make_road(5, 0.3, rng)
+    assert road[0].sum() == 15 and (road[1] != road[2]).all()
+    _, _, length = study.sample(road, 0.4, 20_000, rng)
+    exact = np.prod(
+        1 - study.FALL * 0.4 * road[0].mean(axis=1)
+    )  # in a critical state, the habit falls in half of cases
+    assert (length > 5).mean() == pytest.approx(exact, abs=0.01)
+    eye = np.eye(study.ACTIONS)
+    assert study.value(road, 0.6 * eye[road[1]] + 0.4 * eye[road[2]]) == pytest.approx(exact)
+
+
+@pytest.mark.parametrize("study", ["when_rl_beats_cloning"], indirect=True)
+def test_the_committed_sweep_of_noise_is_repeated_and_the_text_has_its_numbers(study):
+    sweeps = json.loads((STUDIES / "when_rl_beats_cloning.json").read_text())["sweeps"]
+    by_field = {(x["field"], x["others"]["noise"]): x for x in sweeps.values()}
+    committed, again = by_field["noise", 0.4]["points"][5], study.measure(**study.USUAL | {"noise": 0.5})
+    for name, values in again.items():
+        assert committed[name] == pytest.approx(values, rel=1e-6), name
+
+    def mean(field, x, method, noise=0.4):
+        sweep = by_field[field, noise]
+        return f"{np.mean(sweep['points'][sweep['values'].index(x)][method]):.2f}"
+
+    text = section("When RL beats cloning")
+    assert {mean("noise", x, "cloning") for x in (0, 0.1, 0.2, 0.3)} == {"1.00"} == {mean("noise", 0.5, "RL")}
+    assert f"has {mean('noise', 0.5, 'cloning')} at 0.5" in text and mean("noise", 0, "RL") == "1.00"
+    assert f"has {mean('noise', 0.5, 'filtered cloning')} there" in text
+    assert f"RL has 1.00, and still {mean('noise', 0.8, 'RL')} at noise 0.8" in text
+    assert f"cloning has {mean('steps', 40, 'cloning')} and RL {mean('steps', 40, 'RL')}" in text
+    assert f"RL has {mean('steps', 80, 'RL')} and {mean('critical', 1, 'RL')}" in text
+    few = [mean("episodes", 100, name, 0.1) for name in ("cloning", "RL", "RL, pessimistic")]
+    assert f"cloning has {few[0]} and RL {few[1]}." in text and f"mends this ({few[2]})" in text
+    rare = [mean("noise", 0.9, name) for name in ("RL, pessimistic", "RL")]
+    assert f"pessimistic RL has {rare[0]} where RL has {rare[1]}" in text
 
 
 @pytest.mark.parametrize("name", NAMES)
