@@ -205,29 +205,45 @@ def cell(found):
     return "–" if np.isnan(value) else f"{value:.3g} ({low:.3g} to {high:.3g})"
 
 
+def label(policy):
+    """Of the same method: its seeds and snapshots, but not the points of a grid."""
+    return " ".join([policy["folder"].partition(",")[0], *(f"{k} {v:g}" for k, v in policy["grid"].items())])
+
+
 def draw(result, path):
     """The estimates against the truth, a panel for each estimator."""
     names, policies = list(result["measures"]), result["policies"]
     truth = np.array([policy["true_value"] for policy in policies], float)
-    methods = sorted({policy["folder"].partition(",")[0] for policy in policies})
+    labels = [label(policy) for policy in policies]
+    methods = list(dict.fromkeys(labels))
     figure, axes = plt.subplots(2, math.ceil(len(names) / 2), figsize=(2.4 * math.ceil(len(names) / 2) + 1.6, 5.6),
                                 sharex=True, squeeze=False, layout="constrained")  # fmt: skip
     margin = 0.5 * np.ptp(truth) or 1.0
     low, high = truth.min() - margin, truth.max() + margin
     for panel, name in zip(axes.flat, names, strict=False):
         panel.plot([low, high], [low, high], color="#D0D0D0", zorder=0)
-        for policy, true in zip(policies, truth, strict=True):
+        for policy, true, i in zip(policies, truth, map(methods.index, labels), strict=True):
             value, *ends = np.array(policy["estimates"].get(name, (np.nan,) * 3), float)
-            i = methods.index(policy["folder"].partition(",")[0])
-            panel.plot([true, true], np.clip(ends, low, high), color=COLOURS[i], linewidth=1, alpha=0.4)
+            panel.plot([true, true], np.clip(ends, low, high), color=COLOURS[i % len(COLOURS)], linewidth=1, alpha=0.4)
             edge = value if low <= value <= high else np.clip(value, low, high)
-            full = COLOURS[i] if edge == value else "none"  # hollow at the edge: it lies beyond
-            panel.plot(true, edge, MARKERS[i], color=COLOURS[i], markerfacecolor=full, markersize=5, clip_on=False)
+            full = COLOURS[i % len(COLOURS)] if edge == value else "none"  # hollow at the edge: it lies beyond
+            panel.plot(
+                true,
+                edge,
+                MARKERS[i % len(MARKERS)],
+                color=COLOURS[i % len(COLOURS)],
+                markerfacecolor=full,
+                markersize=5,
+                clip_on=False,
+            )
         panel.set(ylim=(low, high))
         panel.set_title(name, fontsize=11)
     for panel in axes.flat[len(names) :]:
         panel.set_visible(False)
-    handles = [plt.Line2D([], [], marker=MARKERS[i], color=COLOURS[i], linestyle="") for i in range(len(methods))]
+    handles = [
+        plt.Line2D([], [], marker=MARKERS[i % len(MARKERS)], color=COLOURS[i % len(COLOURS)], linestyle="")
+        for i in range(len(methods))
+    ]
     figure.legend(handles, methods, loc="outside right center", fontsize=10)
     figure.supxlabel("true value", fontsize=11)
     figure.supylabel("estimate", fontsize=11)
