@@ -200,6 +200,26 @@ def table(result):
     return "\n".join(lines)
 
 
+def estimates_table(result):
+    """Markdown: a row for each method and setting, each cell a mean over its seeds and, in brackets, all of them."""
+    policies = result["policies"]
+    names = list(dict.fromkeys(name for policy in policies for name in policy["estimates"] if name != "constant"))
+    groups = {}
+    for policy in policies:
+        groups.setdefault((label(policy), policy["updates"]), []).append(policy)
+    lines = [f"| policies | updates | {' | '.join(names)} | true value |", "| --- " * (len(names) + 3) + "|"]
+    for (method, updates), rows in groups.items():
+        columns = [[row["estimates"].get(name, (None,))[0] for row in rows] for name in names]
+        columns.append([row["true_value"] for row in rows])
+        lines.append(f"| {method} | {updates:,} | {' | '.join(map(seeds_cell, columns))} |")
+    return "\n".join(lines)
+
+
+def seeds_cell(column):
+    values = np.array(column, float)
+    return "–" if np.isnan(values).all() else f"{np.nanmean(values):.3g} ({', '.join(f'{x:.3g}' for x in values)})"
+
+
 def cell(found):
     value, low, high = np.array(found, float)  # None, JSON's NaN, is NaN again
     return "–" if np.isnan(value) else f"{value:.3g} ({low:.3g} to {high:.3g})"
@@ -276,22 +296,13 @@ def main(options: Options):
     result = {**about, "device": jax.devices()[0].device_kind, "options": settings, "refused": refused}
     result |= {"policies": policies, "measures": judge(policies)}
     write(out / "ope.json", json.dumps(without_nan(result), indent=1) + "\n")
+    print(estimates_table(result))
     if result["measures"]:
-        print(table(result))
+        print("\n" + table(result))
         plt.rcParams.update(STYLE)
         draw(result, out / "ope.png")
-    else:
-        print("No true value is known, so nothing is judged. The estimates:")
-        print_estimates(policies)
     print(f"All estimates: {out / 'ope.json'}")
     return result
-
-
-def print_estimates(policies):
-    for policy in policies:
-        print(f"{policy['folder']}, seed {policy['seed']} {policy['grid'] or ''}")
-        for name, numbers in policy["estimates"].items():
-            print("  {:9} {:>10.5g}  ({:.5g} to {:.5g})".format(name, *numbers))
 
 
 def read_dataset(folder):

@@ -10,9 +10,18 @@ import numpy as np
 import pytest
 
 from common.datasets import Transition
+from common.recipes import tabular
 
 STUDIES = pathlib.Path(__file__).parents[1] / "benchmarks" / "studies"
-NAMES = ("deadly_triad", "ladder", "lower_bound", "overestimation", "support", "when_rl_beats_cloning")
+NAMES = (
+    "deadly_triad",
+    "ladder",
+    "lower_bound",
+    "ope_bias_variance",
+    "overestimation",
+    "support",
+    "when_rl_beats_cloning",
+)
 
 
 def section(title):
@@ -330,6 +339,73 @@ def test_the_committed_sweep_of_noise_is_repeated_and_the_text_has_its_numbers(s
     assert f"cloning has {few[0]} and RL {few[1]}." in text and f"mends this ({few[2]})" in text
     rare = [mean("noise", 0.9, name) for name in ("RL, pessimistic", "RL")]
     assert f"pessimistic RL has {rare[0]} where RL has {rare[1]}" in text
+
+
+def chain_model():
+    """Chain C2 of tests/chain.py as (model, rewards (S, A, S)); state 2 is the end."""
+    transition, paid = np.zeros((3, 2, 3)), np.zeros((3, 2, 3))
+    transition[0, 0, 2] = transition[0, 1, 1] = transition[1, :, 2] = transition[2, :, 2] = 1
+    paid[0, 0, 2], paid[0, 1, 1], paid[1, 1, 2] = 1, 0.5, 2
+    return tabular.Model(transition, (transition * paid).sum(axis=2), np.array([1.0, 0, 0])), paid
+
+
+CHAIN_PI, CHAIN_MU = np.array([[0.2, 0.8], [0.4, 0.6], [0.5, 0.5]]), np.full((3, 2), 0.5)
+
+
+@pytest.mark.parametrize("study", ["ope_bias_variance"], indirect=True)
+def test_second_moments_of_weights_are_products_of_those_of_a_step(study):
+    """s0: (0.2^2 + 0.8^2) / 0.5 = 1.36. s1, after go: (0.4^2 + 0.6^2) / 0.5 = 1.04; the end has 1. After two steps
+    0.08 + 1.28 * 1.04 = 1.4112, and no more."""
+    model, _ = chain_model()
+    assert study.second_moments(model, CHAIN_PI, CHAIN_MU, 3) == pytest.approx([1.36, 1.4112, 1.4112])
+    one = tabular.Model(np.ones((1, 2, 1)), np.zeros((1, 2)), np.ones(1))  # a state that is never left: c^H
+    assert study.second_moments(one, CHAIN_PI[:1], CHAIN_MU[:1], 5) == pytest.approx(1.36 ** np.arange(1, 6))
+
+
+@pytest.mark.parametrize("study", ["ope_bias_variance"], indirect=True)
+def test_estimates_on_the_chain(study):
+    """Undiscounted, V = 0.2 + 0.8 (0.5 + 0.6 * 2) = 1.56; with one step left 0.2 + 0.8 * 0.5 = 0.6. Enough data of mu
+    give a table its exact values."""
+    model, paid = chain_model()
+    over = study.ended(model)
+    assert over.tolist() == [False, False, True]
+    rows = study.sample(model, paid, CHAIN_MU, 4_000, np.random.default_rng(0))
+    state, action, reward, following, mask = rows
+    assert mask[:, 0].all() and not mask[:, 2:].any() and (mask[:, 1] == (action[:, 0] == 1)).all()
+    assert reward[mask].mean() == pytest.approx((1 * 0.5 + 0.5 * 0.5 + 2 * 0.25) / 1.5, abs=0.05)
+    for horizon, truth in ((1, 0.6), (2, 1.56), (100, 1.56)):
+        found = study.estimates(rows, CHAIN_PI, CHAIN_MU, over, horizon)
+        assert found.keys() == set(study.ESTIMATORS)
+        assert found == pytest.approx(dict.fromkeys(found, truth), abs=0.1)
+        assert found["FQE"] == pytest.approx(truth, abs=1e-9)  # nothing in the chain is random but the actions
+
+
+@pytest.mark.parametrize("study", ["ope_bias_variance"], indirect=True)
+def test_an_action_without_data_is_as_good_as_what_was_done(study):
+    """s0: only stop (1). s1: stop (0) once and go (2) twice, so 4/3. State 2 was never seen and is not the end here."""
+    state, action = np.array([[0], [1], [1], [1]]), np.array([[0], [0], [1], [1]])
+    reward, following = np.array([[1.0], [0], [2], [2]]), np.full((4, 1), 3)
+    tables = study.counted_tables(
+        (state, action, reward, following, np.ones((4, 1), bool)), np.full((4, 3), 1 / 3), np.arange(4) == 3, 1
+    )
+    assert tables[0].max() == 0
+    assert tables[1] == pytest.approx(np.array([[1, 1, 1], [0, 2, 4 / 3], [1.25] * 3, [0] * 3]))
+
+
+@pytest.mark.parametrize("study", ["ope_bias_variance"], indirect=True)
+def test_the_committed_errors_are_repeated_and_the_text_has_the_numbers(study):
+    pytest.importorskip("icu_sepsis")
+    committed = json.loads((STUDIES / "ope_bias_variance.json").read_text())
+    model, paid, mu = study.load()
+    best = study.best_within(model, mu)
+    again = study.measure(model, paid, mu, best, {110: study.REPETITIONS[110]})
+    assert again["truth"] == pytest.approx(committed["truth"]) and list(committed["sizes"]) == [
+        str(size) for size in study.REPETITIONS
+    ]
+    assert again["moments"]["0.1"] == pytest.approx(committed["moments"]["0.1"])
+    for d, row in again["sizes"]["110"].items():
+        for name, numbers in row.items():
+            assert numbers == pytest.approx(committed["sizes"]["110"][d][name], rel=1e-4, abs=1e-9), (d, name)
 
 
 @pytest.mark.parametrize("name", NAMES)
