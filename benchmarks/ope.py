@@ -57,6 +57,7 @@ class Options:
     behaviour: str = "clone"  # mu of the weights: "clone" or "counts" of the data, "logged" with them, or a run folder
     discount: float = 0.99  # of the values
     eval_episodes: int = 100  # of each policy, for the truth; draws in each state where it is exact; 0: none is known
+    resamples: int = 200  # of the episodes, for the intervals of the estimators with weights, where they cost most
     folds: int = 1  # of FQE's critics, for cross-fitting
     num_updates: int = 6_000  # of the estimators that train
     hidden: tuple[int, ...] = (256, 256)  # of their networks
@@ -124,11 +125,13 @@ def estimates_of(folder, count, options, out):
         try:
             if name == "importance_sampling":
                 fields = dict(dataset=options.dataset, act=options.act, discount=options.discount, eval_episodes=0)
+                fields |= dict(resamples=options.resamples)
                 config = importance_sampling.Config(policy=str(folder), behaviour=options.behaviour, **fields)
                 rows = importance_sampling.evaluate(config)
             elif name == "doubly_robust":
                 doubly_robust = importlib.import_module("algos.doubly_robust")
-                config = doubly_robust.Config(fqe=str(out / "fqe" / folder.name), behaviour=options.behaviour)
+                fields = dict(behaviour=options.behaviour, resamples=options.resamples)
+                config = doubly_robust.Config(fqe=str(out / "fqe" / folder.name), **fields)
                 rows = doubly_robust.evaluate(config)
             else:
                 rows = of_training(name, folder, count, options, out / name / folder.name)
@@ -280,8 +283,8 @@ def main(options: Options):
         raise SystemExit(f"{unknown[0]} is no estimator here: choose among {', '.join(PRESENT)}.")
     if "doubly_robust" in options.estimators and "fqe" not in options.estimators:
         raise SystemExit("doubly_robust takes its Q from fqe: name both in --estimators.")
-    if min(options.num_updates, options.folds) < 1 or options.eval_episodes < 0:
-        raise SystemExit("--num-updates and --folds must be at least 1, and --eval-episodes at least 0.")
+    if min(options.num_updates, options.folds, options.resamples) < 1 or options.eval_episodes < 0:
+        raise SystemExit("--num-updates, --folds and --resamples must be at least 1, and --eval-episodes at least 0.")
     if len({path.resolve().name for path in options.runs}) < len(options.runs):
         raise SystemExit("Two of these folders have the same name: rename one of them.")
     dataset = options.dataset or read_dataset(options.runs[0])

@@ -71,7 +71,7 @@ def judged(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MINARI_DATASETS_PATH", str(folder / "minari"))
         chain.train(folder / "pool" / "chain", chain.write(chain.D1 * 10))
-        small = dict(behaviour="counts", discount=0.9, num_updates=500, hidden=(8,), eval_episodes=0)
+        small = dict(behaviour="counts", discount=0.9, num_updates=500, hidden=(8,), eval_episodes=0, resamples=10)
         result = ope.main(ope.Options((folder / "pool" / "chain",), **small))
         return folder, result, small
 
