@@ -44,6 +44,7 @@ ALGOS = Path(__file__).parents[1] / "algos"
 # Of these, the files that are there; doubly_robust comes after fqe.py, whose critics it takes
 ESTIMATORS = ("fqe", "dice", "model_evaluation", "importance_sampling", "doubly_robust")
 PRESENT = tuple(name for name in ESTIMATORS if (ALGOS / f"{name}.py").exists())
+SHORT = {"fqe": "FQE", "dice": "DICE", "model_evaluation": "model"}  # those that train, in tables
 RESAMPLES = 1_000
 MEASURES = ("absolute error", "rank correlation", "regret@1", "regret@3")
 
@@ -115,7 +116,7 @@ def of_training(name, folder, count, options, out):
     summary = module.main(config)
     rows = [summary[column] for column in ("estimate", "estimate_low", "estimate_high")]
     rows = np.array(rows, float).reshape(3, folds, count)  # None, JSON's NaN, is NaN again
-    return [{name.upper(): tuple(row)} for row in rows.mean(axis=1).T.tolist()]
+    return [{SHORT[name]: tuple(row)} for row in rows.mean(axis=1).T.tolist()]
 
 
 def estimates_of(folder, count, options, out):
