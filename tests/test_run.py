@@ -415,6 +415,15 @@ def test_a_disk_that_fills_up_while_training_is_a_sentence(staged, unfinished, m
         ({"learning_rate": float("nan")}, "learning_rate must be a finite number"),
         ({"beta": float("inf")}, "beta must be a finite number"),
         ({"reward_shift": 1e39}, "reward_shift must be a finite number"),
+        ({"num_updates": "many"}, "num_updates must be int, not 'many'"),
+        ({"num_updates": 40.0}, "num_updates must be int, not 40.0"),
+        ({"batch_size": None}, "batch_size must be int, not None"),
+        ({"hidden": 8}, "hidden must be tuple[int, ...], not 8"),
+        ({"hidden": (8, "8")}, "hidden must be tuple[int, ...], not (8, '8')"),
+        ({"beta": "10"}, "beta must be float, not '10'"),
+        ({"normalize_reward": "no"}, "normalize_reward must be bool, not 'no'"),
+        ({"act": "samples"}, "act must be Literal['mode', 'sample'], not 'samples'"),
+        ({"dataset": None}, "dataset must be str, not None"),
     ],
 )
 def test_bad_numbers_are_one_sentence_before_the_data_are_read(tmp_path, monkeypatch, changes, said):
@@ -425,13 +434,23 @@ def test_bad_numbers_are_one_sentence_before_the_data_are_read(tmp_path, monkeyp
 
 def test_bad_numbers_of_some_files_and_of_grids(tmp_path, monkeypatch):
     for name in ("iql", "brac", "td3_bc", "awr"):
-        monkeypatch.setattr(load(name), "load_data", lambda cfg: pytest.fail("the data were read"))
+        monkeypatch.setattr(load(name), "load_dataset", lambda *args, **options: pytest.fail("the data were read"))
     for value in (float("nan"), float("-inf")):
         assert "beta must be a finite number" in sentence(run, "iql", tmp_path / "x", grid={"beta": [1.0, value]})
     assert "pretrain_updates must be a multiple" in sentence(run, "brac", tmp_path / "x", pretrain_updates=30)
     assert "log_interval must be a multiple of policy_delay" in sentence(run, "td3_bc", tmp_path / "x", policy_delay=3)
     assert "multiple of prepare_interval" in sentence(run, "awr", tmp_path / "x", prepare_interval=20)
-    load("iql").check(load("iql").Config(seed=2**31 - 4), {"beta": [0.0, -1.0]})  # and these are right
+    for values in (["x"], [1.0, "x"], [1.0, None], "10", 10.0, None, np.array([1.0])):
+        assert "beta must be list[float], not" in sentence(run, "iql", tmp_path / "x", grid={"beta": values})
+    for name, value in {"no_such_field": 1.0, "batch_size": 8, "reward_shift": 0.0, "act": "mode"}.items():
+        assert f"not so {name}" in sentence(run, "iql", tmp_path / "x", grid={"beta": [1.0], name: [value]})
+    assert "not so beta" in sentence(run, "iql", tmp_path / "x", grid={"beta": []})
+    said = sentence(run, "brac", tmp_path / "x", target_divergence=float("nan"))
+    assert "target_divergence must be a finite number" in said
+    assert "must be float | None" in sentence(run, "brac", tmp_path / "x", target_divergence="small")
+    # And these are right
+    load("iql").check(load("iql").Config(seed=2**31 - 4, beta=1), {"beta": [0.0, -1, np.float64(0.5)]})
+    load("brac").check(load("brac").Config(target_divergence=None), {})
 
 
 def test_an_unknown_dataset_is_a_sentence_before_any_compilation(tmp_path, monkeypatch):
@@ -618,8 +637,9 @@ def test_restoring_a_run_of_a_grid_gives_that_run(diverged):
     rows, _ = everything.act(obs, 0, None, np.zeros((8, 2), np.float32))
     np.testing.assert_allclose(one(points), one.interface.to_env(np.asarray(rows)[3]), rtol=1e-4)
     assert not np.allclose(rows[2], rows[3], rtol=1e-4)
-    for absent in (8, "x"):
-        assert "no run that iql.py can go on with" in sentence(load("iql").restore, out, run=absent)
+    for absent in (8, -1, "x"):
+        said = sentence(load("iql").restore, out, run=absent)
+        assert said == f"{out} has no run {absent}: its seeds, point by point, are 0 to 7."
     assert "no run that iql.py can go on with" in sentence(load("iql").restore, out.parent / "nowhere", run=None)
 
 
@@ -656,16 +676,37 @@ def test_without_episodes_it_trains_and_makes_no_environment(finished, tmp_path,
         np.testing.assert_array_equal(flatten(checkpoint(tmp_path)["states"])[name], x)
 
 
+def test_the_progress_line_has_a_score_only_where_one_is(finished, staged, tmp_path, monkeypatch):
+    said, tqdm = [], load("iql").tqdm
+
+    class Bar(tqdm):
+        def set_description(self, text, *args, **kwargs):
+            said.append(text)
+
+        def set_postfix(self, losses, *args, **kwargs):
+            assert losses.keys() == {"actor_loss", "critic_loss", "value_loss"} and all(map(float, losses.values()))
+            said.append("losses")
+
+    monkeypatch.setattr(load("iql"), "tqdm", Bar)
+    summary = run("iql", tmp_path / "scored")
+    assert said[:2] == ["losses"] * 2 and said[5] == f"score {summary['score_mean']:.1f}" and len(said) == 6
+    monkeypatch.setattr(Environment, "measure", lambda *args, **options: {"score": np.full(2, np.nan)})
+    monkeypatch.setattr(Environment, "summary", lambda self, lines: {"score_mean": np.nan})
+    monkeypatch.setattr(Environment, "sentence", lambda self, summary: "")
+    run("iql", tmp_path / "not scored")
+    assert said[6:] == [*["losses"] * 2, "no score"] * 2
+
+
 def test_what_an_evaluation_is_given(staged, tmp_path, monkeypatch):
     measure, given = Environment.measure, []
 
-    def listen(self, policy, q, seeds, **kwargs):
-        given.append({"seeds": list(seeds), **kwargs})
-        return measure(self, policy, q, seeds, num_episodes=kwargs["num_episodes"])
+    def listen(self, policy, q, seeds, num_episodes, *, discount, max_steps):
+        given.append((list(seeds), num_episodes, discount, max_steps))
+        return measure(self, policy, q, seeds, num_episodes)
 
     monkeypatch.setattr(Environment, "measure", listen)
     run("iql", tmp_path, eval_steps=7, eval_episodes=3)
-    assert given == [{"seeds": [0, 1], "num_episodes": 3, "max_steps": 7, "discount": 0.99}] * 2
+    assert given == [([0, 1], 3, 0.99, 7)] * 2
 
 
 # --- The folder is the policy ----------------------------------------------------------------------------
