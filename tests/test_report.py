@@ -954,7 +954,7 @@ def test_rules_that_stop_a_run_cost_what_the_best_evaluation_has_more(tmp_path, 
     }
     assert rules.stopping(tmp_path / "bc") == {}
     report.main(report.Options(selection=tuple(tmp_path / name for name in ("a", "b", "bc")), out=tmp_path))
-    assert "| stitch/maze-v0 | all | 2 | 15.0 | 25.0 | 15.0 |" in capsys.readouterr().out
+    assert "| maze-v0 | all | 2 | 15.0 | 25.0 | 15.0 |" in capsys.readouterr().out
 
 
 def left_by_ope(folder, estimates):

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from plot import read_columns  # benchmarks/plot.py
 
-from report.runs import Run
+from report.runs import Run, short
 from report.selection import BUDGETS, estimates_beside, halves, selection_curve
 
 
@@ -36,21 +36,26 @@ def stopping(folder: Path) -> dict[str, list[float]]:
     return {name: [float(run["score"].max() - run["score"][rule(run)]) for run in runs] for name, rule in STOPS.items()}
 
 
-def report_stopping(found: list[tuple[Path, Run]]):
-    """Prints, for each dataset, the regret of stopping each run by a rule: of all methods with a critic, and of CQL."""
+def stopping_table(found: list[tuple[Path, Run]]) -> str:
+    """Markdown: for each dataset, what stopping each run by a rule costs: of all methods with a critic, and of CQL."""
     rows = {}
     for folder, run in found:
         for rule, regrets in stopping(folder).items():
             for group in ("all", *(["CQL"] if run.algo.startswith("cql") else [])):  # for which the peak was proposed
                 rows.setdefault((run.dataset, group), {}).setdefault(rule, []).extend(regrets)
-    if not rows:
-        return
-    print("\nWhich evaluation of a run to take: its score below that of the run's best evaluation, mean over the runs")
-    print(f"| dataset | methods with a critic | runs | {' | '.join(STOPS)} |")
-    print("| --- " * (len(STOPS) + 3) + "|")
+    lines = [f"| dataset | methods with a critic | runs | {' | '.join(STOPS)} |", "| --- " * (len(STOPS) + 3) + "|"]
     for (dataset, group), regrets in sorted(rows.items()):
         cells = [f"{np.mean(regrets[rule]):.1f}" for rule in STOPS]
-        print("| " + " | ".join([dataset, group, str(len(regrets["last"])), *cells]) + " |")
+        lines.append("| " + " | ".join([short(dataset), group, str(len(regrets["last"])), *cells]) + " |")
+    return "\n".join(lines) if rows else ""
+
+
+def report_stopping(found: list[tuple[Path, Run]]):
+    if table := stopping_table(found):
+        print(
+            "\nWhich evaluation of a run to take: its score below that of the run's best evaluation, mean over the runs"
+        )
+        print(table)
 
 
 def choices(policies: list[dict]) -> dict[str, list[int]]:
