@@ -393,6 +393,16 @@ def test_an_action_without_data_is_as_good_as_what_was_done(study):
 
 
 @pytest.mark.parametrize("study", ["ope_bias_variance"], indirect=True)
+def test_an_episode_s_q_is_of_the_other_half_of_the_episodes(study):
+    """Two episodes of one step in s0: stop, reward 1, and go, reward 0.5. Without the first, Q = V = 0.5 there:
+    0.5 + 0.4 (1 - 0.5) = 0.7; without the second 1 + 1.6 (0.5 - 1) = 0.2. With its own Q each would have its reward."""
+    rows = [np.zeros((2, study.STEPS), kind) for kind in (int, int, float, int, bool)]
+    rows[1][1, 0], rows[2][:, 0], rows[3][:, 0], rows[4][:, 0] = 1, [1, 0.5], 2, True
+    found = study.estimates(rows, CHAIN_PI, CHAIN_MU, np.arange(3) == 2, 1)
+    assert found["DR"] == pytest.approx(0.45)
+
+
+@pytest.mark.parametrize("study", ["ope_bias_variance"], indirect=True)
 def test_the_committed_errors_are_repeated_and_the_text_has_the_numbers(study):
     pytest.importorskip("icu_sepsis")
     committed = json.loads((STUDIES / "ope_bias_variance.json").read_text())

@@ -38,8 +38,8 @@ from common.recipes import tabular  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 STEPS = 100  # of an episode, at most
-REPETITIONS = {110: 10, 330: 10, 1_100: 10, 3_300: 10, 11_000: 5, 33_000: 3}  # episodes: some 1k to 300k transitions
-DISTANCES = (0.0, 0.05, 0.1, 0.2, 0.4, 1.0)
+REPETITIONS = {110: 10, 330: 10, 1_100: 10, 3_300: 6, 11_000: 3, 33_000: 2}  # episodes: some 1k to 300k transitions
+DISTANCES = (0.0, 0.05, 0.1, 0.2, 1.0)
 HORIZONS = (2, 4, 8, 16, 32)
 SHOWN, CROWD = 0.1, 3_300  # the distance of the pictures over sizes and horizons, and the episodes of the latter
 ESTIMATORS = ("IS", "PDIS", "WIS", "PDWIS", "FQE", "DR", "WDR")
