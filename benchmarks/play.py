@@ -2,7 +2,7 @@
 
 Plays the policy of a run folder in the environment of its dataset, prints the return of each episode, and writes
 RUN/play.gif (or --out), as far as that environment can be drawn on this machine. Episode j starts where episode j of
-the run's own evaluations did, so returns of a finished run are the first of its summary.json.
+the run's own evaluations did, on the same of its tasks, so returns of a finished run are the first of its summary.json.
 """
 
 import ctypes.util
@@ -19,6 +19,9 @@ import tyro
 from PIL import Image
 from plot import read_config, restore  # benchmarks/plot.py
 from sweep import write  # benchmarks/sweep.py
+
+from common.environments import tasks_of
+from common.recipes.worker import begin, with_goal
 
 WIDTH = 320  # pixels of the GIF, at most
 FRAMES_PER_SECOND = 20  # viewers slow down what is much faster
@@ -50,10 +53,12 @@ def main(options: Options):
     frames = None if why_not else []
     steps = step_limit(env, config)
     returns = []
-    for j, start in enumerate(starts(seed, options.episodes)):
+    tasks = dataset_tasks(config["dataset"])
+    for j, start in enumerate(starts(seed, options.episodes, tasks)):
         total, observations = episode(policy, env, start, steps, frames)
         returns.append(total)
-        print(f"episode {j}: return {total:g} in {len(observations)} steps", flush=True)
+        of_task = f", task {1 + j % len(tasks)}" if any(tasks) else ""
+        print(f"episode {j}{of_task}: return {total:g} in {len(observations)} steps", flush=True)
     print(f"mean return {np.mean(returns):g}")
     if why_not:
         print(f"No GIF is written: {why_not}.")
@@ -101,6 +106,14 @@ def drawn_env(dataset_id: str):
         ) from error
 
 
+def dataset_tasks(dataset_id: str) -> list:
+    """The tasks that episodes of an evaluation play in turn, as options of reset; [None] where there are none."""
+    import minari
+
+    with warnings.catch_warnings(action="ignore"):
+        return tasks_of(dataset_id, minari.load_dataset(dataset_id).storage.metadata)
+
+
 def step_limit(env, config: dict) -> int:
     """Of an episode, as in the run's evaluations: its own setting, else the environment's, else the longest of data."""
     limit = config.get("eval_steps") or (env.spec and env.spec.max_episode_steps)
@@ -111,14 +124,16 @@ def step_limit(env, config: dict) -> int:
     return max(len(episode.rewards) for episode in minari.load_dataset(config["dataset"]).iterate_episodes())
 
 
-def starts(seed: int, count: int) -> list[int]:
-    """Seeds of the environment, as common.environments draws them."""
-    return [int(np.random.SeedSequence((seed, j)).generate_state(1)[0]) for j in range(count)]
+def starts(seed: int, count: int, tasks=(None,)) -> list[tuple]:
+    """(seed of the environment, task) of each episode, as common.environments draws them."""
+    seeds = (int(np.random.SeedSequence((seed, j)).generate_state(1)[0]) for j in range(count))
+    return [(start, tasks[j % len(tasks)]) for j, start in enumerate(seeds)]
 
 
-def episode(policy, env, start: int, steps: int, frames: list | None = None):
-    """(return, the observations that the policy acted on, as the environment gave them)."""
-    observation, reward = env.reset(seed=start)[0], None
+def episode(policy, env, start: tuple, steps: int, frames: list | None = None):
+    """(return, the observations that the policy acted on, as the environment gave them) from such a start."""
+    observation, goal = begin(env, *start)
+    reward = None
     policy.episode = None  # its memory and step begin anew
     every = max(1, round(env.metadata.get("render_fps", FRAMES_PER_SECOND) / FRAMES_PER_SECOND))
     total, observations = 0.0, []
@@ -126,7 +141,8 @@ def episode(policy, env, start: int, steps: int, frames: list | None = None):
         observations.append(observation)
         if frames is not None and step % every == 0:
             frames.append(small(env.render()))
-        observation, reward, terminated, truncated, _ = env.step(policy(observation, reward))
+        action = policy(with_goal(policy.interface, observation, goal), reward)
+        observation, reward, terminated, truncated, _ = env.step(action)
         total += float(reward)
         if terminated or truncated:
             break

@@ -2,9 +2,10 @@
 
 learning_curve.png  Score against updates: the mean of the seeds, in a band from the lowest seed to the highest. From
                     metrics.jsonl alone; several run folders give several lines. Of runs without scores: their losses.
-maze.png            For datasets of gymnasium-robotics' mazes: walks of the data, and the roll-outs of the policy in the
-                    newest checkpoint (one panel for each run folder). They repeat the run's own evaluation: the same
-                    seeds, episodes and starts.
+maze.png            For datasets of gymnasium-robotics' and OGBench's mazes: walks of the data, and the roll-outs of the
+                    policy in the newest checkpoint, a panel for each run folder; a row for each, with a panel for each
+                    task, where the data have several tasks. They repeat the run's own evaluation: the same seeds,
+                    episodes and starts.
 
 The pictures are written into the run folder, or into --out where several folders are given.
 """
@@ -15,7 +16,7 @@ import io
 import json
 import textwrap
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import matplotlib
 
@@ -266,8 +267,41 @@ def finish(figure, axes, configs, values, said):
 # --- Maze ----------------------------------------------------------------------------------------------
 
 
+class Maze(NamedTuple):
+    """What is drawn of a maze, in the environment's units."""
+
+    walls: np.ndarray  # (n, 2): the centres of square cells
+    size: float  # of a cell
+    starts: list  # (x, y) of each task; with no tasks, those that are marked in the map, of which any may be it
+    goals: list
+    jitter: float  # how far from these an episode begins, and its goal is, at most, in each coordinate
+    radius: float  # closer than that to its goal, an episode succeeds
+
+
+def maze_of(env, tasks) -> Maze | None:
+    """The maze of an environment of gymnasium-robotics or OGBench; None where it is neither."""
+    inner = env.unwrapped
+    maze = getattr(inner, "maze", None)
+    if maze is not None:  # gymnasium-robotics
+        walls = [maze.cell_rowcol_to_xy(cell) for cell in np.argwhere(np.array(maze.maze_map, object) == 1)]
+        starts, goals = list(maze.unique_reset_locations), list(maze.unique_goal_locations)
+        if any(tasks):
+            starts, goals = (
+                [maze.cell_rowcol_to_xy(task[name]) for task in tasks] for name in ("reset_cell", "goal_cell")
+            )
+        size = maze.maze_size_scaling
+        return Maze(np.array(walls), size, starts, goals, inner.position_noise_range * size, GOAL_RADIUS)
+    if not hasattr(inner, "maze_map"):
+        return None
+    walls = [inner.ij_to_xy(cell) for cell in np.argwhere(inner.maze_map == 1)]
+    of = [inner.task_infos[task["task_id"] - 1] for task in tasks if task]
+    starts, goals = ([np.array(info[name]) for info in of] for name in ("init_xy", "goal_xy"))
+    size = inner._maze_unit
+    return Maze(np.array(walls), size, starts, goals, inner._noise * size / 4, inner._goal_tol)
+
+
 def plot_maze(runs, configs, data_episodes, path):
-    from play import make_env, step_limit  # benchmarks/play.py: a learning curve needs no environment
+    from play import dataset_tasks, make_env, step_limit  # benchmarks/play.py: a learning curve needs no environment
 
     if len({config["dataset"] for config in configs}) > 1:
         print("No maze is drawn, because the runs are of several datasets.")
@@ -277,64 +311,87 @@ def plot_maze(runs, configs, data_episodes, path):
         return
     dataset_id = configs[0]["dataset"]
     try:
-        env = make_env(dataset_id)
+        env, tasks = make_env(dataset_id), dataset_tasks(dataset_id)
     except (Exception, SystemExit) as error:  # whatever gymnasium, Minari and the environment's package raise
         print(f"No maze is drawn, because the environment cannot be made ({type(error).__name__}: {error}).")
         return
-    maze = getattr(env.unwrapped, "maze", None)  # gymnasium-robotics' Maze
+    maze = maze_of(env, tasks)
     if maze is None:
-        print(f"No maze is drawn, because the environment of {dataset_id} is not one of gymnasium-robotics' mazes.")
+        print(f"No maze is drawn, because the environment of {dataset_id} is no maze of gymnasium-robotics or OGBench.")
         return
     panels = []
     for run, config, name in zip(runs, configs, labels(runs, configs), strict=True):
         if (run / "checkpoint.msgpack").exists():
-            panels.append((name, *rollouts(run, config, env, step_limit(env, config))))
+            panels.append((name, *rollouts(run, config, env, step_limit(env, config), tasks)))
         else:
             print(f"{run} has no checkpoint yet: its policy is not drawn.")
-    count = 1 + len(panels)
-    figure, axes = plt.subplots(1, count, figsize=(5 * count, 5.8), squeeze=False, layout="constrained")
+    several = any(tasks)
+    shape = (max(1, len(panels)), 1 + len(tasks) * bool(panels)) if several else (1, 1 + len(panels))
+    width, height = maze.walls.max(axis=0) - maze.walls.min(axis=0)
+    each = (3.6, 1.1 + 3.6 * height / width) if several else (5, 5.8)
+    figure, axes = plt.subplots(
+        *shape, figsize=(each[0] * shape[1], each[1] * shape[0]), squeeze=False, layout="constrained"
+    )
     figure.get_layout_engine().set(h_pad=0.12)
-    jitter = env.unwrapped.position_noise_range * maze.maze_size_scaling
-    draw_data(axes[0, 0], maze, walks_of(dataset_id), data_episodes)
-    for ax, (name, step, paths, reached) in zip(axes[0, 1:], panels, strict=True):
-        draw_rollouts(ax, maze, f"Policy: {name}, {step:,} updates", paths, reached)
+    draw_data(axes[0, 0], maze, walks_of(dataset_id), data_episodes, several)
+    for i, (name, step, paths, reached) in enumerate(panels):
+        if not several:
+            draw_rollouts(axes[0, 1 + i], maze, f"Policy: {name}, {step:,} updates", paths, reached)
+            continue
+        axes[i, 0].set_visible(i == 0)
+        for k, panel in enumerate(axes[i, 1:]):  # episode j of a run plays task j % tasks
+            of_task = maze._replace(starts=maze.starts[k : k + 1], goals=maze.goals[k : k + 1])
+            title = f"{name}, task {k + 1}: {100 * reached[k :: len(tasks)].mean():.0f} %"
+            draw_rollouts(panel, of_task, title, paths[k :: len(tasks)], reached[k :: len(tasks)])
     handles = [
-        plt.Line2D([], [], **START, label=f"start, ± {jitter:g} m"),
-        plt.Line2D([], [], **GOAL, label=f"goal, ± {jitter:g} m"),
+        plt.Line2D([], [], **START, label=f"start, ± {maze.jitter:g} m"),
+        plt.Line2D([], [], **GOAL, label=f"goal, ± {maze.jitter:g} m"),
         plt.Line2D([], [], color=REACHED, linewidth=2, label="roll-out that reaches the goal"),
         plt.Line2D([], [], color=MISSED, linewidth=2, **END, label="one that does not, and its end"),
     ]
-    figure.legend(handles=handles[: 4 if panels else 2], loc="outside lower center", ncols=4, fontsize=10.5)
+    shown = handles if panels else [] if several else handles[:2]
+    if shown:
+        figure.legend(handles=shown, loc="outside lower center", ncols=4, fontsize=10.5)
     save(figure, path)
+
+
+def position(observations) -> np.ndarray:
+    """Places (steps, 2) of observations: their achieved_goal or, of OGBench's, their first two numbers."""
+    of_dict = isinstance(observations, dict)
+    return observations["achieved_goal"] if of_dict else np.asarray(observations)[:, :2]
 
 
 def walks_of(dataset_id: str) -> list[np.ndarray]:
     """Positions (steps, 2) in metres of each episode of the data."""
     import minari
 
-    return [episode.observations["achieved_goal"][:-1] for episode in minari.load_dataset(dataset_id)]
+    return [position(episode.observations)[:-1] for episode in minari.load_dataset(dataset_id)]
 
 
-def rollouts(run: Path, config: dict, env, steps: int):
+def rollouts(run: Path, config: dict, env, steps: int, tasks=(None,)):
     """One evaluation of the newest checkpoint: its update, a list of positions (steps, 2), and reached (rollouts,)."""
     from play import episode, starts
 
     paths, reached = [], []
     for row in range(config["num_seeds"]):
         policy = restore(run, config, row)
-        for start in starts(config["seed"] + row, config["eval_episodes"]):
+        for start in starts(config["seed"] + row, config["eval_episodes"], tasks):
             total, observations = episode(policy, env, start, steps)
-            path, goal = (np.array([x[key] for x in observations]) for key in ("achieved_goal", "desired_goal"))
+            if isinstance(observations[0], dict):
+                observations = {key: np.array([x[key] for x in observations]) for key in observations[0]}
+            path = position(observations)
             paths.append(path)
             # A sparse return is above 0 only if the goal was reached. A dense one always is: there, the distance
             # to the goal decides.
-            sparse = getattr(env.unwrapped, "reward_type", "sparse") == "sparse"
-            near = (np.linalg.norm(path - goal, axis=-1) <= GOAL_RADIUS).any()
-            reached.append(total > 0 if sparse else near)
+            if getattr(env.unwrapped, "reward_type", "sparse") == "sparse":
+                reached.append(total > 0)
+            else:
+                distance = np.linalg.norm(path - observations["desired_goal"], axis=-1)
+                reached.append((distance <= GOAL_RADIUS).any())
     return policy.step, paths, np.array(reached)
 
 
-def draw_data(axes, maze, episodes, data_episodes):
+def draw_data(axes, maze, episodes, data_episodes, several=False):
     """A sample of the data's episodes, each in a colour of its own, and a few that lie apart as thick arrows."""
     rng = np.random.default_rng(0)
     sample = [episodes[k] for k in rng.permutation(len(episodes))[:data_episodes]]
@@ -354,17 +411,14 @@ def draw_data(axes, maze, episodes, data_episodes):
                 zorder=3,
                 arrowprops={"arrowstyle": "-|>", "color": colour, "mutation_scale": 20},
             )
-    draw_maze(axes, maze)
-    both = sum(
-        visits(maze, path, maze.unique_reset_locations) and visits(maze, path, maze.unique_goal_locations)
-        for path in episodes
-    )
-    axes.set_title(
-        f"Data: {len(episodes):,} episodes, "
-        + ("none visits" if both == 0 else f"{both:,} visit")
-        + " both start and goal"
-    )
+    draw_maze(axes, maze._replace(starts=[], goals=[]) if several else maze)
+    axes.set_title(f"Data: {len(episodes):,} episodes" + ("" if several else f", {who_visits_both(maze, episodes)}"))
     axes.set_xlabel(f"{len(sample)} of them, a colour each, dots where they begin")
+
+
+def who_visits_both(maze, episodes) -> str:
+    both = sum(visits(maze, path, maze.starts) and visits(maze, path, maze.goals) for path in episodes)
+    return ("none visits" if both == 0 else f"{both:,} visit") + " both start and goal"
 
 
 def apart(points, count):
@@ -378,7 +432,7 @@ def apart(points, count):
 
 def visits(maze, path, places):
     """Whether a path (steps, 2) is anywhere in the cell of one of `places` (x, y), all in metres."""
-    half = maze.maze_size_scaling / 2
+    half = maze.size / 2
     return any((np.abs(path - place) < half).all(axis=-1).any() for place in places)
 
 
@@ -391,23 +445,19 @@ def draw_rollouts(axes, maze, title, paths, reached):
             axes.plot(*path[-1], **END, color=MISSED, zorder=4)
     draw_maze(axes, maze)
     axes.set_title(title)
-    axes.set_xlabel(f"{reached.sum()} of {len(reached)} roll-outs come within {GOAL_RADIUS} m of the goal")
+    axes.set_xlabel(f"{reached.sum()} of {len(reached)} roll-outs come within {maze.radius:g} m of the goal")
 
 
 def draw_maze(axes, maze):
     """Walls, and the places where evaluation starts and where it should end."""
-    size = maze.maze_size_scaling
-    for i, row in enumerate(maze.maze_map):
-        for j, cell in enumerate(row):
-            if cell == 1:
-                corner = maze.cell_rowcol_to_xy((i, j)) - size / 2
-                axes.add_patch(plt.Rectangle(corner, size, size, color=WALL))
-    for places, mark in ((maze.unique_reset_locations, START), (maze.unique_goal_locations, GOAL)):
+    for centre in maze.walls:
+        axes.add_patch(plt.Rectangle(centre - maze.size / 2, maze.size, maze.size, color=WALL))
+    for places, mark in ((maze.starts, START), (maze.goals, GOAL)):
         for place in places if len(places) <= 4 else []:  # where every free cell may be one, marks would say nothing
             axes.plot(*place, **mark, zorder=5)
     # A third of the outer walls is enough to see them
-    width, height = (maze.map_width / 2 - 2 / 3) * size, (maze.map_length / 2 - 2 / 3) * size
-    axes.set(xlim=(-width, width), ylim=(-height, height), aspect="equal", xticks=[], yticks=[])
+    (left, low), (right, high) = maze.walls.min(axis=0) + maze.size / 6, maze.walls.max(axis=0) - maze.size / 6
+    axes.set(xlim=(left, right), ylim=(low, high), aspect="equal", xticks=[], yticks=[])
     axes.spines[:].set_visible(False)
 
 

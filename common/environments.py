@@ -24,8 +24,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from common.layouts import DatasetError, flatten, flatten_with_goal, width
 from common.recipes import tabular
-from common.recipes.worker import EnvironmentFailure, reason, work
+from common.recipes.worker import EnvironmentFailure, one_line, reason, work
 
 
 class Spec(NamedTuple):
@@ -48,7 +49,7 @@ class Evaluation(NamedTuple):
 
     returns: np.ndarray  # (num_seeds, num_episodes) float64, undiscounted, of the environment's own rewards
     value: np.ndarray  # (num_seeds,) float64: the true value, a mean over the episodes
-    obs: np.ndarray  # (num_seeds, num_starts, obs_dim) float32: where the episodes start
+    obs: np.ndarray  # (num_seeds, num_starts, obs_dim + goal_dim) float32: where the episodes start
     action: np.ndarray  # (num_seeds, num_starts, ...): of the policy there
     weight: np.ndarray  # (num_starts,) float64, sums to 1: how likely each start is
 
@@ -93,20 +94,26 @@ class Interface(NamedTuple):
 
     observation: Any  # layout: a Box's shape [4], a Discrete's {"n": 5, "start": 0}, or a Dict's {"dict": {key: ...}}
     action: Any  # {"n", "start"}, or of a Box {"low", "high", "dtype"}
-    obs_mean: list  # (obs_dim,) of the rows' observations, or zeros
+    obs_mean: list  # (obs_dim + goal_dim,) of the rows' observations and the goals in them, or zeros
     obs_scale: list
     termination: Any = None  # (closed, ranges) of `ends`, as TERMINATIONS has them; None: not known
+    goal: Any = None  # layout of the goal, which is then no part of `observation`; None: there is none
 
     @property
     def spec(self) -> Spec:
         discrete, known = "n" in self.action, self.termination is not None
         action_dim = self.action["n"] if discrete else len(self.action["low"])
         terminal_of = partial(ends, *self.termination) if known else None
-        return Spec(width(self.observation), action_dim, discrete, terminal_of=terminal_of)
+        goal_dim = 0 if self.goal is None else width(self.goal)
+        return Spec(width(self.observation), action_dim, discrete, goal_dim, terminal_of)
 
     def observe(self, observation):
-        """Raw observations (...) -> (..., obs_dim) float32, flat and normalised."""
-        obs = flatten(self.observation, observation)
+        """Raw observations (...) -> (..., obs_dim + goal_dim) float32, flat and normalised. Where there are goals, they
+        are Dicts with a desired_goal or, of a Box, {"observation": observations, "goal": other ones}."""
+        if self.goal is None:
+            obs = flatten(self.observation, observation)
+        else:
+            obs = flatten_with_goal(self.observation, self.goal, observation)
         return (obs - np.array(self.obs_mean, np.float32)) / np.array(self.obs_scale, np.float32)
 
     def act(self, act, observation, reward=None, episode=None):
@@ -159,43 +166,6 @@ def provenance():
     return {"command": shlex.join(sys.argv), "commit": commit, "versions": versions}
 
 
-def layout(space):
-    """What `flatten` must know of an observation space, as JSON; None where the space is not supported."""
-    from gymnasium import spaces
-
-    if isinstance(space, spaces.Dict):
-        parts = {key: layout(space[key]) for key in sorted(space.keys())}
-        return None if None in parts.values() else {"dict": parts}
-    if isinstance(space, spaces.Discrete):
-        return {"n": int(space.n), "start": int(space.start)}
-    return list(space.shape) if isinstance(space, spaces.Box) and len(space.shape) <= 1 else None
-
-
-def width(layout):
-    """The length of an observation once it is flat."""
-    if isinstance(layout, list):
-        return int(np.prod(layout))
-    return layout["n"] if "n" in layout else sum(map(width, layout["dict"].values()))
-
-
-def flatten(layout, x):
-    """Observations (...) as an environment or Minari gives them -> (..., width) float32."""
-    if isinstance(layout, list):
-        x = np.asarray(x, np.float32)
-        return x.reshape(*x.shape[: x.ndim - len(layout)], width(layout))
-    if "n" in layout:
-        return (index(layout, x)[..., None] == np.arange(layout["n"])).astype(np.float32)  # one-hot
-    return np.concatenate([flatten(inner, x[key]) for key, inner in sorted(layout["dict"].items())], axis=-1)
-
-
-def index(layout, x):
-    """Elements of a Discrete space, whose first may be any integer, counted from 0."""
-    i = np.asarray(x).astype(np.int64) - layout["start"]
-    if not np.all((i >= 0) & (i < layout["n"])):
-        raise ValueError(f"{np.min(x)} or {np.max(x)} is not in Discrete({layout['n']}, start={layout['start']})")
-    return i
-
-
 def ends(closed, ranges, next_obs):
     """Whether un-normalised next observations (..., obs_dim), NumPy's or JAX's, end an episode: (...) bool."""
     ended = np.zeros(next_obs.shape[:-1], bool)
@@ -213,7 +183,8 @@ class Environment:
     """Evaluates policies on the task of a dataset, through its Interface.
 
     Attributes: `dataset_id`, `interface`, `spec`, `fingerprint` (of the data), `score_kind` (its normalisation, or why
-    nothing is scored), `num_workers` (processes that step environments; 0: one per core; no result depends on it).
+    nothing is scored), `num_workers` (processes that step environments; 0: one per core; no result depends on it),
+    `tasks` (options of reset that the dataset's metadata name as "eval_tasks"; episode j plays tasks[j % len(tasks)]).
     """
 
     def __init__(self, dataset, interface, fingerprint, reward_scale, reward_shift, longest_episode):
@@ -221,6 +192,7 @@ class Environment:
         self.interface = interface._replace(termination=_termination(dataset.env_spec, interface.observation))
         self.spec, self.num_workers = self.interface.spec, 0
         self._reward_scale, self._reward_shift, self._longest = reward_scale, reward_shift, longest_episode
+        self.tasks = tasks_of(dataset.id, dataset.storage.metadata)
         self._reference, self._scored_kind = _reference(dataset.id, dataset.storage.metadata)
         needed = dataset.storage.metadata.get("requirements") or ["the package that registers it"]
         env_spec, spaces = dataset._eval_env_spec or dataset.env_spec, (dataset.observation_space, dataset.action_space)
@@ -234,15 +206,20 @@ class Environment:
             self.probe()
         return self._score_kind
 
-    def probe(self, wanted=True) -> bool:
+    def probe(self, num_episodes: int | None = None) -> bool:
         """Whether the environment can be made, is the dataset's, and takes a step; if not, a line says why. Evaluations
-        ask as well. Where it is not `wanted`, nothing is made, and nothing that the dataset's metadata name is run."""
-        if not wanted:
+        ask as well. For 0 episodes nothing is made, and nothing that the dataset's metadata name is run."""
+        if num_episodes == 0:
             self._score_kind = "not scored: eval_episodes is 0"
             return False
+        if num_episodes and num_episodes % len(self.tasks):
+            raise DatasetError(
+                f"{self.dataset_id} is evaluated on {len(self.tasks)} tasks in turn, and {num_episodes} episodes are "
+                f"no multiple of that: set eval_episodes to {num_episodes + -num_episodes % len(self.tasks)}."
+            )
         if self._works is None:
             try:
-                self._limit, self._model = self._ask(self._hire(1), [("probe",)])[0]
+                self._limit, self._model = self._ask(self._hire(1), [("probe", self.tasks[0])])[0]
                 self._scored_kind += ", exact" if self._model else ""
                 self._works, self._score_kind = True, self._scored_kind
             except Exception as error:
@@ -263,7 +240,7 @@ class Environment:
         """
         columns = {"score": np.full(len(seeds), np.nan), "returns": np.full((len(seeds), num_episodes), np.nan)}
         columns |= {} if q is None else {name: np.full(len(seeds), np.nan) for name in ("believed_value", "true_value")}
-        if not self.probe(wanted=num_episodes > 0):
+        if not self.probe(num_episodes):
             return columns
         try:
             play = self.evaluate(policy, seeds, num_episodes, discount, max_steps)
@@ -283,7 +260,11 @@ class Environment:
         result = {"score_per_seed": scores, "score_mean": scores.mean(), "score_std": scores.std()}
         result["score_kind"] = self.score_kind
         lists = {"seeds": "seed", "grid": "grid", "returns": "returns", "diverged": "diverged"}
-        return result | {name: [line[column] for line in lines] for name, column in lists.items()}
+        result |= {name: [line[column] for line in lines] for name, column in lists.items()}
+        if any(self.tasks) and any(map(len, result["returns"])):  # (runs, tasks); episode j plays task j % tasks
+            played = self.score(np.array(result["returns"], float)).reshape(len(lines), -1, len(self.tasks))
+            result["success_per_task"] = played.mean(axis=1)
+        return result
 
     def sentence(self, summary: dict) -> str:
         score, runs = f"score {summary['score_mean']:.1f} +- {summary['score_std']:.1f}", len(summary["seeds"])
@@ -296,16 +277,16 @@ class Environment:
         if self._reference is None:
             return np.asarray(returns)
         low, high = self._reference
-        once = self.dataset_id.startswith("D4RL/antmaze/")
+        once = self.dataset_id.startswith("D4RL/antmaze/") or any(self.tasks)
         return 100 * (np.minimum(returns, high if once else np.inf) - low) / (high - low)
 
     def evaluate(self, policy: Callable, seeds, num_episodes: int, discount=1.0, max_steps=0) -> Evaluation:
         """Plays `num_episodes` episodes for each of `seeds`, in step: one `policy` call per step for all of them.
 
         Args:
-          policy: (observations (num_seeds, num_episodes, obs_dim) float32, step, memory, last rewards (num_seeds,
-            num_episodes) float32) -> (actions with the same leading axes, in [-1, 1] or discrete; memory). At step 0
-            the memory is None and the rewards are 0; then they are what the policy gave back and the environment's own.
+          policy: (observations (num_seeds, num_episodes, obs_dim + goal_dim) float32, step, memory, last rewards
+            (num_seeds, num_episodes) float32) -> (actions with the same leading axes, in [-1, 1] or discrete; memory).
+            At step 0 the memory is None and the rewards are 0; then both are those of the step before.
             An episode that has ended keeps its last observation and reward, so shapes never change.
           seeds: of the runs. Episode j of seed i starts from the same state whatever the other seeds and episodes are.
           discount: of the value, one for all seeds or (num_seeds,).
@@ -322,7 +303,7 @@ class Environment:
         discount = np.broadcast_to(discount, len(seeds)).astype(np.float64)
         if not self.probe():
             unknown, one = np.full((len(seeds), num_episodes), np.nan), (len(seeds), 1)
-            obs = np.full((*one, self.spec.obs_dim), np.nan, np.float32)
+            obs = np.full((*one, self.spec.obs_dim + self.spec.goal_dim), np.nan, np.float32)
             action = np.zeros(one, int) if self.spec.discrete else np.zeros((*one, self.spec.action_dim), np.float32)
             return Evaluation(unknown, unknown[:, 0], obs, action, np.ones(1))
         limit = max_steps or self._limit or self._longest
@@ -345,8 +326,9 @@ class Environment:
         starts = [int(episode.generate_state(1)[0]) for episode in episodes]
         workers = self._hire(count)
         own = [np.arange(i, count, len(workers)) for i in range(len(workers))]  # environment i is in worker i % n
-        obs = np.zeros((count, self.spec.obs_dim), np.float32)
-        resets = self._ask(workers, [("reset", [starts[i] for i in mine]) for mine in own])
+        obs = np.zeros((count, self.spec.obs_dim + self.spec.goal_dim), np.float32)
+        tasks = [self.tasks[j % len(self.tasks)] for _ in seeds for j in range(num_episodes)]
+        resets = self._ask(workers, [("reset", [(starts[i], tasks[i]) for i in mine]) for mine in own])
         for mine, observations in zip(own, resets, strict=True):
             obs[mine] = observations
         start, start_action, memory = obs.reshape(*shape, -1).copy(), None, None
@@ -435,8 +417,21 @@ def _termination(spec, observation):
     return [closed, [[None if x in (-np.inf, np.inf) else x for x in row] for row in ranges]]  # JSON has no infinity
 
 
+def tasks_of(dataset_id, metadata):
+    """The options of reset of the tasks of an evaluation in turn; [None] where the dataset names none."""
+    tasks = metadata.get("eval_tasks", [None])
+    if tasks != [None] and not (isinstance(tasks, list) and tasks and all(isinstance(x, dict) and x for x in tasks)):
+        raise DatasetError(
+            f"{dataset_id}: eval_tasks in its metadata.json must be a list of options of its environment's reset, such "
+            f'as [{{"task_id": 1}}, {{"task_id": 2}}], not {one_line(tasks)}: mend it or leave it out.'
+        )
+    return tasks
+
+
 def _reference(dataset_id, metadata):
     """((minimum, maximum) or None, what the score is)."""
+    if "eval_tasks" in metadata:
+        return (0.0, 1.0), f"success, %, mean over {len(metadata['eval_tasks'])} tasks"
     low, high = own = [metadata.get(f"ref_{side}_score") for side in ("min", "max")]
     if own != [None, None]:
         if all(type(x) in (int, float) and abs(x) < 1e30 for x in own) and high - low > 1e-30:

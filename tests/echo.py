@@ -160,3 +160,43 @@ class Chain(gymnasium.Env):
 
 
 gymnasium.register("stitch-test/Chain-v0", entry_point=f"{__name__}:Chain", max_episode_steps=2)
+
+
+class Reach(gymnasium.Env):
+    """A point at (x, 7) and a goal there, reached within 0.1 of x: 1 is paid and the episode ends. Actions add to x.
+
+    Where it draws its start, its goal and a gust at each step from is what OGBench's environments do: NumPy's global
+    generator, the action space, and a space that is made anew. `options`: {"task_id": n} (goal: n) or {"goal": [x, 7]},
+    an array. It is a Box and says its goal as OGBench's do, or a Dict as gymnasium-robotics' are.
+    """
+
+    def __init__(self, form="box", gust=0.0, silent=False):
+        self.form, self.gust, self.silent = form, gust, silent
+        self.observation_space, self.action_space = LABELS, spaces.Box(-1, 1, (1,))
+        if form == "dict":
+            parts = {"observation": spaces.Box(-np.inf, np.inf, (1,), np.float64), "achieved_goal": LABELS}
+            self.observation_space = spaces.Dict(parts | {"desired_goal": LABELS})
+
+    def _observation(self):
+        if self.form == "box":
+            return self.at.copy()
+        return {"observation": np.array([self.t]), "achieved_goal": self.at.copy(), "desired_goal": self.goal.copy()}
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.t, options = 0.0, options or {}
+        self.at = np.array([np.random.uniform() + self.action_space.sample()[0], 7.0])
+        self.goal = np.array([options.get("task_id", 0) + spaces.Box(0, 0.5).sample().item(), 7.0])
+        if "goal" in options:
+            assert isinstance(options["goal"], np.ndarray)
+            self.goal = options["goal"].astype(float)
+        return self._observation(), {} if self.silent or self.form == "dict" else {"goal": self.goal.copy()}
+
+    def step(self, action):
+        self.t += 1
+        self.at[0] += action[0] + self.gust * np.random.normal()
+        reached = abs(self.at[0] - self.goal[0]) < 0.1
+        return self._observation(), float(reached), bool(reached), False, {}
+
+
+gymnasium.register("stitch-test/Reach-v0", entry_point=f"{__name__}:Reach", max_episode_steps=6)

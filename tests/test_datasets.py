@@ -28,7 +28,8 @@ from minari.data_collector import EpisodeBuffer
 from algos.bc import keep_best
 from common import datasets
 from common.datasets import DatasetError, Transition, load_dataset
-from common.environments import Spec, flatten, layout
+from common.environments import Spec
+from common.layouts import flatten, layout
 from common.recipes import rollouts
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # Minari's, of missing authors and descriptions
@@ -662,7 +663,7 @@ def test_too_little_memory(root, monkeypatch):
     """1M steps would need 4 * (3 * 2 + 3 * 2 + 8) bytes each: 80 MB, 0.07 GiB."""
     write([episode(0, 2)])
     load_dataset(NAME)
-    monkeypatch.setattr(datasets, "_aligned", raises(MemoryError()))
+    monkeypatch.setattr(datasets, "aligned", raises(MemoryError()))
     text = message()
     assert "needs about 0.0 GiB of memory (2 steps with observations of 2 numbers)" in text and "remove" not in text
     monkeypatch.setattr(minari.MinariDataset, "total_steps", 10**9)
@@ -1108,7 +1109,7 @@ def test_without_an_environment_nothing_of_the_metadata_is_run(root, capsys):
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(sys.modules[__name__], "cannot_be_made", lambda *args, **kwargs: made.append(1))
         data, env = load_dataset(NAME)
-        assert not env.probe(wanted=False) and not made and len(data.obs) == 4
+        assert not env.probe(0) and not made and len(data.obs) == 4
         assert env.score_kind == "not scored: eval_episodes is 0"
         edit_metadata(root, observation_space=None)
         metadata = json.loads((root / NAME / "data" / "metadata.json").read_text())

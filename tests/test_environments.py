@@ -22,7 +22,7 @@ from echo import LABELS, OBSERVATIONS
 from gymnasium import spaces
 from minari.data_collector import EpisodeBuffer
 
-from common import environments
+from common import environments, layouts
 from common.datasets import load_dataset
 from common.environments import Interface, Spec, provenance
 from common.recipes import worker
@@ -881,8 +881,8 @@ REAL = {
 
 
 def interface_of(env):
-    observation = environments.layout(env.observation_space)
-    zero = [0.0] * environments.width(observation)
+    observation = layouts.layout(env.observation_space)
+    zero = [0.0] * layouts.width(observation)
     termination = environments._termination(env.spec, observation)
     return Interface(*json.loads(json.dumps(Interface(observation, {"n": 2, "start": 0}, zero, zero, termination))))
 

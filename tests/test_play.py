@@ -3,9 +3,11 @@
 import json
 import pathlib
 import sys
+import types
 
 import numpy as np
 import pytest
+from gymnasium import spaces
 from PIL import Image
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -17,14 +19,14 @@ import play  # noqa: E402
 class Counter:
     """Counts its steps; a reward of the action, and an end after `length` steps. Its picture brightens with time."""
 
-    spec, length, drawn = None, 6, True
+    spec, length, drawn, action_space = None, 6, True, spaces.Discrete(4)
 
     def __init__(self, render_mode=None):
         self.render_mode, self.metadata = render_mode, {"render_fps": 40}
 
-    def reset(self, seed):
-        self.t, self.start = 0, seed
-        return np.array([seed, 0]), {}
+    def reset(self, seed, options=None):
+        self.t, self.start, self.task = 0, seed, options
+        return np.array([seed, 0]), {"goal": np.array([7, 7])}
 
     def step(self, action):
         self.t += 1
@@ -39,7 +41,7 @@ class Counter:
 class Policy:
     """Acts by which run it is; remembers what it was given."""
 
-    step = 900
+    step, interface = 900, types.SimpleNamespace(goal=None, observation=[2])
 
     def __init__(self, row):
         self.row, self.episode, self.given = row, "an earlier one", []
@@ -47,7 +49,11 @@ class Policy:
 
     def __call__(self, observation, reward=None):
         assert reward is not None or self.episode is None
-        self.given.append((observation.tolist(), reward))
+        self.given.append(
+            (np.concatenate([*observation.values()]).tolist(), reward)
+            if self.interface.goal
+            else (observation.tolist(), reward)
+        )
         return self.row
 
 
@@ -59,6 +65,7 @@ def run(tmp_path, monkeypatch):
     restored = []
     monkeypatch.setattr(play, "restore", lambda folder, config, row: restored.append(Policy(row)) or restored[-1])
     monkeypatch.setattr(play, "make_env", lambda dataset_id, render_mode=None: Counter(render_mode))
+    monkeypatch.setattr(play, "dataset_tasks", lambda dataset_id: [None])
     monkeypatch.setitem(play.os.environ, "DISPLAY", ":0")  # leaves MUJOCO_GL alone
     return tmp_path, restored
 
@@ -74,7 +81,7 @@ def test_returns_and_a_gif_of_the_run_that_is_asked_for(run, capsys):
         "mean return 18",
         str(folder / "play.gif"),
     ]
-    starts = play.starts(4, 2)
+    starts = [seed for seed, _ in play.starts(4, 2)]
     observations = [observation for observation, _ in restored[0].given]
     assert observations == [[start, t] for start in starts for t in range(6)] and starts[0] != starts[1]
     assert [reward for _, reward in restored[0].given] == [None, 3, 3, 3, 3, 3] * 2
@@ -85,6 +92,25 @@ def test_returns_and_a_gif_of_the_run_that_is_asked_for(run, capsys):
         gif.seek(i)
         levels.append(int(np.mean(gif.convert("L"))))
     np.testing.assert_allclose(levels, [0, 80, 160, 240] * 2, atol=2)
+
+
+def test_a_policy_of_goals_is_handed_the_goal_of_each_task_in_turn(run, capsys, monkeypatch):
+    folder, restored = run
+    tasks, begun, reset = [{"task_id": 1}, {"task_id": 2}], [], Counter.reset
+    monkeypatch.setattr(play, "dataset_tasks", lambda dataset_id: tasks)
+    monkeypatch.setattr(Policy, "interface", types.SimpleNamespace(goal=[2], observation=[2]))
+    monkeypatch.setattr(
+        Counter, "reset", lambda self, seed, options: (begun.append(options), reset(self, seed, options))[1]
+    )
+    play.main(play.Options(folder, episodes=3, run=1))
+    said = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in said[1:4]] == [
+        "episode 0, task 1",
+        "episode 1, task 2",
+        "episode 2, task 1",
+    ]
+    assert begun[-3:] == [*tasks, tasks[0]]
+    assert {tuple(x[2:]) for x, _ in restored[0].given} == {(7, 7)} and len(restored[0].given) == 18
 
 
 def test_where_nothing_can_be_drawn_it_says_why_and_plays(run, capsys, monkeypatch):
@@ -107,6 +133,37 @@ def test_an_episode_is_no_longer_than_in_the_run_s_evaluations(run, capsys):
     (folder / "config.json").write_text(json.dumps({"config": config | {"eval_steps": 4}}))
     play.main(play.Options(folder, episodes=1, run=1))
     assert "return 4 in 4 steps" in capsys.readouterr().out
+
+
+def test_an_episode_ends_where_the_environment_cuts_it_off(run, capsys, monkeypatch):
+    folder, _ = run
+
+    def step(self, action):
+        self.t += 1
+        return np.array([self.start, self.t]), float(action), False, self.t == 3, {}
+
+    monkeypatch.setattr(Counter, "step", step)
+    play.main(play.Options(folder, episodes=1, run=1, out=folder / "other.gif"))
+    assert "return 3 in 3 steps" in capsys.readouterr().out
+    assert (folder / "other.gif").exists() and not (folder / "play.gif").exists()
+
+
+def test_the_limit_of_an_episode(monkeypatch):
+    """The run's own; else the environment's; else the longest episode of the data."""
+    data = [types.SimpleNamespace(rewards=np.zeros(n)) for n in (3, 8, 5)]
+    monkeypatch.setattr("minari.load_dataset", lambda name: types.SimpleNamespace(iterate_episodes=lambda: data))
+    limited, free = (types.SimpleNamespace(spec=types.SimpleNamespace(max_episode_steps=limit)) for limit in (20, None))
+    config = {"dataset": "own/counter-v0", "eval_steps": 0}
+    assert play.step_limit(limited, config | {"eval_steps": 4}) == 4 and play.step_limit(limited, config) == 20
+    assert play.step_limit(free, config) == play.step_limit(types.SimpleNamespace(spec=None), config) == 8
+
+
+def test_it_plays_in_the_environment_for_evaluation(monkeypatch):
+    asked = {}
+    dataset = types.SimpleNamespace(recover_environment=lambda **options: asked.update(options))
+    monkeypatch.setattr("minari.load_dataset", lambda name: dataset)
+    play.make_env("own/counter-v0", "rgb_array")
+    assert asked["eval_env"] is True and asked["render_mode"] == "rgb_array"
 
 
 @pytest.mark.parametrize(

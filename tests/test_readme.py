@@ -323,7 +323,9 @@ def python_block(containing):
 
 
 def test_every_block_of_python_is_run_below():
-    assert README.count("```python") == len({python_block(x) for x in ("EpisodeBuffer", "restore", "pandas")})
+    assert README.count("```python") == len(
+        {python_block(x) for x in ("EpisodeBuffer", "eval_tasks", "restore", "pandas")}
+    )
 
 
 def recorded():
@@ -361,6 +363,16 @@ def test_own_data_are_read_as_they_were_recorded(own_data):
     np.testing.assert_array_equal(data.next_obs, np.concatenate([x["observations"][1:] for x in recording]))
     np.testing.assert_allclose(data.action, np.concatenate([x["actions"] for x in recording]) / 2, atol=1e-6)
     assert data.terminal.sum() == 0 and env.score_kind == "raw return"
+
+
+def test_own_data_for_goals_have_the_tasks_that_are_named(own_data):
+    from common.datasets import load_dataset
+
+    exec(python_block("EpisodeBuffer").replace("mine/pendulum-v0", "mine/robot-v0"), {"recording": recorded()})
+    exec(python_block("eval_tasks"), {})
+    data, env = load_dataset("mine/robot-v0", goals=True)
+    assert env.tasks == [{"task_id": 1}, {"task_id": 2}] and env.spec.goal_dim == data.obs.shape[1] == 3
+    assert not env.probe() and 'looked for in info["goal"]' in env.score_kind  # Pendulum's reset gives none
 
 
 @pytest.fixture(scope="module")

@@ -389,3 +389,46 @@ def test_build_beaten_by_another_process(quick_recipe, monkeypatch):
     assert list(minari.list_local_datasets()) == [UMAZE_ID]
     assert minari.namespace.list_local_namespaces() == ["stitch"]
     assert minari.load_dataset(UMAZE_ID).total_steps >= 500
+
+
+# --- For policies of goals ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind, cells", [("stitch", 2), ("navigate", 4)])
+def test_walks_without_stops_and_rewards(tmp_path, monkeypatch, kind, cells):
+    import minari
+
+    from common.datasets import load_dataset
+
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    name = f"stitch/pointmaze-umaze-{kind}-goals-2k-v0"
+    recipes.build(name)
+    walks = list(minari.load_dataset(name))
+    assert sum(len(e) for e in walks) >= 2000
+    passed, lengths = 0, []
+    for walk in walks:
+        assert not walk.rewards.any() and not walk.terminations.any() and walk.truncations[-1]
+        x, goal = walk.observations["achieved_goal"], walk.observations["desired_goal"]
+        assert (goal == goal[0]).all()
+        near = np.linalg.norm(x - goal, axis=1) <= 0.45
+        passed += near[:-1].sum() > 1  # goes on within the radius that ends an episode of the task
+        lengths.append(np.ptp(x[:, 0]) + np.ptp(x[:, 1]))
+    assert passed > 0.8 * len(walks)
+    assert max(lengths) > cells - 0.5 and (kind == "navigate" or max(lengths) < 3.5)
+    assert len({visited_cells(walk)[0] for walk in walks}) == 7  # each cell of the U
+    data, env = load_dataset(name, goals=True)
+    assert env.spec.obs_dim == 6 and env.spec.goal_dim == 2
+    np.testing.assert_array_equal(data.achieved, data.obs[:, :2])
+    # The tasks of the evaluation start and end where they say, within 0.25 m
+    still = lambda obs, *_: (np.zeros((*obs.shape[:2], 2)), None)  # noqa: E731
+    obs = env.evaluate(still, [0], 5, max_steps=1).obs[0]
+    for x, (start, goal) in zip(obs, pointmaze.TASKS["umaze"], strict=True):
+        for place, cell in ((x[:2], start), (x[-2:], goal)):
+            assert np.abs(place - pointmaze.cell_centre(UMAZE, cell)).max() <= 0.25
+
+
+@pytest.mark.parametrize("name", pointmaze.TASKS)
+def test_tasks_are_between_free_cells(name):
+    maze = {"umaze": pointmaze.UMAZE, "medium": pointmaze.MEDIUM, "large": pointmaze.LARGE}[name]
+    for start, goal in pointmaze.TASKS[name]:
+        assert pointmaze.bfs_distances(maze.map, goal)[start] >= 2

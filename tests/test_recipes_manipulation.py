@@ -11,7 +11,7 @@ import pytest
 from algos import iql
 from common import recipes
 from common.datasets import load_dataset
-from common.recipes import manipulation
+from common.recipes import manipulation, rollouts
 
 pytest.importorskip("ogbench", reason="the manipulation datasets need ogbench>=1.2: pip install -e '.[suite]'")
 
@@ -35,7 +35,7 @@ def built(tmp_path_factory):
         monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path_factory.mktemp("minari")))
         with monkeypatch.context() as building:
             building.setattr(manipulation, "EPISODE_STEPS", LENGTHS[0])
-            building.setattr(manipulation.os, "cpu_count", lambda: 2)
+            building.setattr(rollouts.os, "cpu_count", lambda: 2)
             few = functools.partial(manipulation.write, "cube-single")
             building.setitem(recipes.RECIPES, DATASET, recipes.Recipe(few, sum(LENGTHS)))
             recipes.build(DATASET)

@@ -169,6 +169,11 @@ def test_a_page_shows_what_the_critic_believes_and_what_is_true(root):
     assert all("believe" not in text for text in (tables.table(found, [], "."), tables.table(found, [], ".", "bc")))
 
 
+def test_numbers_have_three_digits_or_are_whole():
+    shown = {1.23456: "1.23", -1.23456: "-1.23", 123.4: "123", -499999.4: "-499,999", 1e6: "1e+06", 99.96: "100"}
+    assert {x: tables.number(x) for x in shown} == shown and tables.number(2.0, "+") == "+2"
+
+
 def test_a_second_report_changes_nothing(root):
     report.main(report.Options())
     first = files(root)
@@ -583,6 +588,21 @@ def test_a_folder_of_which_all_diverged_has_a_table(tmp_path):
     assert "| failed |" in (tmp_path / "report.md").read_text()
 
 
+def test_success_on_each_task_is_a_row_of_its_own(tmp_path):
+    kind = "success, %, mean over 2 tasks"
+    per_task = [[100.0, 0.0], [40.0, 20.0]]
+    make_run(tmp_path / "goals-v0" / "gcbc", "stitch/goals-v0", [50.0, 30.0], "gcbc", kind, success_per_task=per_task)
+    make_run(tmp_path / "goals-v0" / "iql", "stitch/goals-v0", [10.0, 20.0], kind=kind)
+    make_run(tmp_path / "own-v0" / "gcbc", "own-v0", [1.0, 2.0], "gcbc", "raw return")
+    lines = tables.table(runs.read_runs(tmp_path), [], ".").splitlines()
+    row = next(i for i, line in enumerate(lines) if "algos/gcbc.md" in line)
+    assert f", {kind} |" in lines[0] and lines[row + 1] == "| on each task | – | 70, 10 |"
+    assert sum("on each task" in line for line in lines) == 1
+    assert "On each task: the success on task 1, 2, ... of the data's, in %, a mean over the seeds." in lines[-1]
+    plain = tables.table([run for run in runs.read_runs(tmp_path) if run.dataset == "own-v0"], [], ".")
+    assert "each task" not in plain.lower()
+
+
 def test_null_is_no_number(root, figures):
     """An evaluation that failed amid a run leaves a gap in the curve, and an unknown value a dash."""
     run = root / "benchmarks" / "results" / "quick" / "maze-v0" / "iql"
@@ -726,6 +746,15 @@ def test_one_seed_of_a_grid_has_no_interval(tmp_path):
     assert "interval" not in sweeps.section(sweep).partition("evaluation after")[2].partition("The best of")[0]
 
 
+def test_a_committed_folder_shows_no_sweep(root, monkeypatch, capsys):
+    """Its tables go into pages, which have no place for one; the answer is printed."""
+    make_grid(root / "benchmarks" / "results" / "quick" / "maze-v0" / "grid", BETAS)
+    drawn = []
+    monkeypatch.setattr(report, "draw", lambda found, folder: drawn.append(found))
+    report.main(report.Options())
+    assert drawn[0].sweeps == [] and drawn[0].runs and "best of 3 is beta 3" in capsys.readouterr().out
+
+
 def test_grids_on_different_data_are_different_sweeps(tmp_path):
     make_cells(tmp_path)
     for file in tmp_path.rglob("config.json"):
@@ -784,6 +813,23 @@ def test_picture_of_the_iqm_shows_the_iqm_of_each_method(root, figures):
     # Of 50 60 70 80 90 100 and 5 5 5 10 20 0 the middle four, and three of four
     np.testing.assert_allclose([dots[y] for y in sorted(names)], [6.25, 75])
     assert [names[y] for y in sorted(names)] == ["bc", "iql"]
+    pictures.draw_iqm({"a": A, "b": B}, "", pathlib.Path("p.png"), "")
+    lines = [line.get_xydata() for line in figures["p.png"].axes[0].lines if len(line.get_xdata()) == 2]
+    for (ends, y), row in zip([(line[:, 0], line[0, 1]) for line in lines], (B, A), strict=True):  # the best on top
+        np.testing.assert_allclose(ends, estimators.interval(estimators.iqm, row), err_msg=y)
+
+
+def test_curves_are_means_with_their_intervals_and_profiles_reach_every_score(tmp_path, figures):
+    """Of seeds whose median is not their mean, and scores beyond 0 and 100."""
+    steps, scores = np.array([10, 20]), np.array([[0.0, 5.0], [0.0, 5.0], [90.0, 5.0]])
+    x, middle, low, high = pictures.learning_curve(steps, scores)
+    np.testing.assert_array_equal(x, steps)
+    np.testing.assert_allclose([middle, low, high], [[30, 5], [0, 5], [90, 5]])
+    for name, scores in {"maze-v0": [-60.0, 20.0], "door-v0": [150.0, 90.0]}.items():
+        make_run(tmp_path / name / "iql", f"stitch/{name}", scores)
+    pictures.draw(runs.read_results(tmp_path), tmp_path)
+    line = figures["performance_profiles.png"].axes[0].lines[-1]
+    assert line.get_xdata()[[0, -1]].tolist() == [-60, 150] and line.get_ydata()[[0, -1]].tolist() == [0.75, 0]
 
 
 def test_probability_of_improvement_is_of_the_row_and_bold_where_it_is_sure(figures):
@@ -851,6 +897,8 @@ def test_check_finds_pictures_of_other_result_files(root):
     metrics.write_text(metrics.read_text().replace('"score": 5.0', '"score": 6.0'))
     with pytest.raises(SystemExit, match="learning_curves_maze-v0.png: not as the result files"):
         report.main(report.Options(check=True))
+    renamed = found._replace(runs=[run._replace(method=run.method.replace("bc-top-10", "best")) for run in found.runs])
+    assert "learning_curves_maze-v0.png" in pictures.stale_pictures(renamed, results)
     (results / "learning_curves_own-v0.png").unlink()
     assert pictures.stale_pictures(found, results) == ["learning_curves_own-v0.png"]
 
@@ -864,6 +912,15 @@ def test_selection_among_policies_that_never_vary():
     chosen = selection.selection_curve(np.tile(scores[:, None] - 9, (1, 5)), scores, 6, num_trials=20_000).mean(axis=1)
     np.testing.assert_allclose(chosen[:5], [1.5, 1.5, 7 / 3, 11 / 4, 3], atol=0.04)
     np.testing.assert_array_equal(chosen[4:], 3)
+
+
+def test_selection_adds_the_bonus_of_ucb1(monkeypatch):
+    """Auer et al. (2002), fig. 1: sqrt(2 ln n / n_j). After both of two policies were tried once, n = 2 and n_j = 1."""
+    asked, sqrt = [], np.sqrt
+    monkeypatch.setattr(np, "sqrt", lambda x: asked.append(x.copy()) or sqrt(x))
+    selection.selection_curve([[0.0], [1.0]], [0.0, 1.0], 4, num_trials=1)
+    np.testing.assert_allclose(asked[2], 2 * np.log(2))
+    np.testing.assert_allclose(sorted(asked[3][0]), [2 * np.log(3) / 2, 2 * np.log(3)])
 
 
 def test_selection_draws_its_candidates_anew_in_each_trial():
@@ -1003,6 +1060,22 @@ def test_selection_has_as_many_candidates_as_asked_for(tmp_path, capsys):
     np.testing.assert_allclose([float(cell) for cell in cells[3:7]], 50, atol=5)
 
 
+def test_selection_shows_ninety_percent_of_the_trials(tmp_path, monkeypatch):
+    """Before any episode one of ten policies is drawn, with scores 0, 10 .. 90."""
+    make_run(tmp_path / "run", "stitch/maze-v0", [10.0 * i for i in range(10)])
+    drawn = {}
+    monkeypatch.setattr(selection, "draw_panels", lambda curves, *args, **labels: drawn.update(curves))
+    selection.report_selection([tmp_path / "run"], 10, tmp_path)
+    _, middle, low, high = drawn["iql"]
+    assert low[0] == 0 and high[0] == 90 and abs(middle[0] - 45) < 4 and middle[-1] > 85
+
+
+def test_one_episode_cannot_both_choose_and_score(tmp_path):
+    make_run(tmp_path / "run", "stitch/maze-v0", [1.0, 2.0], returns=[[1.0], [2.0]])
+    with pytest.raises(SystemExit, match="one episode cannot both choose a policy and score it"):
+        selection.report_selection([tmp_path / "run"], 8, tmp_path)
+
+
 def test_selection_leaves_out_what_is_not_finished_and_draws_beside_its_runs(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(report.STYLE, "figure.dpi", 20)
     make_run(tmp_path / "mine" / "maze-v0" / "iql", "stitch/maze-v0", [10.0, 30.0])
@@ -1067,7 +1140,13 @@ def test_card_of_a_dataset(tmp_path, monkeypatch):
     )
     minari.load_dataset("own/steps-v0").storage.update_metadata({"ref_min_score": 0.0, "ref_max_score": 10.0})
     options = tyro.cli(report.Options, args=["--cards", "own/steps-v0", "--out", str(tmp_path / "cards")])
+    drawn, save = [], cards.save
+    monkeypatch.setattr(cards, "save", lambda figure, path: drawn.append(figure.axes[0]) or save(figure, path))
     report.main(options)
+    bars = [(bar.get_x(), bar.get_height()) for bar in drawn[0].patches]  # of the returns: one of each, 1 to 10
+    assert (
+        sum(height for _, height in bars) == 10 and bars[0][0] == 1 and drawn[0].get_xlabel() == "return of an episode"
+    )
     card = (tmp_path / "cards" / "own-steps-v0.md").read_text()
     assert card.startswith("# own/steps-v0\n\nAs many points as steps.\n")
     for line in (
@@ -1118,6 +1197,52 @@ def test_card_of_play_that_goes_on_after_a_terminal_row(tmp_path, monkeypatch):
     assert "| ends | 1 terminated, 1 only cut off |\n| terminal rows within episodes | 2 |\n" in card
     row = "| [own-play-v0](own-play-v0.md) | 2 episodes, 6 transitions | 3 ± 0 |"
     assert row in (tmp_path / "README.md").read_text().splitlines()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_card_of_a_maze_without_rewards(tmp_path, monkeypatch):
+    """Two walks along a row of cells of the U-maze, whose centre is (0, 0): over three cells, and over one."""
+    import gymnasium
+    import gymnasium_robotics
+    import minari
+    from minari.data_collector import EpisodeBuffer
+
+    gymnasium.register_envs(gymnasium_robotics)
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+    env = gymnasium.make("PointMaze_UMaze-v3", continuing_task=False)
+
+    def walk(xs):
+        at = np.stack([xs, np.ones(len(xs))], axis=1)
+        observations = {"achieved_goal": at, "desired_goal": at, "observation": np.concatenate([at, at], axis=1)}
+        end, steps = np.arange(2, len(xs) + 1) == len(xs), len(xs) - 1
+        actions = np.zeros((steps, 2), np.float32)
+        return EpisodeBuffer(observations=observations, actions=actions, rewards=np.zeros(steps),
+                             terminations=end & False, truncations=end)  # fmt: skip
+
+    walks = [walk([-1.0, -0.6, -0.4, 0.0, 0.6, 0.9]), walk([1.0, 1.1, 0.8])]
+    minari.create_dataset_from_buffers("own/walks-v0", buffer=walks, env=env, eval_env=env, description="Walks.")
+    tasks = [{"reset_cell": [1, 1], "goal_cell": [3, 1]}, {"reset_cell": [3, 3], "goal_cell": [1, 1]}]
+    minari.load_dataset("own/walks-v0").storage.update_metadata({"eval_tasks": tasks})
+    (tmp_path / "README.md").write_text("Cards\n<!-- report:cards:begin -->\n<!-- report:cards:end -->\n")
+    drawn = {}
+    monkeypatch.setattr(cards, "save", lambda figure, path: drawn.update({path.name: figure}))
+    cards.write_card("own/walks-v0", tmp_path)
+    card = (tmp_path / "own-walks-v0.md").read_text().splitlines()
+    for line in (
+        "| evaluation | `PointMaze_UMaze-v3`, 300 steps, 2 tasks in turn |",
+        "| episode return | none: no rewards |",
+        "| cells of the maze | 3 of 7 are visited; an episode passes 1 to 3 of them, median 2 |",
+        "![Where the episodes are, and the tasks](own-walks-v0.png)",
+    ):
+        assert line in card, line
+    assert not [line for line in card if "quantiles" in line or "reference" in line]
+    row = "| [own-walks-v0](own-walks-v0.md) | 2 episodes, 7 transitions | none: no rewards |"
+    assert row in (tmp_path / "README.md").read_text().splitlines()
+    (axes,) = drawn["own-walks-v0.png"].axes
+    assert [text.get_text() for text in axes.texts] == ["1", "1", "2", "2"]
+    stars = [line.get_xydata()[0] for line in axes.lines if line.get_marker() == "*"]
+    np.testing.assert_allclose(stars, [[-1, -1], [-1, 1]], atol=0.2)
+    plt.close("all")
 
 
 def test_list_of_the_committed_cards_is_what_they_say():

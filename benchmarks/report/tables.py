@@ -129,12 +129,17 @@ def table(runs: list[Run], failures: list[Failure], results: str, algo: str | No
         if algo and values:  # on its page
             cells = [over_estimation(values[dataset]) if dataset in values else "–" for dataset in kinds]
             lines.append(["believed − true value", *cells, *["–"] * several])
+        by_task = {run.dataset: of_tasks(run) for run in runs if run.method == method and of_tasks(run)}
+        if by_task:
+            lines.append(["on each task", *(by_task.get(dataset, "–") for dataset in kinds), *["–"] * several])
     foot = [footnote(runs)] if runs else []
     if any("believed" in line[0] for line in lines):
         foot.append(
             "Below it: what the critic believes of the policy at the start states, less what the policy gets there "
             "(in brackets), with rewards as the method sees them; means over the seeds."
         )
+    if any("on each task" in line[0] for line in lines):
+        foot.append("On each task: the success on task 1, 2, ... of the data's, in %, a mean over the seeds.")
     exact = [run for run in runs if run.summary["score_kind"].endswith("exact")]
     if exact:
         draws = spread([len(returns) for run in exact for returns in run.summary["returns"]])
@@ -180,6 +185,11 @@ def footnote(runs: list[Run]) -> str:
 def join(folder: str, name: str) -> str:
     """A relative link."""
     return urllib.parse.quote(os.path.normpath(f"{folder}/{name}"), safe="/,=@")
+
+
+def of_tasks(run: Run) -> str:
+    """Mean over the seeds of the success on each task; nothing where the data have no tasks."""
+    return ", ".join(f"{x:.0f}" for x in np.mean(run.summary.get("success_per_task") or [[]], axis=0))
 
 
 def over_estimation(values):

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from common.recipes import cartpole, locomotion, manipulation, open_bandit, pointmaze, sepsis
+from common.recipes import cartpole, locomotion, manipulation, ogbench_maze, open_bandit, pointmaze, sepsis
 
 
 class Recipe(NamedTuple):
@@ -46,6 +46,23 @@ RECIPES: dict[str, Recipe] = {
     **{
         f"stitch/{task}-play-v0": Recipe(functools.partial(manipulation.write, task), 1_000_000)
         for task in manipulation.TASKS
+    },
+    # Reward-free, for policies of goals
+    **{
+        f"stitch/{task}-play-goals-v0": Recipe(functools.partial(manipulation.write_goals, task), 1_000_000)
+        for task in manipulation.TASKS
+    },
+    **{
+        f"stitch/pointmaze-{maze}-{kind}-goals-v0": Recipe(functools.partial(pointmaze.write_goals, maze, kind), size)
+        for maze, size in (("umaze", 50_000), ("medium", 500_000), ("large", 1_000_000))
+        for kind in ("stitch", "navigate")
+    },
+    **{
+        f"stitch/ogbench-pointmaze-{maze}-{kind}-v0": Recipe(
+            functools.partial(ogbench_maze.write, maze, kind), ogbench_maze.size(maze, kind)
+        )
+        for maze in ogbench_maze.MAZES
+        for kind in ogbench_maze.NOISE_STD
     },
 }
 

@@ -23,21 +23,22 @@ Score 100 is a return of 0, which only an arrangement solved from the start woul
 that touches nothing until the time limit, and a policy that spoils what was right is below it. These are not success
 rates, which OGBench reports.
 
+For policies of goals, the same episodes are written without rewards and ends (`write_goals`). They are evaluated on
+OGBench's five tasks of the environment: an episode succeeds, and ends, where its arrangement is reached.
+
 What differs from OGBench's files: the last episode is cut short where the size of the dataset asks for it, actions are
 rounded to float32 before they are executed and not only in the file, and there is no validation split.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-import os
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from tqdm import tqdm
 
 from common.recipes import rollouts, storage
 
@@ -52,6 +53,7 @@ TASKS = {
     "scene": ("cube", "button", "drawer", "window"),
     "puzzle-3x3": ("button",),
 }
+TASK_IDS = [{"task_id": i} for i in range(1, 6)]  # of the evaluation of policies of goals
 EPISODE_STEPS = 1000
 PLAN_NOISE, PLAN_NOISE_SMOOTHING = 0.1, 0.5  # standard deviation as a share of the largest action; width in steps
 MAX_STACK_PROBABILITY = 0.25  # that a cube's target is on top of the other cube; drawn anew for every episode
@@ -68,7 +70,7 @@ def write(task: str, dataset_id: str, data_path: Path, num_transitions: int) -> 
     storage.write(
         dataset_id,
         data_path,
-        collect(task, num_transitions, desc=dataset_id),
+        rollouts.equal_episodes(rollout, (task,), num_transitions, EPISODE_STEPS, desc=dataset_id),
         play_env,
         task_env,
         reference_scores=(task_env.unwrapped.compute_reward() * task_env.spec.max_episode_steps, 0.0),
@@ -78,6 +80,30 @@ def write(task: str, dataset_id: str, data_path: Path, num_transitions: int) -> 
         "s, as in OGBench 1.2. Score 0 is the return of doing nothing, score 100 a return of 0.",
         goes_on_after_termination=True,
         requirements=["ogbench>=1.2"],
+    )
+
+
+def write_goals(task: str, dataset_id: str, data_path: Path, num_transitions: int) -> None:
+    """The same episodes without rewards and ends, for policies of goals, and OGBench's five tasks."""
+    import gymnasium as gym
+
+    play_env, *_ = simulators(task)
+    episodes = rollouts.equal_episodes(rollout, (task,), num_transitions, EPISODE_STEPS, desc=dataset_id)
+    goal_env = gym.make(f"{task}-v0")
+    goal_env.reset(seed=0)
+    storage.write(
+        dataset_id,
+        data_path,
+        (dataclasses.replace(e, rewards=0 * e.rewards, terminations=e.terminations & False) for e in episodes),
+        play_env,
+        goal_env,
+        reference_scores=None,
+        algorithm_name="OGBench's plan oracles, with temporally correlated noise",
+        code_permalink="common/recipes/manipulation.py",
+        description=f"OGBench's {task}-play, collected anew: the episodes of stitch/{task}-play without rewards and "
+        "ends. A policy learns to reach any of their states, and is evaluated on OGBench's five tasks.",
+        requirements=["ogbench>=1.2"],
+        eval_tasks=TASK_IDS,
     )
 
 
@@ -185,25 +211,3 @@ def label(task: str, states: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndar
     rows = dict(states)
     relabel_dataset(task, simulators(task)[1], rows)  # adds columns; masks are 0 where s solves the task
     return rows["rewards"], rows["masks"] == 0
-
-
-def collect(
-    task: str, num_transitions: int, seed: int = 0, num_processes: int | None = None, desc: str = "play"
-) -> Iterator[EpisodeBuffer]:
-    """Episodes of exactly `num_transitions` transitions; the last one may be short.
-
-    The number of processes, by default one for each core, changes nothing but the time it takes: every episode has a
-    seed of its own, and the episodes come in the order of their seeds.
-    """
-    starts = range(0, num_transitions, EPISODE_STEPS)
-    jobs = [(task, (seed, k), min(EPISODE_STEPS, num_transitions - start)) for k, start in enumerate(starts)]
-    num_processes = num_processes or min(os.cpu_count(), len(jobs))
-    with rollouts.processes(num_processes) as run, tqdm(total=num_transitions, desc=desc, unit=" steps") as progress:
-        for episode in run(_rollout, jobs):
-            yield episode
-            progress.update(len(episode.rewards))
-
-
-def _rollout(job: tuple[str, tuple[int, ...], int]) -> EpisodeBuffer:
-    """In a process of the pool."""
-    return rollout(*job)

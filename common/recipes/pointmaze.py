@@ -17,11 +17,15 @@ mazes, with four cells per walk and ten or fifteen from "r" to "g". A policy mus
 parts of different walks, joined end to end, lead to the goal. Imitation ends near "r", where most walks lead. (With all
 targets equally likely it does not: the ball's velocity tells which way a walk goes, and a clone rolls on by momentum,
 to the goal at times.)
+
+*goals*: the same two kinds of walks without a goal in the maze that would end them, without rewards, from any cell to
+any target, each as likely: for policies of goals. They are evaluated on five tasks, each a start and a goal.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import os
 from collections import deque
@@ -86,6 +90,13 @@ LARGE = Maze(
     ],
 )
 
+# Start and goal of each task for policies of goals; in the medium and the large maze they are those of OGBench, whose
+# maps are the same
+TASKS = {
+    "umaze": [((1, 1), (3, 1)), ((3, 1), (1, 1)), ((1, 1), (2, 3)), ((3, 3), (1, 1)), ((1, 3), (3, 1))],
+    "medium": [((1, 1), (6, 6)), ((6, 1), (1, 6)), ((5, 3), (4, 2)), ((6, 5), (6, 1)), ((2, 6), (1, 1))],
+    "large": [((1, 1), (7, 10)), ((5, 4), (7, 1)), ((7, 4), (1, 10)), ((3, 8), (5, 4)), ((1, 1), (5, 4))],
+}
 STEPS_PER_CELL = 75  # time limit of a short walk; it rarely binds. A long one has the evaluation's.
 AWAY_WEIGHT = 3.0  # how much likelier a walk away from the goal is than one towards it
 NOISE_STD = 0.5  # of the Gaussian noise on each action
@@ -129,12 +140,45 @@ def large_navigate(dataset_id: str, data_path: Path, num_transitions: int) -> No
     build_walks(dataset_id, data_path, LARGE, walk_cells=None, num_steps=num_transitions)
 
 
+def write_goals(name: str, kind: str, dataset_id: str, data_path: Path, num_transitions: int) -> None:
+    """Walks in a maze without a goal of its own, and without rewards: name "umaze", "medium", "large"; kind "stitch"
+    or "navigate"."""
+    maze = {"umaze": UMAZE, "medium": MEDIUM, "large": LARGE}[name]
+    maze = maze._replace(map=[[int(cell == 1) for cell in row] for row in maze.map])
+    walk_cells = {"stitch": 2 if name == "umaze" else 4, "navigate": None}[kind]
+    env, eval_env = make_behaviour_env(maze, walk_cells), make_env(maze)
+    episodes = collect_walks(
+        maze, walk_cells, num_transitions, desc=dataset_id, num_processes=processes_for(num_transitions)
+    )
+    far = f"at most {walk_cells} cells" if walk_cells else "any length"
+    storage.write(
+        dataset_id,
+        data_path,
+        (dataclasses.replace(episode, rewards=0 * episode.rewards) for episode in episodes),
+        env,
+        eval_env,
+        reference_scores=None,
+        algorithm_name="PD controller on shortest paths, with Gaussian action noise",
+        code_permalink="common/recipes/pointmaze.py",
+        description=f"PointMaze walks of {far} between random cells, without rewards and ends, for policies of goals.",
+        requirements=["gymnasium-robotics>=1.4"],
+        eval_tasks=[{"reset_cell": list(start), "goal_cell": list(goal)} for start, goal in TASKS[name]],
+    )
+    env.close()
+    eval_env.close()
+
+
 # --- Mazes ----------------------------------------------------------------------------------------
 
 
 def free_cells(maze_map: MazeMap) -> list[Cell]:
     """The cells that are not walls, row by row."""
     return [(i, j) for i, row in enumerate(maze_map) for j, cell in enumerate(row) if cell != 1]
+
+
+def has_goal(maze_map: MazeMap) -> bool:
+    """Whether a cell holds "g", where episodes end."""
+    return any("g" in row for row in maze_map)
 
 
 def find_cell(maze_map: MazeMap, letter: str) -> Cell:
@@ -194,19 +238,21 @@ def pd_action(position: np.ndarray, velocity: np.ndarray, waypoint: np.ndarray) 
     return P_GAIN * (waypoint - position) - D_GAIN * velocity
 
 
-def make_env(maze: Maze, max_episode_steps: int | None = None) -> gym.Env:
-    """PointMaze on a map: reward 1 and termination at "g"; starts at "r", or anywhere where there is none."""
+def make_env(maze: Maze, max_episode_steps: int | None = None, goes_on: bool = False) -> gym.Env:
+    """PointMaze on a map: reward 1 and termination at "g"; starts at "r". Where a letter is missing, any cell may be
+    it. If it `goes_on`, a goal ends no episode."""
     import gymnasium as gym
     import gymnasium_robotics
 
     gym.register_envs(gymnasium_robotics)
-    return gym.make(maze.env_id, maze_map=maze.map, continuing_task=False, max_episode_steps=max_episode_steps)
+    return gym.make(maze.env_id, maze_map=maze.map, continuing_task=goes_on, max_episode_steps=max_episode_steps)
 
 
 def make_behaviour_env(maze: Maze, walk_cells: int | None) -> gym.Env:
     """The same one without "r": same goal, starts anywhere."""
     anywhere = [[0 if cell == "r" else cell for cell in row] for row in maze.map]
-    return make_env(maze._replace(map=anywhere), walk_cells and STEPS_PER_CELL * walk_cells)
+    limit = walk_cells and STEPS_PER_CELL * walk_cells
+    return make_env(maze._replace(map=anywhere), limit, goes_on=not has_goal(maze.map))
 
 
 def walk(
@@ -221,7 +267,8 @@ def walk(
 
     distances = bfs_distances(maze_map, target)
     waypoint = start
-    obs, _ = env.reset(seed=seed, options={"reset_cell": np.array(start)})
+    cells = {"reset_cell": np.array(start)} | ({} if has_goal(maze_map) else {"goal_cell": np.array(target)})
+    obs, _ = env.reset(seed=seed, options=cells)
     observations, actions, rewards, terminations, truncations = [obs], [], [], [], []
     terminated = truncated = False
     while not (terminated or truncated):
@@ -252,6 +299,12 @@ def walk(
 
 def random_walk(env: gym.Env, maze_map: MazeMap, walk_cells: int | None, rng: np.random.Generator) -> EpisodeBuffer:
     """One episode from a random start to a random target."""
+    if not has_goal(maze_map):
+        starts = free_cells(maze_map)
+        start = starts[rng.integers(len(starts))]
+        targets = walk_targets(maze_map, start, walk_cells)
+        target = targets[rng.integers(len(targets))]
+        return walk(env, maze_map, start, target, seed=int(rng.integers(2**31)), rng=rng)
     # An episode that starts at the goal would be over at its first step.
     goal_distances = bfs_distances(maze_map, find_cell(maze_map, "g"))
     starts = [cell for cell in free_cells(maze_map) if goal_distances[cell] > 0]
@@ -303,10 +356,13 @@ def collect_walks(
     return collected
 
 
+def processes_for(num_steps: int) -> int:
+    return max(1, min(os.cpu_count() or 1, num_steps // STEPS_PER_PROCESS))
+
+
 def build_walks(dataset_id: str, data_path: Path, maze: Maze, walk_cells: int | None, num_steps: int) -> None:
     """Collects walks and writes them, with the environment of the evaluation, as a Minari dataset in `data_path`."""
     distance = bfs_distances(maze.map, find_cell(maze.map, "g"))[find_cell(maze.map, "r")]
-    num_processes = max(1, min(os.cpu_count() or 1, num_steps // STEPS_PER_PROCESS))
     env, eval_env = make_behaviour_env(maze, walk_cells), make_env(maze)
     if walk_cells:
         description = (
@@ -321,7 +377,7 @@ def build_walks(dataset_id: str, data_path: Path, maze: Maze, walk_cells: int | 
     storage.write(
         dataset_id,
         data_path,
-        collect_walks(maze, walk_cells, num_steps, desc=dataset_id, num_processes=num_processes),
+        collect_walks(maze, walk_cells, num_steps, desc=dataset_id, num_processes=processes_for(num_steps)),
         env,
         eval_env,
         reference_scores=(0.0, 1.0),  # returns of failure and success, so that the normalised score is the success rate

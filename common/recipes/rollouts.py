@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -59,6 +60,35 @@ def processes(number: int) -> Iterator[Callable]:
         yield run
     finally:
         pool.shutdown(kill_workers=True)
+
+
+def equal_episodes(
+    rollout: Callable,
+    of: tuple,
+    num_transitions: int,
+    length: int,
+    desc: str,
+    seed: int = 0,
+    num_processes: int | None = None,
+) -> Iterator[EpisodeBuffer]:
+    """Episodes `rollout(*of, (seed, number), steps)` of exactly `num_transitions` transitions; the last may be short.
+
+    The number of processes, by default one for each core, changes nothing but the time it takes: every episode has a
+    seed of its own, and the episodes come in the order of their seeds.
+    """
+    starts = range(0, num_transitions, length)
+    jobs = [(rollout, *of, (seed, k), min(length, num_transitions - start)) for k, start in enumerate(starts)]
+    number = num_processes or min(os.cpu_count(), len(jobs))
+    with processes(number) as run, tqdm(total=num_transitions, desc=desc, unit=" steps") as progress:
+        for episode in run(_call, jobs):
+            yield episode
+            progress.update(len(episode.rewards))
+
+
+def _call(job: tuple) -> Any:
+    """In a process of the pool."""
+    function, *arguments = job
+    return function(*arguments)
 
 
 def _episode(env: gym.Env, behaviour: Callable, rng: np.random.Generator, progress: float) -> EpisodeBuffer:

@@ -11,6 +11,7 @@ import traceback
 import warnings
 from contextlib import redirect_stderr, suppress
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 
@@ -62,7 +63,7 @@ class Held:
             own = "or, where it is code of your own, keep it in a module and put the module's folder on PYTHONPATH"
             raise EnvironmentFailure(f"{reason(error)}: install {', '.join(self.needed)}, {own}") from error
 
-    def probe(self):
+    def probe(self, task):
         """(time limit or None, tabular model or None) of the environment, if it is the dataset's."""
         self.envs.append(self.make())
         env = self.envs[0]
@@ -70,35 +71,69 @@ class Held:
             its, ours = getattr(env, f"{name}_space"), getattr(self, f"{name}_space")
             if not _alike(its, ours, bounds=name == "action"):
                 raise EnvironmentFailure(f"its {name}s are {one_line(its)}, the dataset's {one_line(ours)}")
-        self.reset([0])
+        self.reset([(0, task)])
         self.step([0], self.interface.to_env(np.zeros((1, *self.action_space.shape))))
         return getattr(env.spec, "max_episode_steps", None), tabular.model_of(env)
 
-    def reset(self, seeds):
-        """Begins an episode in each of the first environments: observations (n, obs_dim)."""
-        self.envs += [self.make() for _ in range(len(seeds) - len(self.envs))]
-        observations = []
-        for env, seed in zip(self.envs, seeds, strict=False):
-            observation, _ = env.reset(seed=seed)
-            observations.append(self.observe(observation))
+    def reset(self, starts):
+        """Begins an episode, (seed, task), in each of the first environments: what the policy sees, (n, ...)."""
+        self.envs += [self.make() for _ in range(len(starts) - len(self.envs))]
+        self.goals, self.random, observations = [], [], []
+        for env, (seed, task) in zip(self.envs, starts, strict=False):
+            observation, goal = begin(env, seed, task)
+            self.goals.append(goal)
+            self.random.append(np.random.get_state())
+            observations.append(self.observe(observation, goal))
         return np.stack(observations)
 
     def step(self, slots, actions):
-        """Steps the environments in `slots` (n,): observations (n, obs_dim), rewards (n,), whether they ended (n,)."""
+        """Steps the environments in `slots` (n,): what the policy sees, rewards (n,), whether they ended (n,)."""
         observations, rewards, ended = [], np.zeros(len(slots)), np.zeros(len(slots), bool)
         for i, action in enumerate(actions.tolist() if "n" in self.interface.action else actions):
-            observation, reward, terminated, truncated, _ = self.envs[slots[i]].step(action)
-            observations.append(self.observe(observation))
+            slot = slots[i]
+            np.random.set_state(self.random[slot])  # else episodes side by side would draw from one sequence
+            observation, reward, terminated, truncated, _ = self.envs[slot].step(action)
+            self.random[slot] = np.random.get_state()
+            observations.append(self.observe(observation, self.goals[slot]))
             if np.size(reward) != 1 or not np.isfinite(reward := np.asarray(reward, np.float64).item()):
                 raise EnvironmentFailure(f"its reward is {one_line(reward)}, not one finite number")
             rewards[i], ended[i] = reward, bool(terminated) or bool(truncated)
         return np.stack(observations), rewards, ended
 
-    def observe(self, observation):
-        obs, length = self.interface.observe(observation), self.interface.spec.obs_dim
+    def observe(self, observation, goal):
+        spec = self.interface.spec
+        length = spec.obs_dim + spec.goal_dim
+        if spec.goal_dim and goal is None and not isinstance(observation, dict):
+            raise EnvironmentFailure('its reset gives no goal, which is looked for in info["goal"]')
+        obs = self.interface.observe(with_goal(self.interface, observation, goal))
         if obs.shape != (length,) or not np.isfinite(obs).all():
             raise EnvironmentFailure(f"its observation is {one_line(observation)}, not {length} finite numbers")
         return obs
+
+
+def begin(env, seed, task=None):
+    """Begins an episode: (observation, its goal or None). What follows depends on the seed and the actions alone.
+
+    Some environments draw from NumPy's global generator (OGBench's mazes their starts, goals and teleports), from their
+    action space, or from a space made anew, which seeds itself: all of these get this seed. `task` are options of
+    reset, whose lists become arrays.
+    """
+    from gymnasium.utils import seeding
+
+    np.random.seed(seed)
+    env.action_space.seed(seed)
+    options = task and {key: np.array(x) if isinstance(x, list) else x for key, x in task.items()}
+    given = seeding.np_random
+    seeded = lambda seed=None: given(int(np.random.randint(2**31)) if seed is None else seed)  # noqa: E731
+    with patch.object(seeding, "np_random", seeded):
+        observation, info = env.reset(seed=seed, options=options)
+    return observation, info.get("goal")
+
+
+def with_goal(interface, observation, goal):
+    """An environment's observation as `Interface.observe` takes it."""
+    apart = interface.goal is not None and "dict" not in interface.observation
+    return {"observation": observation, "goal": goal} if apart else observation
 
 
 def _alike(its, ours, bounds):
