@@ -21,7 +21,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))  # scripts that import each other as they do when they are run
 
 import report  # noqa: E402
-from report import cards, estimators, pictures, runs, selection, sweeps, tables  # noqa: E402
+from report import cards, estimators, pictures, rules, runs, selection, sweeps, tables  # noqa: E402
 
 # (datasets, seeds) of two methods
 A = list(np.array([[40, 55, 45, 70, 60], [10, 20, 0, 35, 5], [90, 80, 85, 95, 100]], float))
@@ -984,6 +984,72 @@ def test_halves_are_apart_and_scored_as_the_whole():
     np.testing.assert_allclose(score_b, [14, 22])
     (_, score), _ = selection.halves([[1.0, 0.0], [0.0, 1.0]], [7.0, 7.0])  # nothing tells the scale
     np.testing.assert_allclose(score, 7)
+
+
+def test_the_peak_of_the_data_s_q():
+    assert rules.peak([1, 2, 3, 2.5, 2]) == 2
+    assert rules.peak([1, 2, np.nan]) == 1 and rules.peak([np.nan, np.nan]) == 1  # a critic that diverged, and then all
+    assert rules.peak([3, 3]) == 0  # at the peak or before it
+
+
+def with_critic(folder, columns):
+    """A finished run of one seed with these evaluations: {column: [value of each evaluation]}."""
+    make_run(folder, "stitch/maze-v0", [columns["score"][-1]])
+    rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    lines = [{"step": 10 * i, "seed": 0, "returns": [1, 1], "true_value": 0, **row} for i, row in enumerate(rows, 1)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_rules_that_stop_a_run_cost_what_the_best_evaluation_has_more(tmp_path, capsys):
+    with_critic(tmp_path / "a", {"score": [10, 50, 40, 20], "q": [1, 3, 4, 2], "believed_value": [1, 2, 3, 9]})
+    with_critic(tmp_path / "b", {"score": [30, 50, 60, 70], "q": [4, 3, 2, 1], "believed_value": [1, 2, 3, 4]})
+    make_run(tmp_path / "bc", "stitch/maze-v0", [5.0], "bc")  # it has no critic
+    assert rules.stopping(tmp_path / "a") == {
+        "last": [30],
+        "peak of the data's Q": [10],
+        "highest believed value": [30],
+    }
+    assert rules.stopping(tmp_path / "bc") == {}
+    report.main(report.Options(selection=tuple(tmp_path / name for name in ("a", "b", "bc")), out=tmp_path))
+    assert "| maze-v0 | all | 2 | 15.0 | 25.0 | 15.0 |" in capsys.readouterr().out
+
+
+def left_by_ope(folder, estimates):
+    """What benchmarks/ope.py leaves beside the run folders of `folder`: {folder: [(updates, {name: estimate})]}."""
+    rows = [
+        {"folder": name, "seed": seed, "grid": {}, "updates": updates, "true_value": None, "score": None}
+        | {"estimates": {key: [x, x - 1, x + 1] for key, x in found.items()}}
+        for name, runs in estimates.items()
+        for seed, (updates, found) in enumerate(runs)
+    ]
+    folder.with_name(folder.name + "-ope").mkdir()
+    (folder.with_name(folder.name + "-ope") / "ope.json").write_text(json.dumps({"policies": rows}))
+
+
+def test_rules_that_choose_a_policy_stand_beside_the_bandit(tmp_path, capsys):
+    """Scores 0, 40 and 100; FQE prefers the second, and the run with most updates is the third."""
+    pool = tmp_path / "pool"
+    make_run(pool / "iql", "stitch/maze-v0", [0.0, 40.0])
+    make_run(pool / "bc", "stitch/maze-v0", [100.0], "bc")
+    iql = [(500, {"FQE": 3.0, "ESS": 9.0, "constant": 5.0}), (500, {"FQE": 4.0})]
+    left_by_ope(pool, {"iql": iql, "bc": [(3000, {"FQE": 2.0, "WIS": 1.0})]})
+    found = selection.report_selection([pool / "iql", pool / "bc"], 8, tmp_path)
+    capsys.readouterr()
+    rules.report_choices(found)
+    said = capsys.readouterr().out
+    assert "| FQE | iql, seed 1 | 40.0 | 60.0 |" in said and "| FQE, lower bound | iql, seed 1 | 40.0 | 60.0 |" in said
+    assert "| WIS | bc, seed 0 | 100.0 | 0.0 |" in said and "| the last checkpoint | bc, seed 0 | 100.0 | 0.0 |" in said
+    assert "| a bandit, 100 episodes |  | 100.0 | 0.0 |" in said  # nothing varies: it finds the best
+    assert "constant" not in said and "ESS" not in said
+
+
+def test_policies_that_were_never_played_are_chosen_by_their_estimates(tmp_path, capsys):
+    pool = tmp_path / "pool"
+    make_run(pool / "iql", "stitch/maze-v0", [float("nan")] * 2, returns=[[], []])
+    left_by_ope(pool, {"iql": [(500, {"FQE": 3.0}), (500, {"FQE": 4.0})]})
+    report.main(report.Options(selection=(pool / "iql",), out=tmp_path))
+    said = capsys.readouterr().out
+    assert "| FQE | iql, seed 1 | – | – |" in said and "| the last checkpoint | any of 2 | – | – |" in said
 
 
 def test_selection_has_as_many_candidates_as_asked_for(tmp_path, capsys):
