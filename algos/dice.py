@@ -529,7 +529,7 @@ def main(cfg: Config, grid: dict[str, list[float]] | None = None):
         jax.config.update("jax_num_cpu_devices", math.gcd(rows, os.cpu_count()))
         jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "stitch"))
     dataset, env = load_data(cfg)
-    env.probe(cfg.eval_episodes > 0)  # says before training what will not be scored
+    env.probe(cfg.eval_episodes)  # says before training what will not be scored
     started, runs = time.perf_counter(), Runs(cfg, env.interface, grid)
     source = {**provenance(), "device": f"{runs.mesh.size} x {runs.mesh.devices[0].device_kind}"}
     config = {"algo": algo, **dataclasses.asdict(cfg), "out": "", "grid": grid, "data": env.fingerprint}

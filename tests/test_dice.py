@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from chain import D1
 
-from algos import dice
+from algos import dice, iql
 from common.datasets import Transition
 from common.environments import Interface
 
@@ -154,6 +154,17 @@ def test_visits_that_never_end_need_a_discount():
     with pytest.raises(SystemExit, match="use --discount below 1"):
         estimates([0.0, 0.0, 0.0], discount=1.0)
     estimates([0.0, 1.0, 0.0], discount=1.0)
+
+
+def test_a_deterministic_policy_of_continuous_actions_has_no_ratio(monkeypatch):
+    own = Interface([1], {"low": [-1.0], "high": [1.0], "dtype": "float32"}, [0.0], [1.0])
+    runs = iql.Runs(iql.Config(hidden=(4,), num_seeds=1), own, {})
+    states = runs.init()
+    rows = states._replace(key=jax.random.key_data(states.key)), runs.fields
+    monkeypatch.setattr(dice, "frozen", lambda folder, act: (runs, iql.make_agent, rows))
+    with pytest.raises(SystemExit, match="No ratio of visits exists for a deterministic policy"):
+        dice.make_agent(dice.Config(policy="x"), own.spec)
+    dice.make_agent(dice.Config(policy="x", act="sample"), own.spec)
 
 
 @pytest.mark.parametrize(
