@@ -1,4 +1,4 @@
-"""Small tasks of goals whose values are known, and tables in place of networks: for the tests of goal-conditioned files.
+"""Small tasks whose values for each goal are known, and tables in place of networks: for tests of files with goals.
 
 States are one-hot vectors. An episode of T + 1 states makes T rows, so that its last state begins none.
 """
@@ -63,7 +63,8 @@ def settle(algo, cfg, spec, batch, steps=1500, rates=(0.05, 0.005, 0.0005), key=
     for rate in rates:
         agent = algo.make_agent(dataclasses.replace(cfg, learning_rate=rate), spec)
         state = jax.jit(agent.init)(jax.random.key(key)) if state is None else state
-        state, metrics = jax.jit(lambda s, a=agent: jax.lax.scan(lambda s, _: a.update(s, batch), s, length=steps))(state)
+        many = jax.jit(lambda s, a=agent: jax.lax.scan(lambda s, _: a.update(s, batch), s, length=steps))
+        state, metrics = many(state)
     return agent, state, jax.tree.map(lambda x: x[-1], metrics)
 
 
@@ -77,3 +78,8 @@ def train(algo, cfg, spec, data, updates, key=0):
 
 def frequencies(draws, size):
     return np.bincount(np.asarray(draws).ravel(), minlength=size) / np.size(draws)
+
+
+def differ(a, b):
+    """Whether any array of two trees differs."""
+    return any(not np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
