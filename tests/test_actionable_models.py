@@ -16,7 +16,7 @@ SMALL = dict(batch_size=16, hidden=(8,), num_samples=8, num_elites=2)
 
 
 def test_negatives_by_hand():
-    # exp(0.5) : exp(0) : exp(-0.5) / sum; without the first 0.62246, 0.37754; with temperature 0.5 it is 2 : 0 in logits
+    # exp(0.5) : exp(0) : exp(-0.5); without the first 0.62246, 0.37754; with temperature 0.5 logits of 1, 0
     q = jnp.array([0.5, 0.0, -0.5])
     np.testing.assert_allclose(am.negatives(q, 1.0), [0.506480, 0.307196, 0.186324], rtol=1e-5)
     np.testing.assert_allclose(am.negatives(q, 1.0, jnp.array(0)), [0, 0.622459, 0.377541], rtol=1e-5)

@@ -45,9 +45,12 @@ def test_a_goal_is_reached_by_the_row_before_it_in_its_episode():
 def test_an_update_is_that_of_td3_bc():
     k = jax.random.split(KEY, 3)
     batch = gc_td3_bc.Transition(
-        jax.random.normal(k[0], (8, 6)), jax.random.uniform(k[1], (8, 2)), -jnp.ones(8), jax.random.normal(k[2], (8, 6)),
-        jnp.zeros(8).at[0].set(1.0),
-    )  # fmt: skip
+        obs=jax.random.normal(k[0], (8, 6)),
+        action=jax.random.uniform(k[1], (8, 2)),
+        reward=-jnp.ones(8),
+        next_obs=jax.random.normal(k[2], (8, 6)),
+        terminal=jnp.zeros(8).at[0].set(1.0),
+    )
     new = []
     for algo, spec in ((gc_td3_bc, Spec(3, 2, goal_dim=3)), (td3_bc, Spec(6, 2))):
         agent = algo.make_agent(algo.Config(**SMALL, learning_rate=1e-3, tau=0.02), spec)
