@@ -53,7 +53,7 @@ from common.networks import GoalActor, GoalEncoder, GoalValue, sphere
 @dataclasses.dataclass(frozen=True)
 class Config:
     # Experiment
-    dataset: str = "stitch/pointmaze-umaze-v0"  # a Minari dataset: on this machine, built by a recipe, or downloaded
+    dataset: str = "stitch/pointmaze-umaze-stitch-goals-v0"  # a Minari dataset: on this machine, built by a recipe, or downloaded
     seed: int = 0  # of the first run: its networks, batches and evaluation
     num_seeds: int = 3  # runs trained in one program, with seeds seed, seed + 1, ...
     num_updates: int = 6_000  # gradient steps (published runs: some 1,000,000)
@@ -443,7 +443,7 @@ def main(cfg: Config, grid: dict[str, list[float]] | None = None):
         jax.config.update("jax_num_cpu_devices", math.gcd(rows, os.cpu_count()))
         jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "stitch"))
     dataset, env = load_data(cfg)
-    env.probe(cfg.eval_episodes > 0)  # says before training what will not be scored
+    env.probe(cfg.eval_episodes)  # says before training what will not be scored
     started, runs = time.perf_counter(), Runs(cfg, env.interface, grid)
     source = {**provenance(), "device": f"{runs.mesh.size} x {runs.mesh.devices[0].device_kind}"}
     config = {"algo": algo, **dataclasses.asdict(cfg), "out": "", "grid": grid, "data": env.fingerprint}
