@@ -8,6 +8,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")  # (n,) against (n, 1) is
 jax.config.update("jax_disable_most_optimizations", True)  # tiny networks: nearly all time is compilation
 
 
+GOALS = {"gcbc", "gcivl", "gciql", "hiql", "qrl", "crl", "gc_td3_bc", "actionable_models"}  # need data for goals
 EVALUATORS = {"fqe", "importance_sampling", "doubly_robust"}  # files that take a policy and learn none
 
 

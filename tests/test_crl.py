@@ -102,4 +102,4 @@ def test_alpha_zero_is_cloning_bit_for_bit():
     b = random_batch()
     agent = gcbc.make_agent(gcbc.Config(batch_size=16, hidden=(8,)), TASK)
     clone = jax.jit(agent.update)(jax.jit(agent.init)(KEY), gcbc.Batch(b.obs, b.action, b.actor_goal))[0]
-    chex.assert_trees_all_equal(clone.actor, one_update(extraction="awr", alpha=0.0)[0].actor)
+    chex.assert_trees_all_equal(clone.actor.params, one_update(extraction="awr", alpha=0.0)[0].actor.params)

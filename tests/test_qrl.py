@@ -125,7 +125,7 @@ def test_a_step_nearer_weighs_more():
     np.testing.assert_allclose(one_update(**options)[1]["actor_loss"], expected, rtol=1e-4)
     agent = gcbc.make_agent(gcbc.Config(batch_size=16, hidden=(8,)), TASK)
     clone = jax.jit(agent.update)(jax.jit(agent.init)(KEY), gcbc.Batch(b.obs, b.action, b.actor_goal))[0]
-    chex.assert_trees_all_equal(clone.actor, one_update(extraction="awr", alpha=0.0)[0].actor)
+    chex.assert_trees_all_equal(clone.actor.params, one_update(extraction="awr", alpha=0.0)[0].actor.params)
 
 
 def test_a_ring_is_longer_one_way(optimised):
