@@ -61,7 +61,7 @@ NEGATIVES = {"crl"}  # the other rows of a batch are the negative examples of ea
 LOG_RATIO = {"crl"}  # its critic is the logarithm of a ratio of probabilities, and no return
 SHARES = {"hiql": "v"}  # this part of the network alone has a slow copy: both read the same goals
 SUCCESS = {"gciql": lambda c: (1 - c.discount) / c.discount, "gc_td3_bc": lambda c: 1 - c.discount}  # q's unit: see q
-GAUSSIAN = {"epsilon_std"}  # floats of a Gaussian policy: a categorical one has no use for them
+GAUSSIAN = {"epsilon_std", "init_std"}  # floats of a Gaussian: discrete actions have no use for them
 
 
 class Case(NamedTuple):
@@ -261,6 +261,9 @@ def traced_floats(case):
     tree = ast.parse(inspect.getsource(case.algo.load_data))
     read = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and getattr(n.value, "id", "") == "cfg"}
     read |= GAUSSIAN if case.spec.discrete else set()
+    read |= (
+        {"max_weight"} if getattr(case.cfg, "extraction", "awr") != "awr" else set()
+    )  # of weights that are not there
     fields = {f.name: getattr(case.cfg, f.name) for f in dataclasses.fields(case.cfg)}
     return {name: x for name, x in fields.items() if isinstance(x, float) and name not in read}
 
