@@ -108,10 +108,10 @@ def test_values_are_read_where_they_belong():
         return encoder.apply(old.value.params["phi"], obs, goal)
 
     def v(obs, goal, params=old.value.params["v"]):
-        return value.apply(params, obs, phi(obs, goal))
+        return np.asarray(value.apply(params, obs, phi(obs, goal)))
 
     np.testing.assert_allclose(jnp.linalg.norm(phi(b.obs, b.goal), axis=-1), np.full(8, 10**0.5), rtol=1e-5)
-    y = b.reward + 0.9 * b.mask * v(b.next_obs, b.goal, old.target_value)
+    y = np.asarray(b.reward) + 0.9 * np.asarray(b.mask) * v(b.next_obs, b.goal, old.target_value)
     advantage = y.min(axis=0) - v(b.obs, b.goal, old.target_value).mean(axis=0)
     loss = np.where(advantage >= 0, 0.8, 0.2) * (y - v(b.obs, b.goal)) ** 2
     np.testing.assert_allclose(info["value_loss"], loss.sum(axis=0).mean(), rtol=1e-4)

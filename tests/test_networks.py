@@ -622,7 +622,7 @@ def test_output_bound_is_of_the_last_layer_alone(network):
 
 
 def test_unknown_initializer():
-    with pytest.raises(ValueError, match="'orthogonal', 'torch', 'edac', 'lecun' or 'mbpo', not 'xavier'"):
+    with pytest.raises(ValueError, match="'mbpo', 'glorot' or 'glorot/100', not 'xavier'"):
         Value(HIDDEN, "xavier").init(KEY, OBS)
 
 
