@@ -23,6 +23,7 @@ Run                   python algos/gciql.py --num-seeds 3
 
 import contextlib
 import dataclasses
+import inspect
 import itertools
 import json
 import math
@@ -44,6 +45,7 @@ import tyro
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
+from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
 from common.datasets import load_dataset
 from common.environments import Interface, Spec, provenance
@@ -84,13 +86,18 @@ def load_data(cfg: Config):
 
 
 def check(cfg: Config, grid: dict[str, list[float]]):
-    """Ends with one sentence where a number cannot be what its field needs."""
+    """Ends with one sentence where a value cannot be what its field needs."""
     types = {field.name: field.type for field in dataclasses.fields(cfg)}
     for name, kind in types.items():
-        value, low = grid.get(name, getattr(cfg, name)), 0 if name in ("seed", "eval_episodes", "eval_steps") else 1
+        value, kind = (grid[name], list[kind]) if name in grid else (getattr(cfg, name), kind)
+        try:
+            check_type(value, kind, collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)
+        except TypeCheckError:
+            raise SystemExit(f"{name} must be {inspect.formatannotation(kind)}, not {value!r}.") from None
+        low = 0 if name in ("seed", "eval_episodes", "eval_steps") else 1
         if kind in (int, tuple[int, ...]) and not all(low <= x < 2**31 for x in np.ravel(value)):
             raise SystemExit(f"{name} must be from {low} to {2**31 - 1}, not {value}.")
-        if kind is float and not np.all(np.abs(value) < 1e38):  # nor is NaN
+        if not all(abs(x) < 1e38 for x in np.ravel(value) if isinstance(x, float | int)):  # nor is NaN
             raise SystemExit(f"{name} must be a finite number, not {value}.")
     if cfg.seed + cfg.num_seeds > 2**31:
         raise SystemExit(f"seed + num_seeds must be at most {2**31}, not {cfg.seed + cfg.num_seeds}.")
@@ -362,8 +369,7 @@ class Runs:
         for _ in range(self.cfg.eval_interval // self.cfg.log_interval):
             self.states, info = train(self.fields, (self.states,), shared)
             infos.append(jax.device_get(info))
-            losses = {name: f"{x.mean():.3g}" for name, x in infos[-1].items() if name.endswith("loss")}
-            bar.set_postfix(losses, refresh=False)
+            bar.set_postfix({k: f"{x.mean():.3g}" for k, x in infos[-1].items() if k.endswith("loss")}, refresh=False)
             bar.update(self.cfg.log_interval)
         self.step += self.cfg.eval_interval
         self.seconds["train_seconds"] += time.perf_counter() - started
@@ -376,12 +382,11 @@ class Runs:
         write(folder / "checkpoint.msgpack", flax.serialization.msgpack_serialize(saved, in_place=True))  # keeps order
 
     def evaluate(self, env, folder: Path, bar):
-        columns, started = {}, time.perf_counter()
+        cfg, columns, started = self.cfg, {}, time.perf_counter()
         if self.step > 0:  # a first phase is not played
-            discount = self.fields.get("discount", getattr(self.cfg, "discount", 1.0))
-            limits = {"num_episodes": self.cfg.eval_episodes, "max_steps": self.cfg.eval_steps}
-            columns = env.measure(self.act, self.q, self.fields["seed"], discount=discount, **limits)
-            bar.set_description(f"score {columns['score'].mean():.1f}")
+            how = {"discount": self.fields.get("discount", getattr(cfg, "discount", 1.0)), "max_steps": cfg.eval_steps}
+            columns = env.measure(self.act, self.q, self.fields["seed"], cfg.eval_episodes, **how)
+            bar.set_description(f"score {columns['score'].mean():.1f}".replace("score nan", "no score"))
         arrays = self.metrics, jax.device_get([x.params for x in self.states if isinstance(x, Trainable)])
         finite = [np.isfinite(x).reshape(len(self.runs), -1).all(axis=1) for x in jax.tree.leaves(arrays)]
         columns |= {**self.metrics, "diverged": ~np.all(finite, axis=0)}
@@ -403,6 +408,8 @@ def restore(folder: str | Path, run: int | None = 0) -> Runs:
         states = flax.serialization.from_state_dict(like := jax.eval_shape(runs.init), saved["states"])
         states = states._replace(key=jax.random.wrap_key_data(states.key))
         chex.assert_trees_all_equal_shapes_and_dtypes(states, like)
+        if run not in (None, *range(len(runs.runs))):
+            raise SystemExit(f"{folder} has no run {run}: its seeds, point by point, are 0 to {len(runs.runs) - 1}.")
         if run is not None:
             one, states = runs.runs[run], jax.tree.map(lambda x: x[run, None], states)
             runs = Runs(dataclasses.replace(cfg, seed=one["seed"], num_seeds=1, **one["grid"]), runs.interface, {})
@@ -434,7 +441,7 @@ def hold(folder: Path, about: dict):
         with filelock.FileLock(folder / "lock", timeout=0):
             if not {path.suffix for path in folder.iterdir()} & {".json", ".jsonl", ".msgpack"}:  # no run yet
                 write(folder / "config.json", about)
-            if read(folder / "config.json").get("config") != orjson.loads(orjson.dumps(about["config"])):
+            if read(folder / "config.json").get("config") != json.loads(json.dumps(about["config"])):
                 raise SystemExit(f"{folder} holds something else than this very run: choose another --out.")
             yield
     except KeyboardInterrupt:
