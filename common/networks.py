@@ -364,8 +364,8 @@ class DiscreteCritic(nn.Module):
         return q if action is None else select(q, jnp.broadcast_to(action, q.shape[:-1]))
 
 
-# --- Goals: the networks of OGBench (https://github.com/seohongpark/ogbench at 1d41409, impls/utils/networks.py) --------
-# Hidden layers are GELU, in the tanh form, and but for the actor's then LayerNorm. Inputs are joined in the order given.
+# --- Goals: the networks of OGBench (https://github.com/seohongpark/ogbench at 1d41409, utils/networks.py) -------------
+# Hidden layers are GELU in its tanh form and then, but in the actor, LayerNorm. Inputs are joined in the order given.
 
 
 def _goal_options(norm=True):
@@ -486,7 +486,7 @@ def interval_union(x, y):
 
 
 def metric_residual(x, y):
-    """A Euclidean distance of the first halves, plus the largest x_j - y_j > 0 of the others (MRN): (..., n) -> (...)."""
+    """The distance of the first halves, plus the largest x_j - y_j > 0 of the others (MRN): (..., n) -> (...)."""
     near, far = jnp.split(x - y, 2, axis=-1)
     return jnp.sqrt(jnp.maximum((near**2).sum(axis=-1), 1e-12)) + nn.relu(far.max(axis=-1))
 
