@@ -364,7 +364,7 @@ class DiscreteCritic(nn.Module):
         return q if action is None else select(q, jnp.broadcast_to(action, q.shape[:-1]))
 
 
-# --- Goals: the networks of OGBench (https://github.com/seohongpark/ogbench at 1d41409, utils/networks.py) -------------
+# --- Goals: the networks of OGBench (https://github.com/seohongpark/ogbench at 1d41409, utils/networks.py) ------------
 # Hidden layers are GELU in its tanh form and then, but in the actor, LayerNorm. Inputs are joined in the order given.
 
 
