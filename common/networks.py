@@ -479,7 +479,7 @@ def interval_union(x, y):
     starts, each interval adds what lies beyond the ends of those before it.
     """
     order = x.argsort(axis=-1)
-    start, end = (jnp.take_along_axis(z, order, axis=-1) for z in (x, jnp.maximum(x, y)))
+    start, end = (jnp.take_along_axis(z, order, axis=-1) for z in (x, y))
     covered = jax.lax.cummax(end, axis=end.ndim - 1)
     covered = jnp.concatenate([start[..., :1], covered[..., :-1]], axis=-1)
     return nn.relu(end - jnp.maximum(start, covered)).sum(axis=-1)
