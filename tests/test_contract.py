@@ -635,8 +635,8 @@ def test_goals_are_what_rows_have_achieved_and_cross_no_episode(name):
         else:
             assert np.all((goal > index) | (last & (goal == index))) and np.all(goal // 8 == index // 8)
     index, _, anywhere = goals(0.0)
-    for goal in anywhere[:1]:
-        assert np.mean(goal // 8 == index // 8) < 0.25 and len(np.unique(goal)) > 50
+    goal = anywhere[1] if name == "hiql" else anywhere[0]  # its first lies some steps ahead always
+    assert np.mean(goal // 8 == index // 8) < 0.25 and len(np.unique(goal)) > 50
 
 
 # --- The files -------------------------------------------------------------------------------------------
