@@ -45,7 +45,7 @@ from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
-from common.datasets import Transition, load_dataset
+from common.datasets import Transition, aligned, load_dataset
 from common.environments import Interface, Spec, provenance
 from common.networks import CategoricalActor, DeterministicActor, GaussianActor
 
@@ -84,7 +84,7 @@ def keep_best(dataset: Transition, fraction: float) -> Transition:
     fits = np.cumsum(length[best_first]) <= round(fraction * len(dataset.reward), 6)  # 0.29 * 100 is 28.999...
     kept = best_first[: max(1, fits.sum())]
     rows = np.isin(dataset.episode, kept)
-    return jax.tree.map(lambda x: x[rows], dataset)
+    return jax.tree.map(lambda x: aligned(x[rows]), dataset)
 
 
 def load_data(cfg: Config):
@@ -114,7 +114,8 @@ def check(cfg: Config, grid: dict[str, list[float]]):
     if wrong := [name for name in grid if types.get(name) is not float or name in read or not grid[name]]:
         raise SystemExit(f"A grid has values of float fields that load_data does not read: not so {wrong[0]}.")
     counts = {"num_updates": "eval_interval", "pretrain_updates": "eval_interval", "eval_interval": "log_interval"}
-    counts |= {"log_interval": "prepare_interval" if "prepare_interval" in types else "policy_delay"}
+    turn = "prepare_interval" if "prepare_interval" in types else "log_interval"  # which is made of whole cycles
+    counts |= {"log_interval": turn, turn: "policy_delay"}
     for whole, part in counts.items():
         if getattr(cfg, whole, 0) % getattr(cfg, part, 1):
             raise SystemExit(f"{whole} must be a multiple of {part}, which is {getattr(cfg, part)}.")

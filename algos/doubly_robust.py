@@ -170,7 +170,7 @@ def blend(omega, bias):
 def magic(parts, samples):
     """x of `blend`, from each episode's parts (episodes, j) of the g_j and the bootstrap's samples of WDR."""
     g = parts.sum(axis=0)
-    low, high = np.percentile(samples, [5, 95])
+    low, high = np.nanpercentile(samples, [5, 95])
     low, high = min(low, g[-1]), max(high, g[-1])
     bias = np.maximum(0, np.maximum(low - g, g - high))  # how far it is from the interval
     return blend(len(parts) * np.atleast_2d(np.cov(parts.T)), bias)
@@ -346,6 +346,8 @@ def pad(episode, column):
 
 def evaluate(cfg: Config) -> list[dict]:
     """For each run of the evaluated policy: its seed and grid point, and {"DR": (estimate, low, high), ...}."""
+    if min(cfg.resamples, cfg.clone_updates, cfg.batch_size) < 1:
+        raise SystemExit("resamples, clone_updates and batch_size must be at least 1.")
     if not cfg.fqe:
         raise SystemExit(
             "Say whose Q to use with --fqe FOLDER. This makes one: python algos/fqe.py --policy RUN_FOLDER "
@@ -362,6 +364,8 @@ def evaluate(cfg: Config) -> list[dict]:
     log_mu = pad(episode, behaviour(cfg, runs.cfg.dataset, env.interface, data))
     reward, mask = pad(episode, data.reward.astype(np.float64)), pad(episode, np.ones(len(data.reward), bool))
 
+    summary = Path(cfg.fqe) / "summary.json"  # not of a run that was stopped
+    truth = json.loads(summary.read_text())["true_value"] if summary.exists() else [None] * len(seeds)
     results = []
     for run, about in enumerate(policies):
         own = np.argmax(seeds % len(policies) == run)  # the first critic of this run
@@ -375,8 +379,9 @@ def evaluate(cfg: Config) -> list[dict]:
             parts = np.asarray(jax.jit(partial)(episodes, ones, discount))[:, steps_of(episodes)]
         x = magic(parts, samples["WDR"])
         estimates["MAGIC"], samples["MAGIC"] = estimates.pop("g") @ x, samples.pop("g") @ x
-        interval = {name: np.percentile(sample, [2.5, 97.5]) for name, sample in samples.items()}
+        interval = {name: np.nanpercentile(sample, [2.5, 97.5]) for name, sample in samples.items()}
         results.append({**about, "discount": discount, "folds": folds, "weights_of_magic": x.tolist()})
+        results[-1]["true_value"] = np.nan if truth[own] is None else truth[own]
         results[-1] |= {name: (float(value), *map(float, interval[name])) for name, value in estimates.items()}
     return results
 
@@ -392,6 +397,7 @@ def main(cfg: Config):
         print(f"seed {result['seed']} {result['grid'] or ''}")
         for name in ("DM", "DR", "WDR", "MAGIC", "ESS"):
             print("  {:6} {:>10.5g}  ({:.5g} to {:.5g})".format(name, *result[name]))
+        print(f"  true value {result['true_value']:.5g}, as fqe.py measured it")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ Run                   python algos/fqe.py --policy RUN_FOLDER --dataset stitch/i
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import importlib
 import inspect
 import itertools
@@ -46,7 +47,7 @@ from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
-from common.datasets import load_dataset
+from common.datasets import aligned, load_dataset
 from common.environments import Interface, Spec, provenance
 from common.networks import Categorical, Critic, DiscreteCritic, Normal
 
@@ -96,6 +97,7 @@ def frozen(folder: str, act: str):
             runs.cfg = dataclasses.replace(runs.cfg, act=act)
         slim = {name: x._replace(opt_state=()) for name, x in runs.states._asdict().items() if hasattr(x, "opt_state")}
         states = runs.states._replace(key=jax.random.key_data(runs.states.key), **slim)
+        runs.digest = hashlib.sha256((Path(folder) / "checkpoint.msgpack").read_bytes()).hexdigest()[:32]
         return runs, module.make_agent, jax.device_get((states, runs.fields))
 
 
@@ -106,13 +108,13 @@ def load_data(cfg: Config):
         raise SystemExit(f"{cfg.policy} holds {len(runs.runs)} runs: evaluate all of them with --num-seeds {wanted}.")
     dataset, env = load_dataset(cfg.dataset, columns=("episode",))
     own, theirs = runs.interface, env.interface
-    task, data = ((x.observation, x.spec[:3], own.spec.discrete and x.action) for x in (own, theirs))
-    if task != data:
+    if len({str((x.observation, x.spec[:3], own.spec.discrete and x.action)) for x in (own, theirs)}) > 1:
         raise SystemExit(f"{cfg.policy} has other observations or actions than {cfg.dataset}: choose data of its task.")
     number = np.random.default_rng(0).permutation(dataset.episode[-1] + 1)  # the folds must not follow their order
     scaled = {"obs": observed(own, dataset.obs), "next_obs": observed(own, dataset.next_obs)}
     scaled |= {"action": rescaled(theirs, own, dataset.action), "episode": number[dataset.episode]}
-    return (dataset := dataset._replace(**scaled)), Estimates(cfg, env, runs, dataset)
+    dataset = jax.tree.map(aligned, dataset._replace(**scaled))
+    return dataset, Estimates(cfg, env, runs, dataset)
 
 
 def check(cfg: Config, grid: dict[str, list[float]]):
@@ -135,7 +137,8 @@ def check(cfg: Config, grid: dict[str, list[float]]):
     if wrong := [name for name in grid if types.get(name) is not float or name in read or not grid[name]]:
         raise SystemExit(f"A grid has values of float fields that load_data does not read: not so {wrong[0]}.")
     counts = {"num_updates": "eval_interval", "pretrain_updates": "eval_interval", "eval_interval": "log_interval"}
-    counts |= {"log_interval": "prepare_interval" if "prepare_interval" in types else "policy_delay"}
+    turn = "prepare_interval" if "prepare_interval" in types else "log_interval"  # which is made of whole cycles
+    counts |= {"log_interval": turn, turn: "policy_delay"}
     for whole, part in counts.items():
         if getattr(cfg, whole, 0) % getattr(cfg, part, 1):
             raise SystemExit(f"{whole} must be a multiple of {part}, which is {getattr(cfg, part)}.")
@@ -179,15 +182,15 @@ def descend(tx, loss_fn, trainable, *args):
 
 def evaluated(cfg: Config, spec: Spec):
     """(state, agent, number of the folder's runs) of the policy; without a folder a fixed one, for tests."""
+
+    def fixed(state, obs):
+        zeros = jnp.zeros((*obs.shape[:-1], spec.action_dim))
+        return Categorical(zeros) if spec.discrete else Normal(zeros, zeros)
+
+    def act(state, obs, key):
+        return fixed(state, obs).sample(key) if cfg.act == "sample" else fixed(state, obs).mode()
+
     if not cfg.policy:
-
-        def fixed(state, obs):
-            zeros = jnp.zeros((*obs.shape[:-1], spec.action_dim))
-            return Categorical(zeros) if spec.discrete else Normal(zeros, zeros)
-
-        def act(state, obs, key):
-            return fixed(state, obs).sample(key) if cfg.act == "sample" else fixed(state, obs).mode()
-
         return (), Agent(None, None, act, fixed, None), 1
     runs, make, rows = frozen(cfg.policy, cfg.act)
     state, fields = jax.tree.map(lambda x: jnp.asarray(x)[cfg.seed % len(runs.runs)], rows)
@@ -237,16 +240,14 @@ def make_agent(cfg: Config, spec: Spec) -> Agent:
         target_critic = optax.incremental_update(new_critic.params, state.target_critic, cfg.tau)
         return State(key, new_critic, target_critic, state.policy), critic_info
 
-    def policy(state, obs):
-        return pi.policy(state.policy, obs)
-
     def act(state, obs, key):
         return pi.act(state.policy, obs, key)
 
     def q(state, obs, action):
         return critic.apply(state.critic.params, obs, action)[0]
 
-    return Agent(init, update, act, policy if getattr(pi, "policy", None) else None, q)
+    policy = getattr(pi, "policy", None) and (lambda state, obs: pi.policy(state.policy, obs))
+    return Agent(init, update, act, policy, q)
 
 
 def observed(own: Interface, obs):
@@ -267,16 +268,22 @@ def rescaled(here: Interface, there: Interface, action):
 class Estimates:
     """The environment of the data, whose columns and sentence also have the estimate, for which nothing is played."""
 
+    names = "estimate", "estimate_low", "estimate_high", "true_value"
+
     def __init__(self, cfg: Config, env, runs, dataset):
         self.env, self.runs, self.interface, self.discount = env, runs, runs.interface, cfg.discount
         self.first = dataset.obs[np.diff(dataset.episode, prepend=-1) != 0]  # (episodes, obs_dim)
-        self.largest = 1.001 * np.abs(dataset.reward).max() / max(1 - cfg.discount, 1e-9)  # of possible values
+        self.largest = 1.001 * np.abs(dataset.reward).max()  # of a value times 1 - discount
+        if cfg.discount >= 1 and not dataset.terminal.any():
+            raise SystemExit(f"No episode of {cfg.dataset} terminates, so values have no end: use --discount below 1.")
 
         def choose(_, agent, state, obs):
             return choices(cfg, runs.interface.spec, agent, state, obs, jax.random.key(cfg.seed), 32)
 
         at_first = runs.fields, (runs.states,), {"obs": self.first}
         self.actions, self.weights = jax.device_get(runs.every(choose)(*at_first))  # (runs, k, episodes, ...)
+
+        self.fingerprint = env.fingerprint | {"policy": runs.digest}  # of another policy in that folder: another run
 
     def __getattr__(self, name):
         return getattr(self.env, name)
@@ -288,10 +295,8 @@ class Estimates:
             action, memory = policy(observed(own, obs), *episode)
             return rescaled(own, theirs, action), memory
 
-        def believe(obs, action):
-            return q(observed(own, obs), rescaled(theirs, own, action))
-
-        columns = self.env.measure(play, believe, seeds, num_episodes, **options)
+        options["q"] = lambda obs, action: q(observed(own, obs), rescaled(theirs, own, action))
+        columns = self.env.measure(play, seeds=seeds, num_episodes=num_episodes, **options)
         run = np.asarray(seeds) % len(self.runs.runs)
         first = np.broadcast_to(self.first, (len(run), *self.first.shape))
         each = [np.asarray(q(first, self.actions[run, k])) for k in range(self.actions.shape[1])]
@@ -302,17 +307,19 @@ class Estimates:
 
     def summary(self, lines):
         last = [line for line in lines if line["step"] == lines[-1]["step"]]
-        names = ("estimate", "estimate_low", "estimate_high", "true_value")
-        return self.env.summary(lines) | {name: [line[name] for line in last] for name in names}
+        return self.env.summary(lines) | {name: [line[name] for line in last] for name in self.names}
 
     def sentence(self, summary):
-        columns = [summary[name] for name in ("estimate", "estimate_low", "estimate_high", "true_value")]
         rows = [f"{self.env.dataset_id}: discounted return in raw rewards, discount {self.discount:g}, no horizon\n"]
+        columns = [summary[name] for name in self.names]
         for seed, grid, *numbers in zip(summary["seeds"], summary["grid"], *columns, strict=True):
             run = self.runs.runs[seed % len(self.runs.runs)]
             estimate, low, high, true = np.array(numbers, float)  # None, JSON's NaN, is NaN again
-            rows.append(f"  seed {run['seed']} {run['grid'] | grid or ''}: {estimate:.5g} ({low:.5g} to {high:.5g})")
-            rows[-1] += f", true value {true:.5g}{'' if abs(estimate) <= self.largest else '; REJECTED'}\n"
+            possible = abs(estimate) * (1 - grid.get("discount", self.discount)) <= self.largest
+            rows.append(
+                f"  seed {run['seed']} {run['grid'] or ''}{grid or ''}: {estimate:.5g} ({low:.5g} to {high:.5g})"
+            )
+            rows[-1] += f", true value {true:.5g}{'' if possible else '; REJECTED'}\n"
         return "".join(rows) + " "
 
 

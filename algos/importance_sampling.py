@@ -296,6 +296,8 @@ def true_value(runs, env, cfg: Config):
 
 def evaluate(cfg: Config) -> list[dict]:
     """For each run of the policy's folder: its seed and grid point, and {"IS": (estimate, low, high), ...}."""
+    if min(cfg.resamples, cfg.clone_updates, cfg.batch_size, cfg.eval_episodes + 1) < 1:
+        raise SystemExit("resamples, clone_updates and batch_size must be at least 1, and eval_episodes at least 0.")
     runs = load_policy(cfg.policy, cfg.act)
     columns = ("episode", "propensity") if cfg.behaviour == "logged" else ("episode",)
     data, env = load_dataset(cfg.dataset, columns=columns)
@@ -313,7 +315,7 @@ def evaluate(cfg: Config) -> list[dict]:
                 episodes, cfg.discount, jax.random.key(cfg.seed), cfg.resamples
             )
             log_w = np.asarray(log_weights(episodes))
-        interval = {name: np.percentile(sample, [2.5, 97.5]) for name, sample in samples.items()}
+        interval = {name: np.nanpercentile(sample, [2.5, 97.5]) for name, sample in samples.items()}
         result = {name: (float(x), *map(float, interval[name])) for name, x in estimates.items()}
         results.append({**run, **result, "true_value": true})
         results[-1] |= {"mean_weight": np.exp(log_w[:, -1]).mean(), "zero_weights": np.isinf(log_w[:, -1]).mean()}

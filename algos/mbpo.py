@@ -85,7 +85,7 @@ class Config:
     weight_decay: float = 5e-5  # weight of half the sum of squares of the kernels (there: 2.5e-5 to 1e-4 by layer)
     bound_weight: float = 0.01  # weight of the width between the bounds of log sigma^2
     holdout: int = 1_000  # rows that no member is fitted to, at most a fifth of the data
-    patience: int = 5  # hold-out errors without an improvement of 1 %, after which a member keeps its snapshot for good
+    patience: int = 5  # epochs without an improvement of 1 %, after which a member keeps its snapshot for good
     horizon: int = 5  # steps of a roll-out, k
     rollout_batch_size: int = 2_000  # states that a roll-out starts from (there: 50,000)
     buffer_size: int = 50_000  # imagined rows that are kept, the newest (there: of five roll-outs)
@@ -118,7 +118,8 @@ def check(cfg: Config, grid: dict[str, list[float]]):
     if wrong := [name for name in grid if types.get(name) is not float or name in read or not grid[name]]:
         raise SystemExit(f"A grid has values of float fields that load_data does not read: not so {wrong[0]}.")
     counts = {"num_updates": "eval_interval", "pretrain_updates": "eval_interval", "eval_interval": "log_interval"}
-    counts |= {"log_interval": "prepare_interval" if "prepare_interval" in types else "policy_delay"}
+    turn = "prepare_interval" if "prepare_interval" in types else "log_interval"  # which is made of whole cycles
+    counts |= {"log_interval": turn, turn: "policy_delay"}
     for whole, part in counts.items():
         if getattr(cfg, whole, 0) % getattr(cfg, part, 1):
             raise SystemExit(f"{whole} must be a multiple of {part}, which is {getattr(cfg, part)}.")
@@ -145,7 +146,7 @@ class State(NamedTuple):
     model: Trainable  # the ensemble as it is fitted; here and in the next three, members are the first axis
     snapshot: Any  # the parameters of the smallest hold-out errors, which imagine
     error: jax.Array  # these errors: mean squares, in units of the data
-    stale: jax.Array  # hold-out errors since then
+    stale: jax.Array  # epochs of the fit since then
     scale: tuple[jax.Array, jax.Array]  # mean and deviation of the model's inputs
     buffer: Buffer
     report: dict[str, jax.Array]  # metrics that only a roll-out changes
@@ -224,6 +225,10 @@ def make_agent(cfg: Config, spec: Spec) -> Agent:
         raise SystemExit("MBPO needs continuous actions and this dataset's are discrete: use IQL or BC.")
     if cfg.horizon * cfg.rollout_batch_size > cfg.buffer_size:
         raise SystemExit(f"horizon times rollout_batch_size must be at most buffer_size, which is {cfg.buffer_size}.")
+    if cfg.num_elites > cfg.num_members:
+        raise SystemExit(f"num_elites must be at most num_members, which is {cfg.num_members}.")
+    if isinstance(cfg.real_ratio, float) and not 0 <= cfg.real_ratio <= 1:  # of a grid, floats are traced
+        raise SystemExit(f"real_ratio must be from 0 to 1, not {cfg.real_ratio}.")
     actor = TanhGaussianActor(spec.action_dim, cfg.hidden)
     critic = Critic(2, cfg.hidden, initializer="torch")
     dynamics = Dynamics(cfg.num_members, spec.obs_dim, cfg.model_hidden, learns_terminal=spec.terminal_of is None)
@@ -280,7 +285,7 @@ def make_agent(cfg: Config, spec: Spec) -> Agent:
             model=Trainable(model_params, model_adam.init(model_params)),
             snapshot=model_params,
             error=jnp.full(cfg.num_members, jnp.inf, float),
-            stale=jnp.zeros(cfg.num_members, int),
+            stale=jnp.zeros(cfg.num_members),
             scale=scale,
             buffer=Buffer(rows, jnp.zeros((), int), jnp.zeros((), int)),
             report=dict.fromkeys(REPORT, jnp.zeros(())),
@@ -300,12 +305,13 @@ def make_agent(cfg: Config, spec: Spec) -> Agent:
 
     def keep_best(state, dataset):
         """Takes a snapshot of the members whose error on the held-out rows is 1 % less than ever before."""
-        held_out = jax.tree.map(lambda x: x[split_rows(dataset)[0]], dataset)
-        prediction, target = predict(state.model.params, held_out, state.scale)
+        held_out, fitted, _ = split_rows(dataset)
+        prediction, target = predict(state.model.params, jax.tree.map(lambda x: x[held_out], dataset), state.scale)
         error = ((prediction.mean - target) ** 2).mean(axis=(1, 2))
         better = (error < 0.99 * state.error) & (state.stale < cfg.patience)
         snapshot = jax.tree.map(lambda new, old: choose(better, new, old), state.model.params, state.snapshot)
-        error, stale = jnp.where(better, error, state.error), jnp.where(better, 0, state.stale + 1)
+        epochs = cfg.prepare_interval * cfg.batch_size / len(fitted)  # from one of these errors to the next
+        error, stale = jnp.where(better, error, state.error), jnp.where(better, 0, state.stale + epochs)
         return state._replace(snapshot=snapshot, error=error, stale=stale)
 
     def errors(state):
@@ -314,8 +320,8 @@ def make_agent(cfg: Config, spec: Spec) -> Agent:
     def pretrain_prepare(state, dataset):
         _, fitted, bootstrap = split_rows(dataset)
         inputs = jnp.concatenate([dataset.obs, dataset.action], axis=-1)[fitted]
-        std = inputs.std(axis=0)
-        scale = inputs.mean(axis=0), jnp.where(std > 1e-5, std, 1.0)  # 1: a constant, but for rounding
+        mean, std, largest = inputs.mean(axis=0), inputs.std(axis=0), jnp.abs(inputs).max(axis=0)
+        scale = mean, jnp.where(std > 1e-5 * largest, std, 1.0)  # 1: a constant, but for rounding
         return keep_best(state._replace(scale=scale), dataset), (dataset, bootstrap)
 
     def pretrain(state, batch):
@@ -341,6 +347,7 @@ def make_agent(cfg: Config, spec: Spec) -> Agent:
             obs, alive = carry
             key_action, key_model = jax.random.split(key)
             rows = imagine(state, obs, policy(state, obs).sample(key_action), elites, key_model)
+            alive &= jnp.isfinite(rows.next_obs).all(axis=1) & jnp.isfinite(rows.reward)  # a model can diverge
             return (rows.next_obs, alive & (rows.terminal == 0)), (rows, alive)
 
         start = dataset.obs[jax.random.randint(key_start, (cfg.rollout_batch_size,), 0, len(dataset.obs))]
@@ -348,7 +355,9 @@ def make_agent(cfg: Config, spec: Spec) -> Agent:
         return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), jax.lax.scan(step, carry, keys)[1])
 
     def prepare(state, dataset):
-        state = keep_best(state, dataset)
+        # Once, for the fit's last steps. A cond would be a select under vmap, and measure before every roll-out
+        times = (state.buffer.size == 0).astype(int)
+        state = jax.lax.fori_loop(0, times, lambda _, state: keep_best(state, dataset), state)
         buffer = store(state.buffer, *roll_out(state, dataset))
         report = errors(state) | describe(buffer) | {"data_reward": dataset.reward.mean()}
         return state._replace(buffer=buffer, report=report), dataset

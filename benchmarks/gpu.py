@@ -130,7 +130,7 @@ def speeds(options, precision, seeds):
         begun = time.perf_counter()
         module, cfg, interface, dataset = speed.problem(algo, {}, num_seeds=seeds, log_interval=options.updates)
         with jax.default_matmul_precision(precision):  # of this thread
-            _, step = speed.trainer(module, cfg, interface, dataset)
+            _, step, _ = speed.trainer(module, cfg, interface, dataset)
         return step, cfg.log_interval, time.perf_counter() - begun
 
     with concurrent.futures.ThreadPoolExecutor() as pool:

@@ -8,9 +8,9 @@ Small networks are launch-bound on a GPU: how long an update takes is about the 
 a device that is not there, so they can be counted anywhere. The program is the one that an algorithm file's own `main`
 trains with, at speed.py's shapes. Autotuning is off: without the device, no kernel can be chosen by timing it.
 
-What is read off the optimised program, in its loop of updates:
+What is read off the optimised program, in its loop of updates, which is the only one that runs so often:
 - Kernels of one update, the mean where updates take turns. On a TPU: instructions. What is done once in many updates
-  (AWR's relabelling) is not in it.
+  (AWR's relabelling, a model's roll-outs) is not in it.
 - Matrix products among them, and their FLOPs, of all seeds together. A product with a vector is a reduction to the
   compiler and is not counted.
 - Conditionals and transfers to the host, which stop the device until the host has answered. There should be none.
@@ -37,6 +37,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -46,6 +47,9 @@ import tyro
 
 HERE = Path(__file__).resolve().parent
 UPDATES = 1_000  # of the compiled call
+PREPARED = 251  # updates of one preparation: a prime, so that no loop of a preparation runs as often
+EVALUATORS = ("fqe",)  # their programs hold a policy
+ALGOS = tuple(sorted({*speed.ALGOS, *EVALUATORS}))
 
 
 class Target(NamedTuple):
@@ -73,16 +77,16 @@ TARGETS = {
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    algos: tuple[str, ...] = speed.ALGOS  # files in algos/
+    algos: tuple[str, ...] = ALGOS  # files in algos/
     seeds: tuple[int, ...] = (1, 16)  # numbers of seeds trained together
     target: Literal["h100", "v5e"] = "h100"  # the device that need not be there
     out: str = ""  # the result file; by default benchmarks/results/kernels-TARGET.json, with the table in kernels.md
 
 
 def main(options: Options):
-    unknown = [name for name in options.algos if name not in speed.ALGOS]
+    unknown = [name for name in options.algos if name not in ALGOS]
     if unknown:
-        raise SystemExit(f"There is no algos/{unknown[0]}.py: choose from {', '.join(speed.ALGOS)}.")
+        raise SystemExit(f"There is no algos/{unknown[0]}.py: choose from {', '.join(ALGOS)}.")
     target = TARGETS[options.target]
     versions = versions_of(target)
     # The host's own JAX computes nothing, and must not take a GPU that is there
@@ -136,7 +140,10 @@ def lowered(algo: str, seeds: int, target: Target):
     import jax
     from jax.experimental import topologies
 
-    module, cfg, interface, dataset = speed.problem(algo, {}, num_seeds=seeds, log_interval=UPDATES)
+    setting = {"policy": policy(seeds)} if algo in EVALUATORS else {}
+    module, cfg, interface, dataset = speed.problem(algo, setting, num_seeds=seeds, log_interval=UPDATES)
+    if hasattr(cfg, "prepare_interval"):
+        cfg = dataclasses.replace(cfg, prepare_interval=PREPARED, log_interval=4 * PREPARED)
     runs = module.Runs(cfg, interface, {})
     runs.states = jax.eval_shape(runs.init)
     (device,) = topologies.get_topology_desc(**target.topology).devices
@@ -145,6 +152,17 @@ def lowered(algo: str, seeds: int, target: Target):
     cycle = len(getattr(module.make_agent(cfg, interface.spec), "cycle", "1"))
     rounds = getattr(cfg, "prepare_interval", UPDATES) // cycle
     return program, state_bytes(runs.states), rounds, cycle
+
+
+def policy(seeds: int):
+    """The run folder of an untrained BC policy for each seed, which an evaluator reads."""
+    bc, cfg, interface, _ = speed.problem("bc", {}, num_seeds=seeds)
+    runs, folder = bc.Runs(cfg, interface, {}), Path(tempfile.mkdtemp())
+    runs.states = runs.init()
+    runs.save(folder)
+    config = {"algo": "bc", **dataclasses.asdict(cfg), "grid": {}}
+    bc.write(folder / "config.json", {"config": config, "interface": list(interface)})
+    return str(folder)
 
 
 def state_bytes(states):
@@ -231,8 +249,8 @@ def read(text, memory, state_size, rounds, cycle):
     """The numbers of one program. Its loop of updates is the one that runs `rounds` times, with `cycle` in each."""
     program = computations(text)
     shapes = {name: {one.name: one.shape for one in ones} for name, ones in program.items()}
-    # A TPU's program does not say how often a loop runs
-    loops = [one for one, *_ in walk(program, "ENTRY") if one.opcode == "while" and trips(one) in (1, rounds)]
+    loops = [one for one, *_ in walk(program, "ENTRY") if one.opcode == "while"]
+    loops = [one for one in loops if trips(one) == rounds] or [one for one in loops if trips(one) == 1]  # as on a TPU
     if len(loops) != 1:
         raise SystemExit(f"{len(loops)} loops of the program may be the one of {rounds} rounds of updates.")
     (body,) = called(loops[0])

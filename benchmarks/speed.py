@@ -12,6 +12,8 @@ float32, on 100,000 random transitions:
   JAX's default precision, over the FLOPs of the matrix products in one update, a mean where updates take turns. The
   rate is the mean of those of two seconds just before and just after each repetition, so that a machine that slows
   down or speeds up, or whose cores others use as well, does so for both.
+- Of files that prepare something from the whole dataset along the way (roll-outs in a model, AWR's relabelling): the
+  share of the time that this takes. It is in the updates per second, and its products are not in the bound.
 - Time to the first update: from the start of a fresh process until one update is done, imports included, with an empty
   compilation cache (cold) and with the one that this left (warm). Loading a dataset, which `main` does, is not in it.
 - Peak memory of that process until then, with its 20 MB of random data, and of its accelerator.
@@ -44,9 +46,11 @@ from typing import Literal
 import tyro
 
 HERE = Path(__file__).resolve().parent
-# Files that train by themselves; fqe.py needs a policy to evaluate, and the estimators train nothing
+# Files that train by themselves. Three evaluators train, but for the policy of another run, which may be of any size:
+# their time would be that of this policy. importance_sampling.py and doubly_robust.py train nothing
+EVALUATORS = {"dice", "fqe", "model_evaluation"}
 TEXTS = {path.stem: path.read_text() for path in (HERE.parent / "algos").glob("*.py")}
-ALGOS = tuple(sorted(name for name, text in TEXTS.items() if "# --- Training" in text and name != "fqe"))
+ALGOS = tuple(sorted(name for name, text in TEXTS.items() if "# --- Training" in text and name not in EVALUATORS))
 SHAPE = {"obs_dim": 17, "action_dim": 6, "hidden": [256, 256], "batch_size": 256, "rows": 100_000}
 
 
@@ -150,9 +154,11 @@ def measure(algo, setting, seeds, options):
             job = json.dumps({"algo": algo, "updates": options.against_updates, **SHAPE})
             theirs = Worker([options.python, str(HERE / "speed_d3rlpy.py"), job])
             versions, their_rate = theirs.ask("about"), []
-        product_rate, our_rate = [ours.ask("product")], []
+        product_rate, our_rate, prepares = [ours.ask("product")], [], []
         for _ in range(options.repeats):
             our_rate.append(ours.ask("train"))
+            if about["prepares"]:
+                prepares.append(ours.ask("prepare"))
             product_rate.append(ours.ask("product"))
             if theirs:
                 their_rate.append(theirs.ask("train"))
@@ -174,6 +180,8 @@ def measure(algo, setting, seeds, options):
         "peak_memory_mb": {"cold": cold["memory_mb"], "warm": warm["memory_mb"]},
         "peak_device_memory_mb": cold["device_memory_mb"],  # None on a CPU
     }
+    if prepares:
+        row["prepare_share"] = prepare_share(prepares, about["prepares"], about["updates_per_repetition"], our_rate)
     if theirs:
         theirs.close()
         row["d3rlpy"] = {
@@ -193,6 +201,11 @@ def bounds(product_rate, flops):
 
 def ratios(ours, others):
     return [a / b for a, b in zip(ours, others, strict=True)]
+
+
+def prepare_share(seconds, times, updates, rates):
+    """Share of each repetition that its preparations take: `times` of these `seconds`, measured beside it."""
+    return [one * times / (updates / rate) for one, rate in zip(seconds, rates, strict=True)]
 
 
 def environment_steps(options):
@@ -245,6 +258,9 @@ def table(report):
     rows = sorted(report["results"], key=lambda row: -statistics.median(row["updates_per_second"]))
     head = ["algorithm", "seeds", "updates/s, all seeds", "of the matrix-product bound", "first update: cold, warm",
             "peak memory"]  # fmt: skip
+    prepares = any("prepare_share" in row for row in rows)
+    if prepares:
+        head.insert(3, "of it, roll-outs or relabelling")
     if "d3rlpy" in rows[0]:
         head += ["d3rlpy on the CPU, 1 seed, updates/s", "ours / d3rlpy"]
     lines = [head, ["---"] * len(head)]
@@ -255,6 +271,8 @@ def table(report):
         rate, share = spread(row["updates_per_second"]), spread(row["share_of_bound"], ".0%")
         first_update = f"{seconds['cold']:.1f} s, {seconds['warm']:.1f} s"
         cells = [label(row["algo"], row.get("setting", {})), str(row["seeds"]), rate, share, first_update, memory]
+        if prepares:
+            cells.insert(3, spread(row["prepare_share"], ".0%") if "prepare_share" in row else "–")
         if "d3rlpy" in row:
             pairs = row["d3rlpy"]["ratio_of_each_pair"]
             ratio = f"{row['d3rlpy']['ratio_of_medians']:.1f} ({min(pairs):.1f} to {max(pairs):.1f})"
@@ -337,7 +355,10 @@ def problem(algo: str, setting: dict, **counts):
 
 
 def trainer(module, cfg, interface, dataset):
-    """(devices, step): `step()` makes log_interval updates of each seed, as the file's `main` does."""
+    """(devices, step, prepare): `step()` makes log_interval updates of each seed, as the file's `main` does.
+
+    `prepare()` is the part of it that comes before every prepare_interval updates; None where there is none.
+    """
     import jax
     from jax.sharding import NamedSharding, PartitionSpec
 
@@ -350,7 +371,11 @@ def trainer(module, cfg, interface, dataset):
         runs.states, metrics = train(runs.fields, (runs.states,), shared)
         return runs.states, metrics
 
-    return list(runs.mesh.devices), step
+    def prepare():
+        return preparation(runs.fields, (runs.states,), shared)
+
+    preparation = runs.every(lambda cfg, agent, state, dataset: agent.prepare(state, dataset)[0])
+    return list(runs.mesh.devices), step, prepare if "prepare" in module.Agent._fields else None
 
 
 def worker(algo: str, setting: dict, seeds: int, updates: int, cache: str):
@@ -365,7 +390,7 @@ def worker(algo: str, setting: dict, seeds: int, updates: int, cache: str):
     each = max(1, (updates or (1_000 if on_cpu else 50_000)) // seeds)  # updates of one seed in a compiled call
     module, cfg, interface, dataset = problem(algo, setting, num_seeds=seeds, log_interval=each)
     each = cfg.log_interval
-    devices, step = trainer(module, cfg, interface, dataset)
+    devices, step, prepare = trainer(module, cfg, interface, dataset)
     ready = time.time()
     first = first_update(float(os.environ["STITCH_STARTED"]), ready, seconds_of(step), each)
     in_use = [device.memory_stats() for device in devices]
@@ -395,10 +420,13 @@ def worker(algo: str, setting: dict, seeds: int, updates: int, cache: str):
                 "devices": len(devices),
                 "versions": {"python": platform.python_version(), **versions},
                 "updates_per_repetition": each * seeds,
+                "prepares": each // cfg.prepare_interval if prepare else 0,  # in a repetition
                 "flops_per_update": flops_per_update(module.make_agent(cfg, interface.spec), dataset, cfg.batch_size),
             }
         elif question == "train\n":
             answer = updates_per_second(each, seeds, seconds_of(step))
+        elif question == "prepare\n":
+            answer = min(seconds_of(prepare) for _ in range(2))  # the first of them may compile it
         elif question == "product\n":
             # For seconds on end, as the training: the best of a few would be the machine's best moment
             count, seconds = 0, 0.0

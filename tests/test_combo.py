@@ -11,7 +11,6 @@ import test_mbpo
 from test_mbpo import KEY, KNOWN, rows
 
 from algos import combo, mbpo
-from common.environments import Spec
 
 LINEAR = combo.Config(**dataclasses.asdict(dataclasses.replace(test_mbpo.LINEAR, real_ratio=0.5)), num_samples=10)
 
@@ -126,8 +125,3 @@ def test_the_target_is_without_entropy_unless_asked_for():
         _, info = jax.jit(combo.make_agent(cfg, KNOWN).update)(state, rows(np.ones(64)))
         losses.append(info["td_loss"])
     np.testing.assert_allclose(losses, [0.0, 2 * (0.9 * 18.6) ** 2], rtol=0.05)
-
-
-def test_discrete_actions_are_refused_in_one_sentence():
-    with pytest.raises(SystemExit, match="continuous actions"):
-        combo.make_agent(LINEAR, Spec(3, 4, discrete=True))

@@ -8,6 +8,7 @@ import ast
 import dataclasses
 import importlib
 import inspect
+import itertools
 import json
 import os
 import pathlib
@@ -23,8 +24,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tyro
+from conftest import EVALUATORS
 
-from common.datasets import Transition
+from common.datasets import Transition, aligned
 from common.environments import Spec
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -49,12 +51,14 @@ RELATIVE = {
     "crl",
 }  # weights relative to the batch's own scale
 PROPOSES = dict.fromkeys(("cql", "combo"), {"weight": 0.0})  # pi(.|s') proposes in every row; this leaves it out
-ALL_REAL = {"combo": {"real_ratio": 1.0}}  # pushes values up in a part of the rows alone, and this makes it all of them
+# Pushes values up, or doubts them, in a part of the rows alone. This makes it all of them, or none
+ALL_REAL = dict.fromkeys(("combo", "mobile"), {"real_ratio": 1.0})
 NEEDS = {"cql": {"lagrange": True}}  # options without which a float of theirs does nothing
 ACTS_ON_SAMPLES = {"bcq", "bear", "emaq", "qt_opt", "actionable_models"}  # act takes the best of actions that it draws
 MIXES = {"bcq", "bear", "emaq"}  # q is min_weight of the smaller critic, and the rest of the larger one
 ACTS_BY_TARGETS = {"qt_opt"}  # the averaged critic is the one that its paper acts by
 RELABELS = {"awr"}  # its returns are made anew while it trains
+OF_BELIEFS = {"model_evaluation": {"discount"}}  # floats of what it believes, and not of what it fits
 AWR = {"extraction": "awr"}  # the way to a policy that discrete actions allow, beside that of the defaults
 EXTRACTS = {"gciql", "qrl", "crl"}  # have both
 NEGATIVES = {"crl"}  # the other rows of a batch are the negative examples of each row
@@ -71,6 +75,7 @@ class Case(NamedTuple):
     spec: Spec
     agent: Any  # jitted init, update, act
     train: Any  # jitted, 10 updates
+    pretrain: Any  # the same of the first phase; does nothing where there is none
     state: Any
     data: Transition
     batch: Any  # a Transition, or what `draw` makes of one where rows have goals
@@ -124,6 +129,7 @@ def random_data(spec, key):
         episode=jnp.arange(N) // 8,
         end=jnp.arange(N) // 8 * 8 + 7,
         return_to_go=jax.random.normal(k[6], (N,)),
+        start=(jnp.arange(N) % 8 == 0).astype(jnp.float32),
     )
 
 
@@ -143,12 +149,14 @@ def case(request):
     agent = algo.make_agent(cfg, spec)
     agent = jitted(agent)
     data = random_data(spec, jax.random.key(7))
-    train = jax.jit(algo.make_train(cfg, agent))
+    train, pretrain = jax.jit(algo.make_train(cfg, agent)), lambda state, data: (state, {})
+    if hasattr(agent, "pretrain"):
+        pretrain = jax.jit(algo.make_train(cfg, agent, "pretrain"))
     state = lifted(name, agent.init(jax.random.key(0)))
     batch, obs = jax.tree.map(lambda x: x[:B], data), data.obs
     if name in GOALS:
         batch, obs = algo.draw(jax.random.key(1), data, state, cfg), jnp.concatenate([obs, obs[::-1]], axis=-1)
-    return Case(algo, cfg, spec, agent, train, state, data, batch, obs)
+    return Case(algo, cfg, spec, agent, train, pretrain, state, data, batch, obs)
 
 
 def lifted(name, state):
@@ -259,49 +267,64 @@ def test_no_key_is_used_twice(case):
         jax.eval_shape(agent.act, state, case.obs, jax.random.key(0))
 
 
-def test_vmapped_seeds_match_a_loop(case):
-    keys = jax.random.split(jax.random.key(3), 2)
-    states = jax.tree.map(lambda *x: jnp.stack(x), *map(case.agent.init, keys))
-    stacked, _ = jax.jit(jax.vmap(case.train, in_axes=(0, None)))(states, case.data)
-    for i, key in enumerate(keys):
-        alone, _ = case.train(case.agent.init(key), case.data)
-        chex.assert_trees_all_close(
-            networks(jax.tree.map(lambda x, i=i: x[i], stacked)), networks(alone), rtol=2e-3, atol=2e-5
-        )
-
-
 def traced_floats(case):
     """The float fields that a sweep may vmap: those that `load_data` does not read while it makes the arrays."""
     tree = ast.parse(inspect.getsource(case.algo.load_data))
     read = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and getattr(n.value, "id", "") == "cfg"}
     read |= GAUSSIAN if case.spec.discrete else set()
-    read |= (
-        {"max_weight"} if getattr(case.cfg, "extraction", "awr") != "awr" else set()
-    )  # of weights that are not there
+    read |= OF_BELIEFS.get(case.algo.__name__.removeprefix("algos."), set())
+    extracts_by_weights = getattr(case.cfg, "extraction", "awr") == "awr"
+    read |= set() if extracts_by_weights else {"max_weight"}
     fields = {f.name: getattr(case.cfg, f.name) for f in dataclasses.fields(case.cfg)}
     return {name: x for name, x in fields.items() if isinstance(x, float) and name not in read}
 
 
-def test_every_float_of_the_config_vmaps_and_matters(case):
-    """One compiled program trains with each float changed in turn; row 0 is the unchanged configuration."""
+@pytest.fixture(scope="module")
+def rows(case):
+    """Runs in one program, and what each of them changes: nothing, each float in turn, and, in the last, the seed."""
     base = traced_floats(case)
-    values = {name: np.full(len(base) + 1, x, np.float32) for name, x in base.items()}
+    changed = ["nothing", *base, "seed"]
+    values = {name: np.full(len(changed), x, np.float32) for name, x in base.items()}
     for row, name in enumerate(base, start=1):
         # a clip and a filter must bind on values hardly trained yet
         values[name][row] *= {"max_weight": 0.001, "threshold": 3.0}.get(name, 0.1)
+    seeds = np.zeros(len(changed), np.int32)
+    seeds[-1] = 1
 
-    def one(floats):
-        cfg = dataclasses.replace(case.cfg, **floats, **NEEDS.get(case.algo.__name__.removeprefix("algos."), {}))
-        # rewards and values of a size at which clips such as max_weight bind
-        data = case.data._replace(reward=20 * case.data.reward)
+    def one(floats, seed):
+        cfg = dataclasses.replace(needed(case), **floats)
         agent = case.algo.make_agent(cfg, case.spec)
-        state = lifted(name_of(case.algo), agent.init(jax.random.key(0)))
-        state = pretrained(case.algo, cfg, agent, state, data)
-        return networks(case.algo.make_train(cfg, agent)(state, data)[0])
+        state = lifted(name_of(case.algo), agent.init(jax.random.key(seed)))
+        state = pretrained(case.algo, cfg, agent, state, large(case))
+        return networks(case.algo.make_train(cfg, agent)(state, large(case))[0])
 
-    results = jax.jit(jax.vmap(one))(values)
-    for row, name in enumerate(base, start=1):
-        assert differ(*(jax.tree.map(lambda x, i=i: x[i], results) for i in (0, row))), f"{name} changes nothing"
+    results = jax.device_get(jax.jit(jax.vmap(one))(values, seeds))
+    return {name: jax.tree.map(lambda x, row=row: x[row], results) for row, name in enumerate(changed)}
+
+
+def large(case):
+    """Data with rewards, and values, of a size at which clips such as max_weight bind."""
+    return case.data._replace(reward=20 * case.data.reward)
+
+
+def needed(case):
+    """The configuration in which every float of its does something."""
+    return dataclasses.replace(case.cfg, **NEEDS.get(case.algo.__name__.removeprefix("algos."), {}))
+
+
+def test_every_float_of_the_config_vmaps_and_matters(case, rows):
+    for name in rows.keys() - {"nothing", "seed"}:
+        assert differ(rows["nothing"], rows[name]), f"{name} changes nothing"
+
+
+def test_vmapped_seeds_match_a_loop(case, rows):
+    """The seed's run among others is that run alone: a number that one row took from another would show in it."""
+    if needed(case) != case.cfg:
+        agent = jitted(case.algo.make_agent(needed(case), case.spec))
+        case = case._replace(agent=agent, train=jax.jit(case.algo.make_train(needed(case), agent)))
+    state, _ = case.pretrain(lifted(name_of(case.algo), case.agent.init(jax.random.key(1))), large(case))
+    alone = networks(case.train(state, large(case))[0])
+    chex.assert_trees_all_close(rows["seed"], alone, rtol=2e-3, atol=2e-5)
 
 
 # --- Losses, targets, networks ---------------------------------------------------------------------------
@@ -361,7 +384,8 @@ def test_loss_of_a_batch_is_the_mean_over_its_rows(case, monkeypatch):
         return {name: x for name, x in metrics.items() if name.endswith("_loss")}
 
     whole = losses(case.batch)
-    rows = [losses(jax.tree.map(lambda x, i=i: jnp.stack([x[i]] * B), case.batch)) for i in range(B)]
+    batch = jax.device_get(case.batch)  # NumPy repeats a row without a compilation
+    rows = [losses(jax.tree.map(lambda x, i=i: np.stack([x[i]] * B), batch)) for i in range(B)]
     for name in whole:
         relative = (
             name == "actor_loss" and name_of(case.algo) in RELATIVE and not getattr(case.cfg, "extraction", 0) == "awr"
@@ -405,7 +429,7 @@ def test_a_delayed_network_moves_in_its_turn_alone(case):
 
 
 def test_every_network_learns(case):
-    before = pretrained(case.algo, case.cfg, case.agent, case.state, case.data)
+    before, _ = case.pretrain(case.state, case.data)
     after = updated(case, before, case.batch)
     for name, before in networks(case.state).items():
         for (path, x), y in zip(
@@ -452,7 +476,7 @@ def test_what_it_believes_is_the_smaller_of_its_critics(case):
     critics = getattr(case.state, "critic", None)
     leaves = [(jax.tree_util.keystr(path), x) for path, x in jax.tree_util.tree_leaves_with_path(params(critics))]
     last, bias = [(path, x) for path, x in leaves if path.endswith("['linear']['bias']")][-1] if leaves else ("", None)
-    if not hasattr(case.agent, "q") or bias.ndim == 1 or len(bias) == 1:
+    if not hasattr(case.agent, "q") or bias is None or bias.ndim == 1 or len(bias) == 1:
         pytest.skip("learns no Q-function, or a single one")
 
     def shifted(by):
@@ -525,11 +549,35 @@ def test_actions_it_cannot_take_are_refused_in_one_sentence(algo):
 # --- The training loop -----------------------------------------------------------------------------------
 
 
-def test_how_often_we_look_does_not_change_training(case):
-    once = case.algo.make_train(dataclasses.replace(case.cfg, log_interval=20, eval_interval=20), case.agent)
-    once, _ = jax.jit(once)(case.state, case.data)
-    twice, _ = case.train(case.train(case.state, case.data)[0], case.data)
-    chex.assert_trees_all_equal(networks(once), networks(twice))
+def seams(name):
+    return frozenset(load(name).Agent._fields) & {"draw", "prepare", "cycle", "pretrain"}
+
+
+# The training text is the same in every file: one file for each set of seams runs it
+FIRST_WITH = {seams(name): name for name in reversed(ALGOS)}
+
+
+@pytest.mark.parametrize("name", sorted(FIRST_WITH.values()))
+def test_how_often_we_look_does_not_change_training(name):
+    algo, cfg = load(name), config(load(name))
+    agent = algo.make_agent(cfg, spec := CONTINUOUS if takes(algo, CONTINUOUS) else DISCRETE)
+    data, state = random_data(spec, jax.random.key(7)), jax.jit(agent.init)(jax.random.key(0))
+    for phase in ("pretrain", "update") if hasattr(agent, "pretrain") else ("update",):
+        train = jax.jit(algo.make_train(cfg, agent, phase))
+        once = algo.make_train(dataclasses.replace(cfg, log_interval=20, eval_interval=20), agent, phase)
+        once, _ = jax.jit(once)(state, data)
+        state, _ = train(train(state, data)[0], data)
+        chex.assert_trees_all_equal(networks(once), networks(state))
+
+
+@pytest.mark.parametrize("name", ALGOS)
+def test_the_algorithm_does_not_know_how_often_we_look(name):
+    """What is above the training text, `check` apart, reads neither interval: so the test above speaks for it."""
+    own = source(name).partition("# --- Training: the same in every file")[0]
+    functions = [n for n in ast.parse(own).body if isinstance(n, ast.FunctionDef) and n.name != "check"]
+    for function in functions:
+        names = {n.attr for n in ast.walk(function) if isinstance(n, ast.Attribute)}
+        assert not names & {"log_interval", "eval_interval"}, function.name
 
 
 def test_batches_are_aligned_and_cover_the_data(algo):
@@ -559,18 +607,18 @@ def test_batches_are_aligned_and_cover_the_data(algo):
 
 def test_the_dataset_is_an_argument_of_the_compiled_program(case):
     """Closed over, a million transitions would be constants of the program and seconds of compilation."""
-    big = jax.tree.map(lambda x: jnp.concatenate([x] * 64), case.data)
-    text = [
-        jax.jit(case.algo.make_train(case.cfg, case.agent)).lower(case.state, d).as_text() for d in (case.data, big)
-    ]
-    assert len(text[1]) < 1.1 * len(text[0])
+    big = jax.tree.map(lambda x: np.concatenate([x] * 64), jax.device_get(case.data))
+    for train in (case.train, case.pretrain) if hasattr(case.agent, "pretrain") else (case.train,):
+        programs = [train.trace(case.state, data).jaxpr for data in (case.data, big)]
+        constants = [x for x in jax.tree.leaves([p.consts for p in programs]) if np.size(x) > N]
+        assert not constants and len(str(programs[1])) < 1.1 * len(str(programs[0]))
 
 
 @pytest.mark.parametrize("name", ALGOS)
 def test_every_option_of_the_data_reaches_them(name, monkeypatch):
     """Each field of Config that names an option of load_dataset is handed on, and the discount of whole returns is."""
-    if name == "fqe":
-        pytest.skip("its data are of its policy's folder, in tests/test_fqe.py")
+    if name in EVALUATORS:
+        pytest.skip(f"its data are of its policy's folder, in tests/test_{name}.py")
     algo, calls = load(name), []
 
     def record(dataset_id, **options):
@@ -589,6 +637,20 @@ def test_every_option_of_the_data_reaches_them(name, monkeypatch):
     algo.load_data(dataclasses.replace(algo.Config(), **({"discount": 0.5} if "discount" in fields else {})))
     if "return_to_go" in calls[-1].get("columns", ()) and name not in RELABELS:
         assert calls[-1].get("discount", 1.0) == (0.5 if "discount" in fields else 1.0)
+
+
+@pytest.mark.parametrize("name", ALGOS)
+def test_the_data_that_a_file_makes_are_aligned_as_those_that_it_loads(name, monkeypatch):
+    """All CPU devices share such arrays. Others begin there by chance, one in a few."""
+    if name == "fqe":
+        pytest.skip("its data are of its policy's folder, in tests/test_fqe.py")
+    algo = load(name)
+    data = jax.device_get(random_data(CONTINUOUS, jax.random.key(0)))._replace(start=np.arange(N), end=np.arange(N))
+    data = jax.tree.map(aligned, data._replace(reward=np.abs(data.reward), return_to_go=np.abs(data.return_to_go)))
+    monkeypatch.setattr(algo, "load_dataset", lambda *_, **__: (data, None))
+    part = {"top_fraction": 0.5} if "top_fraction" in algo.Config.__dataclass_fields__ else {}
+    arrays = [jax.tree.leaves(algo.load_data(dataclasses.replace(algo.Config(), **part))[0]) for _ in range(9)]
+    assert not {x.ctypes.data % 64 for x in itertools.chain(*arrays)} - {0}
 
 
 # --- Goals -------------------------------------------------------------------------------------------------

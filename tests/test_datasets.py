@@ -663,7 +663,7 @@ def test_too_little_memory(root, monkeypatch):
     """1M steps would need 4 * (3 * 2 + 3 * 2 + 8) bytes each: 80 MB, 0.07 GiB."""
     write([episode(0, 2)])
     load_dataset(NAME)
-    monkeypatch.setattr(datasets, "_aligned", raises(MemoryError()))
+    monkeypatch.setattr(datasets, "aligned", raises(MemoryError()))
     text = message()
     assert "needs about 0.0 GiB of memory (2 steps with observations of 2 numbers)" in text and "remove" not in text
     monkeypatch.setattr(minari.MinariDataset, "total_steps", 10**9)

@@ -146,12 +146,12 @@ def test_the_policy_sees_its_own_observations_and_the_data_its_own_actions(monke
     own = Interface([1], {"low": [0.0], "high": [4.0], "dtype": "float32"}, [5.0], [2.0], [True, []])
     theirs = Interface([1], {"low": [-10.0], "high": [10.0], "dtype": "float32"}, [0.0], [1.0])
     runs = iql.Runs(iql.Config(hidden=(4,), num_seeds=1), own, {})
-    runs.states = runs.init()
+    runs.states, runs.digest = runs.init(), "of the policy"
     raw, action = np.array([[3.0], [6.0], [9.0]], np.float32), np.array([[-0.2], [0.1], [0.9]], np.float32)
     data = Transition(raw, action, np.ones(3, np.float32), raw + 1, np.zeros(3), episode=np.array([0, 0, 1]))
 
     class Env:
-        interface, dataset_id = theirs, "some/data-v0"
+        interface, dataset_id, fingerprint = theirs, "some/data-v0", {"hash": "of the data"}
 
         def measure(self, policy, q, seeds, num_episodes, **options):
             acted, _ = policy(raw[None], 0, None, np.zeros((1, 3), np.float32))
@@ -163,6 +163,7 @@ def test_the_policy_sees_its_own_observations_and_the_data_its_own_actions(monke
     np.testing.assert_allclose(dataset.obs[:, 0], [-1, 0.5, 2])
     np.testing.assert_allclose(dataset.next_obs[:, 0], [-0.5, 1, 2.5])
     np.testing.assert_allclose(dataset.action[:, 0], [-2, -0.5, 3.5])  # -2, 1 and 9 where the bounds are 0 and 4
+    assert env.fingerprint == {"hash": "of the data", "policy": "of the policy"}
     columns = env.measure(runs.act, lambda obs, action: obs[..., 0] + 10 * action[..., 0], [0], 2)
     mean = np.asarray(runs.act((raw[None] - 5) / 2, 0, None, np.zeros((1, 3), np.float32))[0])
     np.testing.assert_allclose(10 * columns["acted"], 2 + 2 * mean, rtol=1e-4)

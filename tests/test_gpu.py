@@ -71,7 +71,7 @@ def test_a_program_that_fails_leaves_the_others(monkeypatch):
     def trainer(algo, cfg, interface, dataset):
         if algo == "cql":
             raise MemoryError("64 seeds")
-        return [], lambda: 0
+        return [], lambda: 0, None
 
     def problem(algo, setting, **counts):
         return algo, SimpleNamespace(log_interval=5), None, None

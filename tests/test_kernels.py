@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import pathlib
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -11,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 from conftest import EVALUATORS, GOALS, project_algos
+
+TRAIN_NOTHING = EVALUATORS - {"fqe"}
 
 ROOT = pathlib.Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -113,6 +116,19 @@ def test_numbers_are_those_of_one_update_where_updates_take_turns():
 def test_a_program_that_does_not_say_how_often_its_loop_runs():
     """As a TPU's; the other loop runs 7 times and so is none of the updates."""
     assert kernels.read(PROGRAM.replace('"known_trip_count":{"n":"1000"},', ""), MEMORY, 96, 1_000, 1) == READ
+
+
+def test_a_loop_that_does_not_say_how_often_it_runs_is_not_that_of_the_updates_where_another_says_so():
+    """As MOReL's preparation has one."""
+    assert kernels.read(PROGRAM.replace('"known_trip_count":{"n":"7"}', ""), MEMORY, 96, 1_000, 1) == READ
+
+
+def test_two_loops_that_may_be_that_of_the_updates_are_refused():
+    for known in ('"known_trip_count":{"n":"1000"}', ""):
+        program = PROGRAM.replace('"known_trip_count":{"n":"7"}', known)
+        program = program.replace('"known_trip_count":{"n":"1000"},', known and f"{known},")
+        with pytest.raises(SystemExit, match="2 loops of the program may be the one of 1000 rounds"):
+            kernels.read(program, MEMORY, 96, 1_000, 1)
 
 
 @pytest.mark.parametrize("n", ["999", "500"])
@@ -271,9 +287,6 @@ AT_MOST = {
 }
 
 
-ROLL_OUTS = {"mbpo", "mopo", "morel", "combo"}  # their own loops are not told apart from that of updates yet
-
-
 def committed():
     rows = json.loads((RESULTS / "kernels-h100.json").read_text())["results"]
     return {(row["algo"], row["seeds"]): row for row in rows}
@@ -281,11 +294,29 @@ def committed():
 
 def test_committed_numbers_are_complete_and_no_more_than_agreed():
     rows = committed()
-    algos = set(project_algos()) - EVALUATORS - ROLL_OUTS - (GOALS - {algo for algo, _ in rows})  # not compiled so far
+    assert set(kernels.ALGOS) & set(project_algos()) == set(project_algos()) - TRAIN_NOTHING
+    algos = set(project_algos()) - TRAIN_NOTHING - (GOALS - {algo for algo, _ in rows})  # goals: not compiled so far
     assert set(rows) == {(algo, seeds) for algo in algos for seeds in (1, 16)}
     for algo, limits in AT_MOST.items():
         for seeds, limit in zip((1, 16), limits, strict=True):
             assert rows[algo, seeds]["kernels"] <= limit, (algo, seeds)
+
+
+def test_the_loop_of_updates_is_told_apart_by_a_number_of_its_own(monkeypatch):
+    """Where something is prepared, 251 rounds; else 1,000 in all. What an evaluator evaluates is made for it."""
+    device = jax.devices()[0]
+    monkeypatch.setattr(
+        "jax.experimental.topologies.get_topology_desc", lambda **options: SimpleNamespace(devices=[device])
+    )
+    target = kernels.Target("here", (), {}, {})
+    about = {algo: kernels.lowered(algo, 2, target) for algo in ("bc", "td3_bc", "awr", "fqe")}
+    assert {algo: x[2:] for algo, x in about.items()} == {
+        "bc": (1_000, 1), "td3_bc": (500, 2), "awr": (251, 1), "fqe": (1_000, 1)
+    }  # fmt: skip
+    for algo, (program, size, rounds, _) in about.items():
+        text = program.as_text()  # StableHLO: a loop ends where its counter is no longer less than a constant
+        assert len(re.findall(rf"stablehlo.constant dense<{rounds}> : tensor<i32>", text)) == 1, algo
+        assert size > 2 * 4 * 256 * 256, algo
 
 
 def wheels():

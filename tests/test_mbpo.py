@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from algos import mbpo, sac
+from algos import combo, mbpo, mobile, mopo, morel, rambo, sac
 from common.datasets import Transition
 from common.environments import Spec
 
@@ -20,10 +20,19 @@ def never(next_obs):
 
 SMALL = dict(batch_size=8, num_updates=20, eval_interval=20, log_interval=20, prepare_interval=10, pretrain_updates=20)
 LINEAR = mbpo.Config(
-    **SMALL, hidden=(), model_hidden=(), num_members=1, rollout_batch_size=4, horizon=2, buffer_size=16, holdout=4
+    **SMALL,
+    hidden=(),
+    model_hidden=(),
+    num_members=1,
+    num_elites=1,
+    rollout_batch_size=4,
+    horizon=2,
+    buffer_size=16,
+    holdout=4,
 )
 KNOWN = Spec(1, 1, terminal_of=never)
 KEY = jax.random.key(0)
+OTHERS = (mopo, morel, combo, rambo, mobile)  # what they share with MBPO is the same text
 QUIET = -40.0  # log-variance of a model without noise
 
 
@@ -54,7 +63,7 @@ def linear_state(cfg, spec=KNOWN, kernel=0.0, bias=0.0, low=QUIET, action=0.0):
         model=state.model._replace(params=params),
         snapshot=params,
         error=jnp.zeros(cfg.num_members),
-        stale=jnp.full(cfg.num_members, cfg.patience),
+        stale=jnp.full(cfg.num_members, float(cfg.patience)),
         actor=state.actor._replace(params=actor),
     )
 
@@ -149,7 +158,7 @@ def test_held_out_rows_are_in_no_bootstrap_and_make_the_error():
     cfg = dataclasses.replace(LINEAR, num_members=7, holdout=1_000)
     data = rows(np.arange(60.0))
     ask = jax.jit(mbpo.make_agent(cfg, KNOWN).pretrain_prepare)
-    fresh = linear_state(cfg)._replace(error=jnp.full(7, jnp.inf), stale=jnp.zeros(7, int))
+    fresh = linear_state(cfg)._replace(error=jnp.full(7, jnp.inf), stale=jnp.zeros(7))
     _, (_, bootstrap) = ask(fresh, data)
     seen = [set(member) for member in np.asarray(bootstrap).tolist()]
     assert bootstrap.shape == (7, 48)  # a fifth is held out
@@ -177,11 +186,11 @@ def test_a_members_batch_is_of_its_own_bootstrap():
 
 @pytest.mark.parametrize("patience, best", [(5, 0.489), (6, 0.484)])
 def test_a_member_whose_patience_is_spent_keeps_its_snapshot(patience, best):
-    # Improvements of 1 %: 0.5, 0.494, 0.489 and, after five errors without one, 0.484. A second member has twice the
-    # error, and improves for the last time in the end.
-    cfg = dataclasses.replace(LINEAR, num_members=2, patience=patience)
+    # Improvements of 1 %: 0.5, 0.494, 0.489 and, after five epochs without one, 0.484. A second member has twice the
+    # error, and improves for the last time in the end. 16 rows are fitted: two batches of 8 are an epoch
+    cfg = dataclasses.replace(LINEAR, num_members=2, patience=patience, prepare_interval=2)
     errors = [1, 0.5, 0.499, 0.498, 0.497, 0.496, 0.494, 0.49, 0.489, 0.488, 0.487, 0.486, 0.485, 0.4845, 0.484]
-    state = linear_state(cfg)._replace(error=jnp.full(2, jnp.inf), stale=jnp.zeros(2, int))
+    state = linear_state(cfg)._replace(error=jnp.full(2, jnp.inf), stale=jnp.zeros(2))
     ask = jax.jit(lambda state: mbpo.make_agent(cfg, KNOWN).pretrain_prepare(state, rows(np.zeros(20)))[0])
     for i, error in enumerate(errors):
         outputs = np.repeat(np.sqrt([[error], [2.0 - i / 10]]), 4, axis=1)  # the error is their mean square
@@ -189,6 +198,36 @@ def test_a_member_whose_patience_is_spent_keeps_its_snapshot(patience, best):
     np.testing.assert_allclose(state.error, [best, 0.6], rtol=1e-5)
     kept = [x for path, x in jax.tree_util.tree_leaves_with_path(state.snapshot) if path[-1].key == "bias"][0]
     np.testing.assert_allclose(kept[:, 0], np.sqrt([best, 0.6]), rtol=1e-5)
+
+
+@pytest.mark.parametrize("batch_size, interval, kept", [(8, 2, 2.0), (8, 1, 1.0), (4, 2, 1.0), (16, 2, 2.0)])
+def test_patience_is_of_epochs_however_often_they_are_measured(batch_size, interval, kept):
+    # 16 rows are fitted, and patience is 2 epochs. Errors 4, 4, 4, 1 of snapshots 2, 2, 2, 1: two intervals without an
+    # improvement are 2, 1, 1 and 4 epochs
+    cfg = dataclasses.replace(LINEAR, patience=2, batch_size=batch_size, prepare_interval=interval)
+    state = linear_state(cfg)._replace(error=jnp.full(1, jnp.inf), stale=jnp.zeros(1))
+    ask = jax.jit(lambda state: mbpo.make_agent(cfg, KNOWN).pretrain_prepare(state, rows(np.zeros(20)))[0])
+    for bias in (2.0, 2.0, 2.0, 1.0):
+        state = ask(state._replace(model=linear_state(cfg, bias=bias).model))
+    np.testing.assert_allclose(jnp.sqrt(state.error), kept)
+
+
+def test_the_last_steps_of_the_fit_are_measured_once():
+    # Before the first roll-out, when the buffer is empty: bias 1. Not before the second: bias 0 would be better
+    state = linear_state(LINEAR, bias=1.0)._replace(error=jnp.full(1, 4.0), stale=jnp.zeros(1))
+    for bias in (1.0, 0.0):
+        state = prepare(LINEAR, KNOWN, state._replace(model=linear_state(LINEAR, bias=bias).model), rows(np.zeros(20)))
+        np.testing.assert_allclose([state.error[0], state.report["holdout_max"]], 1.0)
+        np.testing.assert_allclose(state.stale, 0.0)
+
+
+@pytest.mark.parametrize("unit", [1e-8, 1.0, 1e6])
+def test_a_column_is_constant_by_its_own_measure(unit):
+    # Observations vary in any unit. The action is 0.1, but for rounding of its last digits
+    obs = unit * np.arange(60.0)
+    data = rows(obs, action=0.1 * (1 + 1e-6 * (np.arange(60) % 2)))
+    state, _ = jax.jit(mbpo.make_agent(LINEAR, KNOWN).pretrain_prepare)(linear_state(LINEAR), data)
+    np.testing.assert_allclose(state.scale[1], [obs.std(), 1], rtol=0.1)
 
 
 def test_the_fit_recovers_a_linear_world(optimised):
@@ -199,7 +238,7 @@ def test_the_fit_recovers_a_linear_world(optimised):
     cfg = dataclasses.replace(LINEAR, batch_size=64, num_members=2, log_interval=2_000, prepare_interval=500,
                               model_learning_rate=0.1, weight_decay=0.0, holdout=40)  # fmt: skip
     agent = mbpo.make_agent(cfg, KNOWN)
-    start = linear_state(cfg, low=-10.0)._replace(error=jnp.full(2, jnp.inf), stale=jnp.zeros(2, int))
+    start = linear_state(cfg, low=-10.0)._replace(error=jnp.full(2, jnp.inf), stale=jnp.zeros(2))
     state, info = jax.jit(mbpo.make_train(cfg, agent, "pretrain"))(start, data)
     assert (state.error < 25).all() and info["holdout_min"] <= info["holdout_max"]  # before the last 500 steps
     state = prepare(cfg, KNOWN, state, data)  # measures what they brought
@@ -278,6 +317,22 @@ def test_a_step_is_a_draw_with_the_models_deviation():
     np.testing.assert_allclose([state.buffer.rows.next_obs.std(), state.buffer.rows.reward.std()], [1, 3], rtol=0.05)
 
 
+def test_rows_of_a_model_that_diverged_are_not_stored():
+    # s = 1e38 grows by as much in each step: 2e38, 3e38, then infinity. s = 0 stays 0. Rewards of s = 5 are NaN
+    cfg = dataclasses.replace(LINEAR, horizon=4, rollout_batch_size=64, buffer_size=256)
+    state = linear_state(cfg, bias=[0.0, 0.0, -1e3, -1e3])
+    kernel = jnp.zeros((1, 2, 4)).at[0, 0, 0].set(1.0)
+    params = jax.tree_util.tree_map_with_path(lambda path, x: kernel if path[-1].key == "kernel" else x, state.snapshot)
+    state = prepare(cfg, KNOWN, state._replace(snapshot=params), rows([1e38, 0.0] * 10))
+    size, first = int(state.buffer.size), state.buffer.rows.obs[:64, 0] > 0
+    assert (
+        size == first.sum() + 4 * (~first).sum() and 10 < first.sum() < 54
+    )  # 1e38 doubles to 2e38, and then overflows
+    assert np.isfinite(jnp.concatenate([state.buffer.rows.obs, state.buffer.rows.next_obs])).all()
+    state = prepare(cfg, KNOWN, linear_state(cfg, bias=[0.0, jnp.nan, -1e3, -1e3]), rows(np.zeros(20)))
+    assert state.buffer.size == 0 and np.isnan(state.report["model_reward"])  # so that the run counts as diverged
+
+
 # --- The ring buffer ---------------------------------------------------------------------------------------
 
 
@@ -330,7 +385,7 @@ def test_with_real_rows_alone_it_is_sac_bit_for_bit():
     cfg = dataclasses.replace(LINEAR, **changes, real_ratio=1.0)
     agent, rng = mbpo.make_agent(cfg, KNOWN), np.random.default_rng(0)
     data = rows(*rng.normal(size=(4, 40)), terminal=np.arange(40) % 5 == 0)
-    start = jax.jit(agent.init)(KEY)._replace(stale=jnp.full(1, cfg.patience))
+    start = jax.jit(agent.init)(KEY)._replace(stale=jnp.full(1, float(cfg.patience)))
     ours, info = jax.jit(mbpo.make_train(cfg, agent))(start, data)
     assert ours.buffer.size == 16 and info["zero_rows"] == 0
     chex.assert_trees_all_equal(ours.model, start.model)
@@ -361,13 +416,33 @@ def test_without_real_rows_the_datas_rewards_are_not_read():
 # --- Bad input ---------------------------------------------------------------------------------------------
 
 
-def test_what_it_cannot_do_is_said_in_one_sentence():
-    for cfg, spec, text in (
-        (LINEAR, Spec(3, 4, discrete=True), "continuous actions"),
-        (dataclasses.replace(LINEAR, horizon=5), KNOWN, "at most buffer_size, which is 16"),
+@pytest.mark.parametrize("algo", [mbpo, *OTHERS], ids=lambda algo: algo.__name__.removeprefix("algos."))
+def test_what_it_cannot_do_is_said_in_one_sentence(algo):
+    """And before any compilation. The files of this family have the same text."""
+    small = algo.Config(**dataclasses.asdict(dataclasses.replace(LINEAR, num_members=2, num_elites=2)))
+    for changes, text in (
+        ({"horizon": 5}, "at most buffer_size, which is 16"),
+        ({"num_elites": 3}, "num_elites must be at most num_members, which is 2"),
+        ({"real_ratio": -0.1}, "real_ratio must be from 0 to 1, not -0.1"),
+        ({"real_ratio": 1.5}, "real_ratio must be from 0 to 1, not 1.5"),
     ):
-        with pytest.raises(SystemExit, match=text):
-            mbpo.make_agent(cfg, spec)
-    agent = mbpo.make_agent(LINEAR, KNOWN)
-    with pytest.raises(SystemExit, match="4 rows are too few"):  # as it is traced, before any compilation
-        jax.eval_shape(mbpo.make_train(LINEAR, agent, "pretrain"), jax.eval_shape(agent.init, KEY), rows(np.zeros(4)))
+        with pytest.raises(SystemExit, match=text) as error:
+            algo.make_agent(dataclasses.replace(small, **changes), KNOWN)
+        assert "\n" not in error.value.code
+    with pytest.raises(SystemExit, match="continuous actions"):
+        algo.make_agent(small, Spec(3, 4, discrete=True))
+    agent = algo.make_agent(small, KNOWN)
+    with pytest.raises(SystemExit, match="4 rows are too few"):  # as it is traced
+        jax.eval_shape(algo.make_train(small, agent, "pretrain"), jax.eval_shape(agent.init, KEY), rows(np.zeros(4)))
+
+
+def test_episodes_of_one_step_are_data_as_any_other(optimised):
+    # Each row is an episode, ends it and pays its action: the model learns both, and imagines one step a roll-out
+    action = np.random.default_rng(0).uniform(-1, 1, 40)
+    data, spec = rows(np.arange(40.0), action, reward=action, terminal=1.0), Spec(1, 1)
+    cfg = dataclasses.replace(LINEAR, log_interval=1_000, prepare_interval=500, model_learning_rate=0.1)
+    agent = mbpo.make_agent(cfg, spec)
+    state, _ = jax.jit(mbpo.make_train(cfg, agent, "pretrain"))(jax.jit(agent.init)(KEY), data)
+    state = prepare(cfg, spec, state, data)
+    assert state.buffer.size == 4 and state.report["model_terminal"] == 1
+    np.testing.assert_allclose(state.buffer.rows.reward[:4], state.buffer.rows.action[:4, 0], atol=0.3)

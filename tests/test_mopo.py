@@ -94,8 +94,3 @@ def test_rows_of_the_data_are_not_reduced():
         state.report["mean_penalty"] > 50
         and (mopo.mix(KEY, rows(np.ones(20), reward=3.0), state, cfg).reward == 3).all()
     )
-
-
-def test_discrete_actions_are_refused_in_one_sentence():
-    with pytest.raises(SystemExit, match="continuous actions"):
-        mopo.make_agent(LINEAR, Spec(3, 4, discrete=True))

@@ -11,7 +11,6 @@ import test_mbpo
 from test_mbpo import KEY, KNOWN, rows
 
 from algos import mbpo, morel
-from common.environments import Spec
 
 TWO = dataclasses.replace(test_mbpo.LINEAR, num_members=2, num_elites=2, rollout_batch_size=8, horizon=2)
 LINEAR = morel.Config(**dataclasses.asdict(TWO))
@@ -114,11 +113,6 @@ def test_without_pessimism_it_is_mbpo_bit_for_bit():
     assert with_0.largest > 0
     for name in set(mbpo.State._fields) - {"key", "report"}:
         chex.assert_trees_all_equal(*(jax.tree.leaves(getattr(state, name)) for state in (with_0, without)))
-
-
-def test_discrete_actions_are_refused_in_one_sentence():
-    with pytest.raises(SystemExit, match="continuous actions"):
-        morel.make_agent(LINEAR, Spec(3, 4, discrete=True))
 
 
 def test_halt_needs_a_discount_below_1():

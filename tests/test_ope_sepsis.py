@@ -1,11 +1,12 @@
 """Off-policy evaluation where the truth is known exactly: ICU-Sepsis, whose model and behaviour are given."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from algos import doubly_robust, importance_sampling
-from common.datasets import load_dataset
+from algos import doubly_robust, importance_sampling, model_evaluation
+from common.datasets import Transition, load_dataset
 from common.recipes import tabular
 
 pytest.importorskip("icu_sepsis")
@@ -89,3 +90,65 @@ def test_a_counted_model_is_biased_and_only_a_cross_fitted_one_is_mended(sepsis)
             found[name] = jax.jit(doubly_robust.estimate)(episodes, np.ones(len(episodes.reward)), 1.0)
     assert found["same"]["DM"] < truth - 0.1 and found["same"]["DR"] < truth - 0.1
     assert abs(found["crossed"]["DR"] - truth) < 0.1
+
+
+# --- How often 95 % intervals hold the truth -------------------------------------------------------------------
+
+
+def play(model, mu, rng, episodes):
+    """Rows of episodes of mu, as load_dataset has them, with room for 6,000, and the weights 1 and, of the room, 0."""
+
+    def draw(p):
+        return (rng.random((len(p), 1)) > np.cumsum(p, axis=1)).sum(axis=1)
+
+    ended = np.arange(len(mu)) >= len(mu) - 3  # dead, survived, and after either
+    state, alive, steps = rng.choice(len(mu), size=episodes, p=model.initial), np.arange(episodes), []
+    while len(alive):
+        action = draw(mu[state])
+        following = draw(model.transition[state, action])
+        steps.append(np.stack([alive, np.full(len(alive), len(steps)), state, action, following]))
+        state, alive = following[~ended[following]], alive[~ended[following]]
+    steps = np.concatenate(steps, axis=1)
+    episode, step, state, action, following = np.pad(steps[:, np.lexsort(steps[1::-1])], [(0, 0), (0, 6000)])[:, :6000]
+    weight = (np.arange(6000) < steps.shape[1]).astype(np.float32)
+    eye, survived = np.eye(len(mu), dtype=np.float32), following == len(mu) - 2
+    data = Transition(eye[state], action, weight * survived, eye[following], weight * ended[following])
+    return data._replace(episode=episode, start=weight * (step == 0)), weight
+
+
+def test_how_often_intervals_hold_the_truth(sepsis, optimised):
+    """Of 20 data sets of 300 episodes of the clinicians, and a policy that prefers what they prefer more strongly."""
+    _, model, limit, mu = sepsis
+    pi = sharper(mu, 1.2)
+    truth = tabular.expected_return(model, pi, limit, 0.99)
+
+    @jax.jit
+    def table(data, weight):
+        return model_evaluation.counted(data, weight, jnp.array(pi, jnp.float32), 0.99, 30)
+
+    found, bootstrap = {}, jax.jit(importance_sampling.bootstrap, static_argnums=3)
+    for k in range(20):
+        rng = np.random.default_rng(k)
+        data, weight = play(model, mu, rng, 300)
+        real = Transition(*(x if x is None else x[: int(weight.sum())] for x in data))
+        first = (pi * table(data, weight)).sum(axis=1)[data.obs.argmax(axis=1)][data.start == 1]
+        samples = {"FQE": first[rng.integers(300, size=(1000, 300))].mean(axis=1)}  # of the starts, with this Q
+        counts = rng.multinomial(300, np.full(300, 1 / 300), size=60).astype(np.float32)
+        values = [(pi * table(data, weight * count[data.episode])).sum(axis=1) for count in counts]
+        start = data.obs[data.start == 1].argmax(axis=1)
+        samples["counts"] = [count @ value[start] / 300 for count, value in zip(counts, values, strict=True)]
+        episodes = episodes_of(real, pi, mu, np.zeros((1, *mu.shape)))
+        room = [(0, 0), (0, 100 - episodes.mask.shape[1])]
+        weights = [np.pad(x, room) for x in (episodes.reward, episodes.log_pi, episodes.log_mu, episodes.mask)]
+        with jax.enable_x64(True):
+            weighted = bootstrap(importance_sampling.Episodes(*weights), 0.99, jax.random.key(k), 200)
+        for name, sample in (samples | {name: weighted[name] for name in ("IS", "PDIS", "WIS", "PDWIS")}).items():
+            low, high = np.percentile(sample, [2.5, 97.5])
+            found.setdefault(name, []).append((low <= truth <= high, high - low, np.mean(sample)))
+    covered = {name: sum(holds for holds, *_ in rows) for name, rows in found.items()}
+    middle = {name: np.mean([centre for *_, centre in rows]) for name, rows in found.items()}
+    for name in ("IS", "PDIS", "WIS", "PDWIS"):
+        assert 17 <= covered[name] <= 20 and abs(middle[name] - truth) < 0.02, (name, covered, middle)
+    # Where the data have nothing, a table says 0: no interval of such a model knows of it
+    assert covered["FQE"] == covered["counts"] == 0
+    assert truth - 0.5 < middle["counts"] < middle["FQE"] < truth - 0.3

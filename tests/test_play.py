@@ -135,6 +135,37 @@ def test_an_episode_is_no_longer_than_in_the_run_s_evaluations(run, capsys):
     assert "return 4 in 4 steps" in capsys.readouterr().out
 
 
+def test_an_episode_ends_where_the_environment_cuts_it_off(run, capsys, monkeypatch):
+    folder, _ = run
+
+    def step(self, action):
+        self.t += 1
+        return np.array([self.start, self.t]), float(action), False, self.t == 3, {}
+
+    monkeypatch.setattr(Counter, "step", step)
+    play.main(play.Options(folder, episodes=1, run=1, out=folder / "other.gif"))
+    assert "return 3 in 3 steps" in capsys.readouterr().out
+    assert (folder / "other.gif").exists() and not (folder / "play.gif").exists()
+
+
+def test_the_limit_of_an_episode(monkeypatch):
+    """The run's own; else the environment's; else the longest episode of the data."""
+    data = [types.SimpleNamespace(rewards=np.zeros(n)) for n in (3, 8, 5)]
+    monkeypatch.setattr("minari.load_dataset", lambda name: types.SimpleNamespace(iterate_episodes=lambda: data))
+    limited, free = (types.SimpleNamespace(spec=types.SimpleNamespace(max_episode_steps=limit)) for limit in (20, None))
+    config = {"dataset": "own/counter-v0", "eval_steps": 0}
+    assert play.step_limit(limited, config | {"eval_steps": 4}) == 4 and play.step_limit(limited, config) == 20
+    assert play.step_limit(free, config) == play.step_limit(types.SimpleNamespace(spec=None), config) == 8
+
+
+def test_it_plays_in_the_environment_for_evaluation(monkeypatch):
+    asked = {}
+    dataset = types.SimpleNamespace(recover_environment=lambda **options: asked.update(options))
+    monkeypatch.setattr("minari.load_dataset", lambda name: dataset)
+    play.make_env("own/counter-v0", "rgb_array")
+    assert asked["eval_env"] is True and asked["render_mode"] == "rgb_array"
+
+
 @pytest.mark.parametrize(
     "options, sentence",
     [

@@ -141,8 +141,11 @@ class Corridor:
     action_space = spaces.Box(-1, 1, (2,))
     unwrapped = property(lambda self: self)
 
+    seeds = []
+
     def reset(self, seed, options):
         self.at, self.seed = np.zeros(2), seed
+        self.seeds.append(seed)
         return self.seen(), {}
 
     def step(self, action):
@@ -167,11 +170,13 @@ class Walker:
 
 def test_rollouts_of_a_maze_are_those_of_each_seed_s_policy(tmp_path, monkeypatch):
     monkeypatch.setattr(plot, "restore", lambda run, config, row: Walker(row))
+    monkeypatch.setattr(Corridor, "seeds", [])
     config = {"algo": "iql", "seed": 5, "num_seeds": 2, "eval_episodes": 2}
     step, paths, reached = plot.rollouts(tmp_path, config, Corridor(), steps=4)
     assert step == 700 and reached.tolist() == [True, True, False, False]
     np.testing.assert_array_equal(paths[0], [[0, 0], [1, 0], [2, 0]])
     np.testing.assert_array_equal(paths[3], [[0, 0], [-1, 0], [-2, 0], [-3, 0]])
+    assert Corridor.seeds == [*play.starts(5, 2), *play.starts(6, 2)]
 
 
 def test_a_dense_reward_does_not_say_whether_the_goal_was_reached(tmp_path, monkeypatch):
@@ -183,6 +188,128 @@ def test_a_dense_reward_does_not_say_whether_the_goal_was_reached(tmp_path, monk
     )
     config = {"algo": "iql", "seed": 5, "num_seeds": 2, "eval_episodes": 1}
     assert plot.rollouts(tmp_path, config, Corridor(), steps=5)[2].tolist() == [True, False]
+
+
+class Maze:
+    """Three rows of four cells of 2 m, walls around two free cells: at (-1, 0) and (1, 0)."""
+
+    maze_size_scaling, map_width, map_length = 2.0, 4, 3
+    maze_map = [[1, 1, 1, 1], [1, "r", "g", 1], [1, 1, 1, 1]]
+    unique_reset_locations, unique_goal_locations = [np.array([-1.0, 0.0])], [np.array([1.0, 0.0])]
+
+    def cell_rowcol_to_xy(self, at):  # as gymnasium-robotics has it
+        return np.array([(at[1] + 0.5) * 2 - 4, 3 - (at[0] + 0.5) * 2])
+
+
+def test_walls_are_where_the_maze_has_them_with_its_start_and_goal():
+    _, axes = plt.subplots()
+    plot.draw_maze(axes, Maze())
+    walls = {(*map(float, wall.get_xy()), wall.get_width(), wall.get_height()) for wall in axes.patches}
+    middles = {(x + 1, y + 1) for x, y, *_ in walls}
+    assert middles == {(x, y) for x in (-3, -1, 1, 3) for y in (-2, 0, 2)} - {(-1, 0), (1, 0)}
+    assert {wall[2:] for wall in walls} == {(2, 2)}
+    marks = {line.get_marker(): line.get_xydata().tolist() for line in axes.lines}
+    assert marks == {"o": [[-1, 0]], "*": [[1, 0]]}
+    assert axes.get_xlim() == pytest.approx((-8 / 3, 8 / 3)) and axes.get_ylim() == pytest.approx((-5 / 3, 5 / 3))
+    plt.close("all")
+
+
+def test_rollouts_are_coloured_and_counted_by_what_they_reach():
+    _, axes = plt.subplots()
+    paths = [np.array([[0, 0], [1.0, 0]]), np.array([[0, 0], [0.0, 2]]), np.array([[0, 0], [3.0, 0]])]
+    plot.draw_rollouts(axes, Maze(), "a title", paths, np.array([True, False, True]))
+    lines = [(line.get_color(), line.get_xydata()[-1].tolist()) for line in axes.lines if len(line.get_xdata()) == 2]
+    assert lines == [(plot.REACHED, [1, 0]), (plot.REACHED, [3, 0]), (plot.MISSED, [0, 2])]  # the missed one on top
+    ends = [line for line in axes.lines if line.get_marker() == "X"]
+    assert [line.get_xydata().tolist() for line in ends] == [[[0, 2]]] and ends[0].get_color() == plot.MISSED
+    assert axes.get_title() == "a title" and axes.get_xlabel().startswith("2 of 3 roll-outs come within 0.45 m")
+    plt.close("all")
+
+
+def test_data_are_drawn_as_a_sample_and_counted_whole():
+    """Of 3 walks one visits both cells, one the start alone, and one is in neither: x or y by itself is not enough."""
+    both, one = np.array([[-1.0, 0.0], [0.9, 0.9]]), np.array([[-1.9, 0.5], [-1.0, 0.0]])
+    neither = np.array([[-1.0, 2.0], [3.0, 0.0]])
+    maze = Maze()
+    starts, goals = maze.unique_reset_locations, maze.unique_goal_locations
+    assert [plot.visits(maze, path, starts) for path in (both, one, neither)] == [True, True, False]
+    assert [plot.visits(maze, path, goals) for path in (both, one, neither)] == [True, False, False]
+    _, axes = plt.subplots()
+    plot.draw_data(axes, maze, [both, one, neither], 2)
+    assert axes.get_title() == "Data: 3 episodes, 1 visit both start and goal"
+    assert axes.get_xlabel().startswith("2 of them")
+    thin = [line for line in axes.lines if line.get_linewidth() == 1 and len(line.get_xdata()) == 2]
+    assert len(thin) == 2 and all(
+        any(np.array_equal(line.get_xydata(), path) for path in (both, one, neither)) for line in thin
+    )
+    dots = [line for line in axes.lines if line.get_marker() == "."]
+    assert sorted(line.get_xydata()[0].tolist() for line in dots) == sorted(
+        line.get_xydata()[0].tolist() for line in thin
+    )
+    plt.close("all")
+
+
+def test_walks_that_lie_apart_are_the_farthest_from_those_chosen():
+    assert plot.apart(np.array([[0.0, 0], [1, 0], [10, 0], [9, 0], [5, 0]]), 3) == [0, 2, 4]
+    assert plot.apart(np.zeros((2, 2)), 7) == [0, 0]
+
+
+def test_walks_of_a_maze_are_where_the_agent_was(umaze):
+    walks = plot.walks_of("stitch/pointmaze-umaze-v0")
+    assert len(walks) == umaze.total_episodes and sum(map(len, walks)) == umaze.total_steps
+    np.testing.assert_array_equal(walks[3], next(iter(umaze.iterate_episodes([3]))).observations["achieved_goal"][:-1])
+
+
+def plot_maze(tmp_path, figures, monkeypatch, **changes):
+    class Env(Corridor):
+        maze, position_noise_range = Maze(), 0.25
+
+    monkeypatch.setattr(play, "make_env", lambda dataset_id: Env())
+    monkeypatch.setattr(plot, "walks_of", lambda dataset_id: [np.zeros((2, 2))] * 3)
+    monkeypatch.setattr(plot, "restore", lambda run, config, row: Walker(row))
+    run = make_run(tmp_path / "run")
+    (run / "checkpoint.msgpack").touch()
+    config = plot.read_config(run) | {"num_seeds": 2, "eval_episodes": 2, "eval_steps": 4} | changes
+    plot.plot_maze([run], [config], 150, pathlib.Path("maze.png"))
+    return figures.get("maze.png")
+
+
+def test_a_maze_has_a_panel_of_data_and_one_for_each_policy(tmp_path, figures, monkeypatch):
+    figure = plot_maze(tmp_path, figures, monkeypatch)
+    assert [axes.get_title() for axes in figure.axes] == [
+        "Data: 3 episodes, none visits both start and goal", "Policy: iql, 700 updates"
+    ]  # fmt: skip
+    assert figure.axes[1].get_xlabel().startswith("2 of 4 roll-outs")
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()][:2] == ["start, ± 0.5 m", "goal, ± 0.5 m"]
+
+
+def test_a_run_that_promises_to_make_no_environment_draws_no_maze(tmp_path, figures, monkeypatch, capsys):
+    assert plot_maze(tmp_path, figures, monkeypatch, eval_episodes=0) is None
+    assert "such a run promises that no environment is made" in capsys.readouterr().out
+
+
+def test_scores_below_zero_and_above_a_hundred_are_in_the_picture(tmp_path, figures):
+    draw(make_run(tmp_path / "run", [[-30.0, 130.0, 20.0]]))
+    low, high = figures["curve.png"].axes[0].get_ylim()
+    assert low <= -30 and high >= 130
+
+
+def test_one_seed_is_no_band_and_an_unfinished_run_is_said(tmp_path, figures, capsys):
+    run = make_run(tmp_path / "run", [[10.0, 20.0, 30.0]])
+    (run / "summary.json").unlink()
+    draw(run)
+    assert figures["curve.png"].texts[-1].get_text() == "One seed."
+    assert "is not finished: its line ends before update 300" in capsys.readouterr().out
+
+
+def test_a_picture_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    figure, _ = plt.subplots()
+    (tmp_path / "a.png").write_bytes(b"the old one")
+    monkeypatch.setattr("os.replace", lambda *paths: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        plot.save(figure, tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_bytes() == b"the old one"
 
 
 def test_starts_are_those_of_the_run_s_own_evaluation(umaze):

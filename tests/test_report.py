@@ -21,7 +21,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))  # scripts that import each other as they do when they are run
 
 import report  # noqa: E402
-from report import cards, estimators, pictures, runs, selection, sweeps, tables  # noqa: E402
+from report import cards, estimators, pictures, rules, runs, selection, sweeps, tables  # noqa: E402
 
 # (datasets, seeds) of two methods
 A = list(np.array([[40, 55, 45, 70, 60], [10, 20, 0, 35, 5], [90, 80, 85, 95, 100]], float))
@@ -167,6 +167,11 @@ def test_a_page_shows_what_the_critic_believes_and_what_is_true(root):
     page = tables.table(found, [], ".", "iql")
     assert "| believed − true value | – | – | +499,999 (2) | – |" in page and "less what the policy gets" in page
     assert all("believe" not in text for text in (tables.table(found, [], "."), tables.table(found, [], ".", "bc")))
+
+
+def test_numbers_have_three_digits_or_are_whole():
+    shown = {1.23456: "1.23", -1.23456: "-1.23", 123.4: "123", -499999.4: "-499,999", 1e6: "1e+06", 99.96: "100"}
+    assert {x: tables.number(x) for x in shown} == shown and tables.number(2.0, "+") == "+2"
 
 
 def test_a_second_report_changes_nothing(root):
@@ -741,6 +746,15 @@ def test_one_seed_of_a_grid_has_no_interval(tmp_path):
     assert "interval" not in sweeps.section(sweep).partition("evaluation after")[2].partition("The best of")[0]
 
 
+def test_a_committed_folder_shows_no_sweep(root, monkeypatch, capsys):
+    """Its tables go into pages, which have no place for one; the answer is printed."""
+    make_grid(root / "benchmarks" / "results" / "quick" / "maze-v0" / "grid", BETAS)
+    drawn = []
+    monkeypatch.setattr(report, "draw", lambda found, folder: drawn.append(found))
+    report.main(report.Options())
+    assert drawn[0].sweeps == [] and drawn[0].runs and "best of 3 is beta 3" in capsys.readouterr().out
+
+
 def test_grids_on_different_data_are_different_sweeps(tmp_path):
     make_cells(tmp_path)
     for file in tmp_path.rglob("config.json"):
@@ -799,6 +813,23 @@ def test_picture_of_the_iqm_shows_the_iqm_of_each_method(root, figures):
     # Of 50 60 70 80 90 100 and 5 5 5 10 20 0 the middle four, and three of four
     np.testing.assert_allclose([dots[y] for y in sorted(names)], [6.25, 75])
     assert [names[y] for y in sorted(names)] == ["bc", "iql"]
+    pictures.draw_iqm({"a": A, "b": B}, "", pathlib.Path("p.png"), "")
+    lines = [line.get_xydata() for line in figures["p.png"].axes[0].lines if len(line.get_xdata()) == 2]
+    for (ends, y), row in zip([(line[:, 0], line[0, 1]) for line in lines], (B, A), strict=True):  # the best on top
+        np.testing.assert_allclose(ends, estimators.interval(estimators.iqm, row), err_msg=y)
+
+
+def test_curves_are_means_with_their_intervals_and_profiles_reach_every_score(tmp_path, figures):
+    """Of seeds whose median is not their mean, and scores beyond 0 and 100."""
+    steps, scores = np.array([10, 20]), np.array([[0.0, 5.0], [0.0, 5.0], [90.0, 5.0]])
+    x, middle, low, high = pictures.learning_curve(steps, scores)
+    np.testing.assert_array_equal(x, steps)
+    np.testing.assert_allclose([middle, low, high], [[30, 5], [0, 5], [90, 5]])
+    for name, scores in {"maze-v0": [-60.0, 20.0], "door-v0": [150.0, 90.0]}.items():
+        make_run(tmp_path / name / "iql", f"stitch/{name}", scores)
+    pictures.draw(runs.read_results(tmp_path), tmp_path)
+    line = figures["performance_profiles.png"].axes[0].lines[-1]
+    assert line.get_xdata()[[0, -1]].tolist() == [-60, 150] and line.get_ydata()[[0, -1]].tolist() == [0.75, 0]
 
 
 def test_probability_of_improvement_is_of_the_row_and_bold_where_it_is_sure(figures):
@@ -866,6 +897,8 @@ def test_check_finds_pictures_of_other_result_files(root):
     metrics.write_text(metrics.read_text().replace('"score": 5.0', '"score": 6.0'))
     with pytest.raises(SystemExit, match="learning_curves_maze-v0.png: not as the result files"):
         report.main(report.Options(check=True))
+    renamed = found._replace(runs=[run._replace(method=run.method.replace("bc-top-10", "best")) for run in found.runs])
+    assert "learning_curves_maze-v0.png" in pictures.stale_pictures(renamed, results)
     (results / "learning_curves_own-v0.png").unlink()
     assert pictures.stale_pictures(found, results) == ["learning_curves_own-v0.png"]
 
@@ -879,6 +912,15 @@ def test_selection_among_policies_that_never_vary():
     chosen = selection.selection_curve(np.tile(scores[:, None] - 9, (1, 5)), scores, 6, num_trials=20_000).mean(axis=1)
     np.testing.assert_allclose(chosen[:5], [1.5, 1.5, 7 / 3, 11 / 4, 3], atol=0.04)
     np.testing.assert_array_equal(chosen[4:], 3)
+
+
+def test_selection_adds_the_bonus_of_ucb1(monkeypatch):
+    """Auer et al. (2002), fig. 1: sqrt(2 ln n / n_j). After both of two policies were tried once, n = 2 and n_j = 1."""
+    asked, sqrt = [], np.sqrt
+    monkeypatch.setattr(np, "sqrt", lambda x: asked.append(x.copy()) or sqrt(x))
+    selection.selection_curve([[0.0], [1.0]], [0.0, 1.0], 4, num_trials=1)
+    np.testing.assert_allclose(asked[2], 2 * np.log(2))
+    np.testing.assert_allclose(sorted(asked[3][0]), [2 * np.log(3) / 2, 2 * np.log(3)])
 
 
 def test_selection_draws_its_candidates_anew_in_each_trial():
@@ -944,12 +986,94 @@ def test_halves_are_apart_and_scored_as_the_whole():
     np.testing.assert_allclose(score, 7)
 
 
+def test_the_peak_of_the_data_s_q():
+    assert rules.peak([1, 2, 3, 2.5, 2]) == 2
+    assert rules.peak([1, 2, np.nan]) == 1 and rules.peak([np.nan, np.nan]) == 1  # a critic that diverged, and then all
+    assert rules.peak([3, 3]) == 0  # at the peak or before it
+
+
+def with_critic(folder, columns):
+    """A finished run of one seed with these evaluations: {column: [value of each evaluation]}."""
+    make_run(folder, "stitch/maze-v0", [columns["score"][-1]])
+    rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    lines = [{"step": 10 * i, "seed": 0, "returns": [1, 1], "true_value": 0, **row} for i, row in enumerate(rows, 1)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_rules_that_stop_a_run_cost_what_the_best_evaluation_has_more(tmp_path, capsys):
+    with_critic(tmp_path / "a", {"score": [10, 50, 40, 20], "q": [1, 3, 4, 2], "believed_value": [1, 2, 3, 9]})
+    with_critic(tmp_path / "b", {"score": [30, 50, 60, 70], "q": [4, 3, 2, 1], "believed_value": [1, 2, 3, 4]})
+    make_run(tmp_path / "bc", "stitch/maze-v0", [5.0], "bc")  # it has no critic
+    assert rules.stopping(tmp_path / "a") == {
+        "last": [30],
+        "peak of the data's Q": [10],
+        "highest believed value": [30],
+    }
+    assert rules.stopping(tmp_path / "bc") == {}
+    report.main(report.Options(selection=tuple(tmp_path / name for name in ("a", "b", "bc")), out=tmp_path))
+    assert "| maze-v0 | all | 2 | 15.0 | 25.0 | 15.0 |" in capsys.readouterr().out
+
+
+def left_by_ope(folder, estimates):
+    """What benchmarks/ope.py leaves beside the run folders of `folder`: {folder: [(updates, {name: estimate})]}."""
+    rows = [
+        {"folder": name, "seed": seed, "grid": {}, "updates": updates, "true_value": None, "score": None}
+        | {"estimates": {key: [x, x - 1, x + 1] for key, x in found.items()}}
+        for name, runs in estimates.items()
+        for seed, (updates, found) in enumerate(runs)
+    ]
+    folder.with_name(folder.name + "-ope").mkdir()
+    (folder.with_name(folder.name + "-ope") / "ope.json").write_text(json.dumps({"policies": rows}))
+
+
+def test_rules_that_choose_a_policy_stand_beside_the_bandit(tmp_path, capsys):
+    """Scores 0, 40 and 100; FQE prefers the second, and the run with most updates is the third."""
+    pool = tmp_path / "pool"
+    make_run(pool / "iql", "stitch/maze-v0", [0.0, 40.0])
+    make_run(pool / "bc", "stitch/maze-v0", [100.0], "bc")
+    iql = [(500, {"FQE": 3.0, "ESS": 9.0, "constant": 5.0}), (500, {"FQE": 4.0})]
+    left_by_ope(pool, {"iql": iql, "bc": [(3000, {"FQE": 2.0, "WIS": 1.0})]})
+    found = selection.report_selection([pool / "iql", pool / "bc"], 8, tmp_path)
+    capsys.readouterr()
+    rules.report_choices(found)
+    said = capsys.readouterr().out
+    assert "| FQE | iql, seed 1 | 40.0 | 60.0 |" in said and "| FQE, lower bound | iql, seed 1 | 40.0 | 60.0 |" in said
+    assert "| WIS | bc, seed 0 | 100.0 | 0.0 |" in said and "| the last checkpoint | bc, seed 0 | 100.0 | 0.0 |" in said
+    assert "| a bandit, 100 episodes |  | 100.0 | 0.0 |" in said  # nothing varies: it finds the best
+    assert "constant" not in said and "ESS" not in said
+
+
+def test_policies_that_were_never_played_are_chosen_by_their_estimates(tmp_path, capsys):
+    pool = tmp_path / "pool"
+    make_run(pool / "iql", "stitch/maze-v0", [float("nan")] * 2, returns=[[], []])
+    left_by_ope(pool, {"iql": [(500, {"FQE": 3.0}), (500, {"FQE": 4.0})]})
+    report.main(report.Options(selection=(pool / "iql",), out=tmp_path))
+    said = capsys.readouterr().out
+    assert "| FQE | iql, seed 1 | – | – |" in said and "| the last checkpoint | any of 2 | – | – |" in said
+
+
 def test_selection_has_as_many_candidates_as_asked_for(tmp_path, capsys):
     """Among one candidate there is nothing to choose: its score is the mean however long one looks."""
     make_run(tmp_path / "grid", "stitch/maze-v0", [0.0, 50.0, 100.0])
     report.main(report.Options(selection=(tmp_path / "grid",), candidates=1, out=tmp_path))
     cells = capsys.readouterr().out.splitlines()[2].split(" | ")
     np.testing.assert_allclose([float(cell) for cell in cells[3:7]], 50, atol=5)
+
+
+def test_selection_shows_ninety_percent_of_the_trials(tmp_path, monkeypatch):
+    """Before any episode one of ten policies is drawn, with scores 0, 10 .. 90."""
+    make_run(tmp_path / "run", "stitch/maze-v0", [10.0 * i for i in range(10)])
+    drawn = {}
+    monkeypatch.setattr(selection, "draw_panels", lambda curves, *args, **labels: drawn.update(curves))
+    selection.report_selection([tmp_path / "run"], 10, tmp_path)
+    _, middle, low, high = drawn["iql"]
+    assert low[0] == 0 and high[0] == 90 and abs(middle[0] - 45) < 4 and middle[-1] > 85
+
+
+def test_one_episode_cannot_both_choose_and_score(tmp_path):
+    make_run(tmp_path / "run", "stitch/maze-v0", [1.0, 2.0], returns=[[1.0], [2.0]])
+    with pytest.raises(SystemExit, match="one episode cannot both choose a policy and score it"):
+        selection.report_selection([tmp_path / "run"], 8, tmp_path)
 
 
 def test_selection_leaves_out_what_is_not_finished_and_draws_beside_its_runs(tmp_path, capsys, monkeypatch):
@@ -1016,7 +1140,13 @@ def test_card_of_a_dataset(tmp_path, monkeypatch):
     )
     minari.load_dataset("own/steps-v0").storage.update_metadata({"ref_min_score": 0.0, "ref_max_score": 10.0})
     options = tyro.cli(report.Options, args=["--cards", "own/steps-v0", "--out", str(tmp_path / "cards")])
+    drawn, save = [], cards.save
+    monkeypatch.setattr(cards, "save", lambda figure, path: drawn.append(figure.axes[0]) or save(figure, path))
     report.main(options)
+    bars = [(bar.get_x(), bar.get_height()) for bar in drawn[0].patches]  # of the returns: one of each, 1 to 10
+    assert (
+        sum(height for _, height in bars) == 10 and bars[0][0] == 1 and drawn[0].get_xlabel() == "return of an episode"
+    )
     card = (tmp_path / "cards" / "own-steps-v0.md").read_text()
     assert card.startswith("# own/steps-v0\n\nAs many points as steps.\n")
     for line in (

@@ -8,6 +8,7 @@ import dataclasses
 import errno
 import importlib
 import json
+import math
 import os
 import pathlib
 import shutil
@@ -41,6 +42,7 @@ PHASES = {
     "brac": dict(pretrain_updates=40, target_divergence=0.5),
     "bear": dict(pretrain_updates=20, num_samples=2),
 }
+BOX = {"low": [-2.0], "high": [3.0], "dtype": "float32"}  # of Payer's actions
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # Minari's, of missing authors and descriptions
 
@@ -246,6 +248,67 @@ def test_what_is_written_is_strict_json_and_whole_or_not_at_all(tmp_path, monkey
     with pytest.raises(KeyboardInterrupt):
         iql.write(path, b"new")
     assert path.read_bytes() == before
+
+
+@pytest.fixture(scope="module")
+def labels(surroundings):
+    """Data whose actions are 0, 1 and 2, for files that take no others."""
+    import minari
+    from gymnasium import spaces
+    from minari.data_collector import EpisodeBuffer
+
+    rng, ends = np.random.default_rng(0), np.zeros((2, 4), bool)
+    ends[1, -1] = True
+    rows = [(rng.uniform(-1, 1, (5, 2)), rng.integers(3, size=4), rng.uniform(0, 1, 4)) for _ in range(20)]
+    rows = [EpisodeBuffer(None, None, None, obs, actions, rewards, *ends) for obs, actions, rewards in rows]
+    shown, taken = spaces.Box(-np.inf, np.inf, (2,)), spaces.Discrete(3)
+    minari.create_dataset_from_buffers("test/labels-v0", rows, observation_space=shown, action_space=taken)
+    return "test/labels-v0"
+
+
+@pytest.fixture
+def unplayed(staged, monkeypatch):
+    """Evaluations that only trace what the policy and its values compute: nothing more is compiled."""
+
+    def measure(self, policy, q, seeds, num_episodes, **limits):
+        obs = np.zeros((len(seeds), num_episodes, 2), np.float32)
+        actions, _ = jax.eval_shape(lambda: policy(obs, 0, None, obs[..., 0]))
+        assert actions.shape[:2] == obs.shape[:2]
+        value = {} if q is None else {"believed_value": np.zeros(jax.eval_shape(lambda: q(obs, actions)).shape[:1])}
+        return {"score": np.zeros(len(seeds)), "returns": np.zeros((len(seeds), num_episodes)), **value}
+
+    monkeypatch.setattr(Environment, "measure", measure)
+
+
+@pytest.mark.parametrize(
+    "name", sorted(p.stem for p in (ROOT / "algos").glob("*.py") if "\ndef main(" in p.read_text())
+)
+def test_every_file_trains_and_goes_on_after_a_stop(name, unplayed, labels, tmp_path, monkeypatch):
+    """Its own load_data, `main`, checkpoint and restore; a stop between the two ends as no stop."""
+    if not hasattr(algo := load(name), "make_train") or name == "fqe":
+        pytest.skip("trains no policy: its own tests run its main")
+    changes = {"num_members": 2, "num_elites": 1, "horizon": 2, "rollout_batch_size": 8, "buffer_size": 64}
+    changes = {field: x for field, x in changes.items() if hasattr(algo.Config, field)} | {"num_seeds": 1}
+    try:
+        algo.make_agent(config(algo), Interface([2], BOX, [0.0, 0.0], [1.0, 1.0]).spec)
+    except SystemExit:
+        changes["dataset"] = labels
+    if name == "emrl":
+        changes["reward_shift"] = 5.0  # no weight may be negative
+    whole, stopped, evaluate = tmp_path / "whole", tmp_path / "stopped", algo.Runs.evaluate
+    assert run(name, whole, **changes)["num_updates"] == 40
+
+    def interrupted(self, *args):
+        if self.step == 20:
+            raise KeyboardInterrupt
+        return evaluate(self, *args)
+
+    with monkeypatch.context() as stop:
+        stop.setattr(algo.Runs, "evaluate", interrupted)
+        assert "Stopped" in sentence(run, name, stopped, **changes)
+    assert run(name, stopped, **changes)["num_updates"] == 40 and checkpoint(stopped)["step"] == 40
+    assert [line["step"] for line in lines(stopped) if line["step"] > 0] == [20, 40]
+    assert_same_end(stopped, whole)
 
 
 # --- Whose folder it is ----------------------------------------------------------------------------------
@@ -459,6 +522,24 @@ def test_an_unknown_dataset_is_a_sentence_before_any_compilation(tmp_path, monke
     assert "a similar name (stitch/pointmaze-umaze-v0" in said and not (tmp_path / "run").exists()
 
 
+def test_actions_that_an_algorithm_does_not_take_are_a_sentence_before_there_is_a_folder(tmp_path):
+    assert "discrete actions" in sentence(run, "dqn", tmp_path / "run") and not (tmp_path / "run").exists()
+
+
+def test_what_will_not_be_scored_is_said_before_training(tmp_path, monkeypatch):
+    happened = []
+
+    def listen(of, name):
+        call = getattr(of, name)
+        monkeypatch.setattr(of, name, lambda *args, **kwargs: happened.append(name) or call(*args, **kwargs))
+
+    listen(Environment, "probe")
+    listen(load("iql").Runs, "advance")
+    listen(Environment, "evaluate")
+    run("iql", tmp_path)
+    assert happened[:2] == ["probe", "advance"] and happened.count("evaluate") == 2
+
+
 def command(out, *more):
     options = [f"--{name.replace('_', '-')}={value}" for name, value in TINY.items()]
     return [sys.executable, "algos/iql.py", *options, "--hidden=4", f"--out={out}", *more]
@@ -569,6 +650,9 @@ def test_sigkill_and_start_again(finished, tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert (tmp_path / "checkpoint.msgpack").exists() and not (tmp_path / "summary.json").exists()
+    about = strictly((tmp_path / "config.json").read_text())
+    assert about["device"] == f"{math.gcd(2, os.cpu_count())} x cpu" and "algos/iql.py" in about["command"]
+    assert any((pathlib.Path.home() / ".cache" / "stitch").iterdir()), "compiled programs are kept for the next start"
     subprocess.run(command(tmp_path), cwd=ROOT, check=True, capture_output=True)
     ours, theirs = (flatten(checkpoint(out)["states"]) for out in (tmp_path, finished[0]))
     for name, x in theirs.items():
@@ -676,10 +760,14 @@ def test_without_episodes_it_trains_and_makes_no_environment(finished, tmp_path,
         np.testing.assert_array_equal(flatten(checkpoint(tmp_path)["states"])[name], x)
 
 
-def test_the_progress_line_has_a_score_only_where_one_is(finished, staged, tmp_path, monkeypatch):
-    said, tqdm = [], load("iql").tqdm
+def test_the_progress_line_has_a_score_only_where_one_is(unfinished, staged, tmp_path, monkeypatch):
+    said, bars, tqdm = [], [], load("iql").tqdm
 
     class Bar(tqdm):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            bars.append(self)
+
         def set_description(self, text, *args, **kwargs):
             said.append(text)
 
@@ -695,6 +783,10 @@ def test_the_progress_line_has_a_score_only_where_one_is(finished, staged, tmp_p
     monkeypatch.setattr(Environment, "sentence", lambda self, summary: "")
     run("iql", tmp_path / "not scored")
     assert said[6:] == [*["losses"] * 2, "no score"] * 2
+    run("iql", unfinished)  # all of it is trained already
+    monkeypatch.setattr(load("brac"), "tqdm", type("Bar", (Bar,), {"set_postfix": tqdm.set_postfix}))
+    run("brac", tmp_path / "two phases")
+    assert [(bar.initial, bar.n, bar.total) for bar in bars] == [(0, 40, 40)] * 2 + [(40, 40, 40), (0, 80, 80)]
 
 
 def test_what_an_evaluation_is_given(staged, tmp_path, monkeypatch):

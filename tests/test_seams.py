@@ -170,7 +170,23 @@ def test_the_data_are_an_argument_of_the_compiled_program(data, tmp_path, monkey
 
         monkeypatch.setattr(algo.Runs, "lower", listen)
         train(algo, tmp_path / str(times))
+    states = jax.tree.leaves(algo.restore(tmp_path / "1", run=None).states)
+    assert texts[0].count("tf.aliasing_output") == len(states), "the new state is written in the place of the old one"
     assert "tensor<80000xf32>" in texts[1] and abs(len(texts[1]) - len(texts[0])) < 0.1 * len(texts[0])
+
+
+def test_on_a_cpu_runs_take_turns(data):
+    """Its caches hold the networks of one run: a product of all runs at once would have a batch axis."""
+
+    def product(algo, cfg, spec, state, batch):
+        loss = batch.obs.T @ batch.reward
+        return note(state, batch), {"loss": loss.sum()}
+
+    algo = toy(data, update=product)
+    runs = algo.Runs(algo.Config(**TINY), BOX, {})
+    runs.states = runs.init()
+    text = runs.lower("update", {"dataset": data}).as_text()
+    assert "dot_general" in text and "batching_dims" not in text
 
 
 def test_updates_per_second_are_of_all_runs_and_phases_and_of_training_alone(data, tmp_path, monkeypatch):
@@ -333,6 +349,19 @@ def test_without_them_the_first_phase_has_the_draw_of_the_second_and_one_update(
     np.testing.assert_array_equal(states.by, [[2.0] * 20 + [3.0, 4.0] * 20] * 2)
     np.testing.assert_array_equal(states.prepared, [4, 4])
     assert ["x" in line for line in lines] == [True] * 2 + [False] * 4
+
+
+def test_an_interval_that_is_no_whole_number_of_cycles_is_refused(data, tmp_path, monkeypatch):
+    """The rest of its updates would be left out, and nobody would hear of it."""
+    fields, cycle = {"policy_delay": (int, 2)}, [by(1.0), by(2.0)]
+    prepared = {"prepare_interval": (int, 5)}, {"prepare": lambda algo, cfg, spec, state, dataset: (state, dataset)}
+    for more, seams, interval in (({}, {}, "log_interval"), (*prepared, "prepare_interval")):
+        algo = toy(data, fields | more, update=cycle[-1], cycle=cycle, **seams)
+        changes = {"log_interval": 5, "eval_interval": 20}
+        with pytest.raises(SystemExit, match=f"^{interval} must be a multiple of policy_delay, which is 2"):
+            train(algo, tmp_path / interval, **changes)
+        whole = {"log_interval": 10, "policy_delay": 5} if more else {"log_interval": 10}
+        algo.check(algo.Config(**TINY | whole), {})
 
 
 def test_the_updates_of_a_cycle_take_turns_each_with_its_own_batch(data, tmp_path):

@@ -84,6 +84,11 @@ def test_ratios_are_ours_to_the_others():
     assert speed.ratios([10.0, 30.0], [20.0, 15.0]) == [0.5, 2]
 
 
+def test_share_of_the_preparations():
+    """4 of them in a repetition, 0.5 s and 0.25 s each; 1,000 updates take 10 s at 100 updates/s, and 5 s at 200."""
+    assert speed.prepare_share([0.5, 0.25], 4, 1_000, [100.0, 200.0]) == [0.2, 0.2]
+
+
 def flops(function, *shapes):
     return speed.product_flops(jax.make_jaxpr(function)(*map(jnp.zeros, shapes)).jaxpr)
 
@@ -145,7 +150,7 @@ class Stub:
             {"first": [{"seconds": 30.0, "memory_mb": 900.0, "device_memory_mb": 50.0}]},
             {
                 "first": [{"seconds": 5.0, "memory_mb": 700.0, "device_memory_mb": 40.0}],
-                "about": [{"flops_per_update": 10, "devices": 2, "updates_per_repetition": 1_000}],
+                "about": [{"flops_per_update": 10, "devices": 2, "updates_per_repetition": 1_000, "prepares": 0}],
                 "product": [1000.0, 3000.0, 5000.0, 3000.0],
                 "train": [100.0, 200.0, 300.0],
             },
@@ -188,9 +193,21 @@ def test_a_table_of_known_numbers(row):
         "| iql | 8 | 200 (100 to 300) | 50% (50% to 75%) | 30.0 s, 5.0 s | 900 MB, device 50 MB | 40 (30 to 50) | "
         "5.0 (2.0 to 10.0) |"
     )
+    shown = speed.table(
+        report | {"results": [row, row | {"algo": "mopo", "prepare_share": [0.25, 0.2, 0.3]}]}
+    ).splitlines()
+    assert shown[0].split("|")[4] == " of it, roll-outs or relabelling " and shown[2].split("|")[4] == " – "
+    assert shown[3].startswith("| mopo | 8 | 200 (100 to 300) | 25% (20% to 30%) | 50%")
     report["environment"] = {"dataset": "x-v0", "steps_per_second": {"1": [2000.0] * 3, "16": [9000.0, 8000.0, 9500.0]}}
     said = "2,000 (2,000 to 2,000) with 1 worker; 9,000 (8,000 to 9,500) with 16 workers."
     assert speed.table(report).endswith(f"Environment steps/s of `x-v0`: {said}")
+
+
+def test_the_fastest_is_the_first_of_the_table(row):
+    slow = row | {"algo": "slow", "updates_per_second": [1.0, 2.0, 3.0]}
+    report = {"results": [slow, row], "device": "D", "processor": "P", "cores": 2, "date": "2026-01-02T03:04"}
+    report |= {"versions": {"jax": "1"}, "environment": None}
+    assert [line.split(" | ")[0] for line in speed.table(report).splitlines()[2:4]] == ["| iql", "| slow"]
 
 
 def test_environment_is_stepped_by_one_worker_and_by_one_for_each_core(monkeypatch):
@@ -257,9 +274,35 @@ def test_environment_steps_are_counted(umaze):
     """300 steps of PointMaze for each of 4 seeds x 4 episodes, which random actions do not end."""
     job = json.dumps({"dataset": "stitch/pointmaze-umaze-v0", "workers": 1})
     worker = speed.Worker([sys.executable, str(ROOT / "benchmarks" / "speed.py"), "environment", job])
-    assert worker.ask("step") > 100
+    assert worker.ask("step") > 0
     worker.close()
     assert worker.process.returncode == 0
+
+
+def test_environment_steps_are_those_of_all_seeds_and_episodes_in_the_time_they_took(monkeypatch, capsys):
+    """Two calls of the policy for 4 seeds x 4 episodes in 8 s of this clock; making the environments is outside."""
+    clock = iter([100.0, 108.0])
+    asked = SimpleNamespace(num_workers=0, spec=SimpleNamespace(action_dim=3), plays=0)
+
+    def evaluate(policy, seeds, episodes):
+        asked.plays += 1
+        for step in range(2):
+            actions, _ = policy(np.zeros((len(seeds), episodes, 5)), step, None, None)
+            assert actions.shape == (4, 4, 3) and np.abs(actions).max() <= 1 and np.ptp(actions) > 1
+
+    asked.evaluate = evaluate
+    monkeypatch.setattr("common.datasets.load_dataset", lambda name: (None, asked))
+    monkeypatch.setattr(speed.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(speed.sys, "stdin", ["step\n"])
+    speed.environment("x-v0", 3)
+    assert capsys.readouterr().out == f"ANSWER {2 * 4 * 4 / 8}\n" and asked.num_workers == 3 and asked.plays == 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_peak_memory_is_that_of_the_kernel():
+    status = pathlib.Path("/proc/self/status").read_text()
+    peak = int(status.partition("VmHWM:")[2].split()[0]) / 1024
+    assert speed.peak_memory_mb() == pytest.approx(peak, rel=0.2)
 
 
 def test_constraints_are_the_versions_of_the_committed_results():

@@ -10,9 +10,18 @@ import numpy as np
 import pytest
 
 from common.datasets import Transition
+from common.recipes import tabular
 
 STUDIES = pathlib.Path(__file__).parents[1] / "benchmarks" / "studies"
-NAMES = ("deadly_triad", "ladder", "lower_bound", "overestimation", "support")
+NAMES = (
+    "deadly_triad",
+    "ladder",
+    "lower_bound",
+    "ope_bias_variance",
+    "overestimation",
+    "support",
+    "when_rl_beats_cloning",
+)
 
 
 def section(title):
@@ -238,6 +247,33 @@ def test_the_text_on_bounds_has_the_numbers_of_the_committed_result():
         assert listed(true, ".0f") in text, label
 
 
+@pytest.mark.parametrize("study", ["model_exploitation"], indirect=True)
+def test_the_error_of_a_counted_model_bounds_what_it_believes(study):
+    """State 0: action 0 stays, pays 0.005; action 1 ends in 2 and pays 1 half of the time, else leads to 1. 1: pays 0.
+
+    The data have seen action 0 twice and action 1 once, when it ended and paid: its next state is wrong by 1/2, its
+    reward by 1/2. Action 0 is right. What was never seen leads to nowhere, where 1 leads to 1 in truth: all of it.
+    """
+    transition, reward = np.zeros((3, 2, 3)), np.array([[0.005, 0.5], [0.0, 0.01], [0.0, 0.0]])
+    transition[0, 0, 0] = transition[1, :, 1] = transition[2, :, 2] = 1
+    transition[0, 1, 1:] = 0.5
+    model = study.Model(transition, reward, initial=np.array([1.0, 0, 0]))
+    assert study.over(model).tolist() == [False, False, True]
+    state, action = np.zeros(3, int), np.array([0, 0, 1], np.int32)
+    pay, terminal = np.array([0.005, 0.005, 1], np.float32), np.array([0, 0, 1], np.float32)
+    data = Transition(np.eye(3)[state], action, pay, np.eye(3)[[0, 0, 2]], terminal)
+    counted, earned, _ = study.empirical_mdp(data, 2)
+    u = study.true_error(model, counted, earned)
+    assert u == pytest.approx(np.array([[0, 0.5 + 0.99 / 2], [0.99, 0.01 + 0.99], [0, 0]]), abs=1e-6)
+    assert study.greedy(counted, earned).tolist() == [1, 0, 0]  # 0.005 for ever is 0.5, and less than 1
+    assert study.greedy(counted, earned - u).tolist() == [0, 0, 0]  # which may be 0.005
+    result = study.of_size(data, model)
+    for true, believed, error in result["policies"].values():
+        assert believed - error - 1e-6 <= true
+    true, believed, error = result["policies"]["pi_hat"]
+    assert true >= result["best_right_side"] - 1e-6
+
+
 @pytest.mark.parametrize("study", ["overestimation"], indirect=True)
 def test_the_committed_table_of_over_estimation_is_that_of_the_quick_results(study):
     """report.py reads the values, and test_report.py tests that."""
@@ -266,6 +302,147 @@ def test_what_the_text_says_of_sac_is_in_its_result():
     assert f"{small.min():,.0f} to {small.max():,.0f} on 1k, and {large.min():,.0f} to {large.max():,.0f} on" in text
     assert f"{true.min():.0f} to {true.max():.0f}.".replace("-", "−") in text
     assert 45 < np.median(small) / np.median(believed["10k"]) < 55  # README's "some 50 times"
+
+
+@pytest.mark.parametrize("study", ["when_rl_beats_cloning"], indirect=True)
+def test_the_methods_on_a_road_of_two_steps(study):
+    """One state of each step is visited. Step 0, critical: action 0 (right) three times, action 1 four times, two of
+    which fall. Step 1, not critical: action 2. So cloning takes 1, and RL and the filter 0."""
+    state = np.zeros((7, 2), int)
+    action = np.array([[0, 2], [0, 2], [0, 2], [1, 2], [1, 2], [1, 2], [1, 2]])
+    length = np.array([3, 3, 3, 3, 3, 1, 1])  # 1: a fall in the first step; 3: none
+    policies = study.learn(state, action, length)
+    first = {name: policy[0, 0].tolist() for name, policy in policies.items()}
+    assert first["cloning"] == [0, 1, 0, 0] and first["filtered cloning"] == [1, 0, 0, 0] == first["RL"]
+    assert first["cloning, sampled"] == pytest.approx([3 / 7, 4 / 7, 0, 0])
+    assert policies["RL"][1, 0].tolist() == [0, 0, 1, 0] and policies["RL"][0, 1].tolist() == [0.25] * 4
+    critical, right, habit = np.zeros((2, study.STATES), bool), np.zeros((2, study.STATES), int), np.ones((2, 10), int)
+    critical[0, :5] = True
+    assert study.value((critical, right, habit), np.tile([0.4, 0.6, 0, 0], (2, 10, 1))) == pytest.approx(1 - 0.3 / 2)
+
+
+@pytest.mark.parametrize("study", ["when_rl_beats_cloning"], indirect=True)
+def test_pessimism_doubts_an_action_that_was_tried_once(study):
+    """Action 0: 9 of 10 survive, action 1: the only one. 0.9 - c / sqrt(10) against 1 - c, with c = 1/2."""
+    action = np.array([[0]] * 10 + [[1]])
+    policies = study.learn(np.zeros((11, 1), int), action, np.array([2] * 9 + [1] + [2]))
+    assert policies["RL"][0, 0].tolist() == [0, 1, 0, 0] and policies["RL, pessimistic"][0, 0].tolist() == [1, 0, 0, 0]
+
+
+@pytest.mark.parametrize("study", ["when_rl_beats_cloning"], indirect=True)
+def test_demonstrators_reach_the_end_as_often_as_their_exact_value_says(study):
+    rng = np.random.default_rng(0)
+    road = study.make_road(5, 0.3, rng)
+    assert road[0].sum() == 15 and (road[1] != road[2]).all()
+    _, _, length = study.sample(road, 0.4, 20_000, rng)
+    exact = np.prod(
+        1 - study.FALL * 0.4 * road[0].mean(axis=1)
+    )  # in a critical state, the habit falls in half of cases
+    assert (length > 5).mean() == pytest.approx(exact, abs=0.01)
+    eye = np.eye(study.ACTIONS)
+    assert study.value(road, 0.6 * eye[road[1]] + 0.4 * eye[road[2]]) == pytest.approx(exact)
+
+
+@pytest.mark.parametrize("study", ["when_rl_beats_cloning"], indirect=True)
+def test_the_committed_sweep_of_noise_is_repeated_and_the_text_has_its_numbers(study):
+    sweeps = json.loads((STUDIES / "when_rl_beats_cloning.json").read_text())["sweeps"]
+    by_field = {(x["field"], x["others"]["noise"]): x for x in sweeps.values()}
+    committed, again = by_field["noise", 0.4]["points"][5], study.measure(**study.USUAL | {"noise": 0.5})
+    for name, values in again.items():
+        assert committed[name] == pytest.approx(values, rel=1e-6), name
+
+    def mean(field, x, method, noise=0.4):
+        sweep = by_field[field, noise]
+        return f"{np.mean(sweep['points'][sweep['values'].index(x)][method]):.2f}"
+
+    text = section("When RL beats cloning")
+    assert {mean("noise", x, "cloning") for x in (0, 0.1, 0.2, 0.3)} == {"1.00"} == {mean("noise", 0.5, "RL")}
+    assert f"has {mean('noise', 0.5, 'cloning')} at 0.5" in text and mean("noise", 0, "RL") == "1.00"
+    assert f"has {mean('noise', 0.5, 'filtered cloning')} there" in text
+    assert f"RL has 1.00, and still {mean('noise', 0.8, 'RL')} at noise 0.8" in text
+    assert f"cloning has {mean('steps', 40, 'cloning')} and RL {mean('steps', 40, 'RL')}" in text
+    assert f"RL has {mean('steps', 80, 'RL')} and {mean('critical', 1, 'RL')}" in text
+    few = [mean("episodes", 100, name, 0.1) for name in ("cloning", "RL", "RL, pessimistic")]
+    assert f"cloning has {few[0]} and RL {few[1]}." in text and f"mends this ({few[2]})" in text
+    rare = [mean("noise", 0.9, name) for name in ("RL, pessimistic", "RL")]
+    assert f"pessimistic RL has {rare[0]} where RL has {rare[1]}" in text
+
+
+def chain_model():
+    """Chain C2 of tests/chain.py as (model, rewards (S, A, S)); state 2 is the end."""
+    transition, paid = np.zeros((3, 2, 3)), np.zeros((3, 2, 3))
+    transition[0, 0, 2] = transition[0, 1, 1] = transition[1, :, 2] = transition[2, :, 2] = 1
+    paid[0, 0, 2], paid[0, 1, 1], paid[1, 1, 2] = 1, 0.5, 2
+    return tabular.Model(transition, (transition * paid).sum(axis=2), np.array([1.0, 0, 0])), paid
+
+
+CHAIN_PI, CHAIN_MU = np.array([[0.2, 0.8], [0.4, 0.6], [0.5, 0.5]]), np.full((3, 2), 0.5)
+
+
+@pytest.mark.parametrize("study", ["ope_bias_variance"], indirect=True)
+def test_second_moments_of_weights_are_products_of_those_of_a_step(study):
+    """s0: (0.2^2 + 0.8^2) / 0.5 = 1.36. s1, after go: (0.4^2 + 0.6^2) / 0.5 = 1.04; the end has 1. After two steps
+    0.08 + 1.28 * 1.04 = 1.4112, and no more."""
+    model, _ = chain_model()
+    assert study.second_moments(model, CHAIN_PI, CHAIN_MU, 3) == pytest.approx([1.36, 1.4112, 1.4112])
+    one = tabular.Model(np.ones((1, 2, 1)), np.zeros((1, 2)), np.ones(1))  # a state that is never left: c^H
+    assert study.second_moments(one, CHAIN_PI[:1], CHAIN_MU[:1], 5) == pytest.approx(1.36 ** np.arange(1, 6))
+
+
+@pytest.mark.parametrize("study", ["ope_bias_variance"], indirect=True)
+def test_estimates_on_the_chain(study):
+    """Undiscounted, V = 0.2 + 0.8 (0.5 + 0.6 * 2) = 1.56; with one step left 0.2 + 0.8 * 0.5 = 0.6. Enough data of mu
+    give a table its exact values."""
+    model, paid = chain_model()
+    over = study.ended(model)
+    assert over.tolist() == [False, False, True]
+    rows = study.sample(model, paid, CHAIN_MU, 4_000, np.random.default_rng(0))
+    state, action, reward, following, mask = rows
+    assert mask[:, 0].all() and not mask[:, 2:].any() and (mask[:, 1] == (action[:, 0] == 1)).all()
+    assert reward[mask].mean() == pytest.approx((1 * 0.5 + 0.5 * 0.5 + 2 * 0.25) / 1.5, abs=0.05)
+    for horizon, truth in ((1, 0.6), (2, 1.56), (100, 1.56)):
+        found = study.estimates(rows, CHAIN_PI, CHAIN_MU, over, horizon)
+        assert found.keys() == set(study.ESTIMATORS)
+        assert found == pytest.approx(dict.fromkeys(found, truth), abs=0.1)
+        assert found["FQE"] == pytest.approx(truth, abs=1e-9)  # nothing in the chain is random but the actions
+
+
+@pytest.mark.parametrize("study", ["ope_bias_variance"], indirect=True)
+def test_an_action_without_data_is_as_good_as_what_was_done(study):
+    """s0: only stop (1). s1: stop (0) once and go (2) twice, so 4/3. State 2 was never seen and is not the end here."""
+    state, action = np.array([[0], [1], [1], [1]]), np.array([[0], [0], [1], [1]])
+    reward, following = np.array([[1.0], [0], [2], [2]]), np.full((4, 1), 3)
+    tables = study.counted_tables(
+        (state, action, reward, following, np.ones((4, 1), bool)), np.full((4, 3), 1 / 3), np.arange(4) == 3, 1
+    )
+    assert tables[0].max() == 0
+    assert tables[1] == pytest.approx(np.array([[1, 1, 1], [0, 2, 4 / 3], [1.25] * 3, [0] * 3]))
+
+
+@pytest.mark.parametrize("study", ["ope_bias_variance"], indirect=True)
+def test_an_episode_s_q_is_of_the_other_half_of_the_episodes(study):
+    """Two episodes of one step in s0: stop, reward 1, and go, reward 0.5. Without the first, Q = V = 0.5 there:
+    0.5 + 0.4 (1 - 0.5) = 0.7; without the second 1 + 1.6 (0.5 - 1) = 0.2. With its own Q each would have its reward."""
+    rows = [np.zeros((2, study.STEPS), kind) for kind in (int, int, float, int, bool)]
+    rows[1][1, 0], rows[2][:, 0], rows[3][:, 0], rows[4][:, 0] = 1, [1, 0.5], 2, True
+    found = study.estimates(rows, CHAIN_PI, CHAIN_MU, np.arange(3) == 2, 1)
+    assert found["DR"] == pytest.approx(0.45)
+
+
+@pytest.mark.parametrize("study", ["ope_bias_variance"], indirect=True)
+def test_the_committed_errors_are_repeated_and_the_text_has_the_numbers(study):
+    pytest.importorskip("icu_sepsis")
+    committed = json.loads((STUDIES / "ope_bias_variance.json").read_text())
+    model, paid, mu = study.load()
+    best = study.best_within(model, mu)
+    again = study.measure(model, paid, mu, best, {110: study.REPETITIONS[110]})
+    assert again["truth"] == pytest.approx(committed["truth"]) and list(committed["sizes"]) == [
+        str(size) for size in study.REPETITIONS
+    ]
+    assert again["moments"]["0.1"] == pytest.approx(committed["moments"]["0.1"])
+    for d, row in again["sizes"]["110"].items():
+        for name, numbers in row.items():
+            assert numbers == pytest.approx(committed["sizes"]["110"][d][name], rel=1e-4, abs=1e-9), (d, name)
 
 
 @pytest.mark.parametrize("name", NAMES)

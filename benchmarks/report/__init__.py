@@ -21,7 +21,10 @@ Intervals  95 %, percentiles of a bootstrap over seeds, stratified by dataset. E
            With few seeds they are too narrow: of three, the interval of a mean is from the lowest to the highest, and
            those are on both sides of the true mean in three of four cases.
 Selection  Of policies trained over a set of hyper-parameters, by a UCB bandit, as in Jackson et al. (2025),
-           https://arxiv.org/abs/2504.11453, except that no episode both chooses a policy and scores it.
+           https://arxiv.org/abs/2504.11453, except that no episode both chooses a policy and scores it. Beside it, what
+           needs no episode: which evaluation of a run to take (the last; the peak of the data's Q, as Kumar et al.,
+           2021, https://arxiv.org/abs/2109.10813; the highest believed value), and which policy, by the estimates that
+           benchmarks/ope.py left beside these folders.
 Cards      benchmarks/cards/DATASET.md and its histogram of returns, from the dataset in Minari's folder, and the list
            of all cards in their README.md.
 """
@@ -37,6 +40,7 @@ from plot import STYLE  # benchmarks/plot.py; it chooses a backend that needs no
 
 from report.cards import write_card
 from report.pictures import draw, stale_pictures
+from report.rules import report_choices, report_stopping
 from report.runs import read_results, read_runs, short  # noqa: F401  (read_runs, short: for benchmarks/studies)
 from report.selection import report_selection
 from report.sweeps import sentence
@@ -60,7 +64,9 @@ def main(options: Options):
     if options.candidates < 1:
         raise SystemExit(f"--candidates must be at least 1, not {options.candidates}.")
     if options.selection:
-        report_selection(options.selection, options.candidates, options.out)
+        found = report_selection(options.selection, options.candidates, options.out)
+        report_stopping(found)
+        report_choices(found)
     for dataset_id in options.cards:
         write_card(dataset_id, options.out or ROOT / "benchmarks" / "cards")
     if options.selection or options.cards:

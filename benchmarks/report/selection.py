@@ -1,5 +1,6 @@
 """How good is the policy that one would choose, among several, by a few evaluation episodes?"""
 
+import json
 import os
 from pathlib import Path
 
@@ -54,18 +55,31 @@ def halves(returns, scores):
         yield first, scores + slope * (second.mean(axis=1) - means)
 
 
+def estimates_beside(run: Path) -> dict:
+    """What benchmarks/ope.py left of this run folder and its siblings: {(name, seed, grid): its row}."""
+    folder = run.resolve().parent
+    try:
+        rows = json.loads((folder.with_name(folder.name + "-ope") / "ope.json").read_text())["policies"]
+        return {(row["folder"], row["seed"], json.dumps(row["grid"])): row for row in rows}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
 def report_selection(folders, num_candidates: int, out: Path | None):
     """Prints a table of what one would have chosen, and draws it against the number of episodes, for each dataset.
 
-    The last column is the policy that is best by one half of the episodes, scored by the other.
+    The last column is the policy that is best by one half of the episodes, scored by the other. Returns the runs, as
+    (folder, Run).
     """
-    found, policies = [], {}
+    found, kept, policies = [], [], {}
     for folder in folders:
         try:
             found.append(read_run(Path(folder), Path(folder).parent))
+            kept.append(Path(folder))
         except (Exception, SystemExit) as error:  # torn, foreign or incomplete, each in its own way
             print(f"{folder} holds no finished run ({type(error).__name__}: {error}): it is left out.")
-    for run in apart(found):
+    found = list(zip(kept, apart(found), strict=True))
+    for _, run in found:
         returns, scores = policies.setdefault(run.dataset, {}).setdefault(run.algo, ([], []))
         returns += run.summary["returns"]
         scores += list(run.scores)
@@ -75,6 +89,9 @@ def report_selection(folders, num_candidates: int, out: Path | None):
     print(f"| dataset | algorithm | policies | score after {' | '.join(map(str, BUDGETS))} episodes | best policy |")
     print("| --- " * (len(BUDGETS) + 4) + "|")
     for dataset, by_algo in sorted(policies.items()):
+        blind = all(np.isnan(run.scores).all() for _, run in found if run.dataset == dataset)
+        if blind and any(estimates_beside(folder) for folder, run in found if run.dataset == dataset):
+            continue  # no episode to choose by, but report.rules has others
         curves = {}
         for algo, (returns, scores) in sorted(by_algo.items()):
             if len({len(episodes) for episodes in returns}) > 1 or np.isnan(scores).any():
@@ -92,3 +109,4 @@ def report_selection(folders, num_candidates: int, out: Path | None):
         labels = {"title": dataset, "xlabel": "evaluation episodes", "ylabel": "score"}
         ticks = {"xscale": "symlog", "xticks": BUDGETS, "xticklabels": BUDGETS}
         draw_panels(curves, out / f"selection_{short(dataset)}.png", "", text, **labels, **ticks)
+    return found

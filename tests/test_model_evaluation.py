@@ -1,0 +1,231 @@
+"""Evaluation in a fitted model, against numbers worked out by hand."""
+
+import dataclasses
+
+import chain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from chain import D1
+
+from algos import model_evaluation as ope
+from common.datasets import Transition
+from common.environments import Interface, Spec
+
+SMALL = dict(num_updates=250, eval_interval=250, log_interval=250, eval_episodes=0, hidden=(16,), batch_size=64)
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory):
+    """The folder of a run whose seed 0 is PI and seed 1 MU, and the name of a dataset with MU's frequencies."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MINARI_DATASETS_PATH", str(tmp_path_factory.mktemp("minari")))
+        dataset = chain.write(D1 * 10)
+        yield chain.train(tmp_path_factory.mktemp("policy"), dataset), dataset
+
+
+# --- Counts ------------------------------------------------------------------------------------------------
+
+
+def rows(next_state=(0, 1, 0, 0), reward=(1, 0.5, 0, 2), terminal=(1, 0, 1, 1), kept=(0, 1, 2, 3)):
+    """Each (state, action) once, as rows of one-hot states: by default of the chain."""
+    eye, kept = np.eye(2, dtype=np.float32), list(kept)
+    obs, next_obs = eye[[0, 0, 1, 1]][kept], eye[list(next_state)][kept]
+    reward, terminal = np.array(reward, np.float32)[kept], np.array(terminal, np.float32)[kept]
+    data = Transition(obs, np.array([0, 1, 0, 1])[kept], reward, next_obs, terminal)
+    return data._replace(start=np.array([1.0, 1, 0, 0])[kept])
+
+
+def value(data, pi, horizon, discount=0.9, weight=None, **options):
+    weight = jnp.ones(len(data.reward)) if weight is None else jnp.array(weight, float)
+    q = ope.counted(data, weight, jnp.array(pi), discount, horizon, **options)
+    return float(ope.at_starts(data, weight, jnp.array(pi), q))
+
+
+def test_the_chain():
+    # V(s0) = 0.6 after one step, 1.464 after two, which stays. The behaviour: 0.75, and 1.2
+    for pi, right in ((chain.PI, (0.6, 1.464, 1.464)), (chain.MU, (0.75, 1.2, 1.2))):
+        for horizon, v in zip((1, 2, 9), right, strict=True):
+            assert value(rows(), pi, horizon) == pytest.approx(v, abs=1e-6)
+    # Where nobody went on in s1, it brings nothing there, and 0.8 * 0.6 of the episodes want to
+    unseen = rows(kept=[0, 1, 2])
+    assert value(unseen, chain.PI, 5) == pytest.approx(0.6, abs=1e-6)
+    nothing = unseen._replace(reward=np.zeros(3, np.float32))
+    assert value(nothing, chain.PI, 5, 1.0, unseen=1.0) == pytest.approx(0.48, abs=1e-6)
+    assert value(nothing, chain.PI, 5, 1.0) == 0
+
+
+def test_values_without_an_end():
+    m2 = rows((0, 1, 0, 1), (0, 1, 2, 0), (0, 0, 0, 0))
+    pi = [[0.25, 0.75], [1.0, 0.0]]
+    right = {1: 0.75, 2: 2.26875, 5: 4.900483, 10: 8.060585, 50: 12.471051, 400: 12.537313}
+    for horizon, v in right.items():
+        assert value(m2, pi, horizon) == pytest.approx(v, abs=1e-4), horizon
+
+
+def test_weights_count_rows():
+    # s0 stops with 1 in a row of weight 3 and with 5 in one of weight 1: 2. Starts of weight 3 and 1 in s0 and s1
+    data = rows((0, 0, 0, 0), (1, 5, 0, 8), (1, 1, 1, 1))._replace(action=np.array([0, 0, 0, 0]))
+    pi = [[1.0, 0.0], [1.0, 0.0]]
+    assert value(data, pi, 3, weight=[3, 1, 0, 0]) == pytest.approx(2)
+    data = data._replace(start=np.array([1.0, 0, 0, 1]))
+    assert value(data, pi, 3, weight=[3, 0, 0, 1]) == pytest.approx((3 * 1 + 8) / 4)
+
+
+def test_every_run_of_a_folder_is_counted(policy, tmp_path, capsys):
+    cfg = ope.Config(policy[1], policy=policy[0], act="sample", discount=0.9, num_seeds=4, horizon=5, out=str(tmp_path))
+    summary = ope.main(dataclasses.replace(cfg, **SMALL))
+    np.testing.assert_allclose(summary["estimate"], [1.464, 1.2, 1.464, 1.2], atol=1e-5)
+    # Frequencies of actions do not matter, and in the chain the rest is certain: no resample has another model
+    np.testing.assert_allclose(summary["estimate_low"], summary["estimate"], atol=1e-5)
+    assert summary["unseen"] == [0.0] * 4 and summary["true_value"] == [None] * 4
+    said = capsys.readouterr().out
+    assert "discount 0.9, of 5 steps (the data's longest episode has 2)" in said and said.count("0% leave") == 4
+    again = ope.restore(tmp_path, run=None)
+    q = again.q(np.eye(2, dtype=np.float32)[None].repeat(4, 0), np.ones((4, 2), int))
+    np.testing.assert_allclose(q[0], [1.58, 2], atol=1e-5)
+
+
+# --- Networks ----------------------------------------------------------------------------------------------
+
+ONE = Spec(1, 1)
+
+
+def by_hand(cfg, bias, obs_kernel=(0.0, 0.0, 0.0), limits=(-9.0, 9.0)):
+    """(agent, state) of members that are one linear layer: outputs are change, reward, two log-variances and end.
+
+    bias: (members, 3) of change, reward and end's logit; obs_kernel: how these depend on the observation.
+    """
+    agent = ope.make_agent(cfg, ONE)
+    state = agent.init(jax.random.key(0))
+    bias = np.array(bias, np.float32)
+    outputs = np.full((cfg.num_members, 5), -1e3, np.float32)  # log-variances: as low as the bound, e^-10, lets them be
+    outputs[:, [0, 1, 4]] = bias
+    kernel = np.zeros((cfg.num_members, 2, 5), np.float32)
+    kernel[:, 0, [0, 1, 4]] = obs_kernel
+
+    def weights(path, old):
+        name = jax.tree_util.keystr(path)
+        return jnp.array(kernel if "kernel" in name else outputs if "bias" in name else old)
+
+    params = jax.tree_util.tree_map_with_path(weights, state.model.params)
+    limits = tuple(jnp.full(2, x) for x in limits)
+    return agent, state._replace(model=state.model._replace(params=params), snapshot=params, limits=limits)
+
+
+def test_a_roll_out_pays_for_every_step_that_it_takes():
+    # The end has probability 1/4 after each step, whose own reward counts: 2 (1 + 0.9 * 3/4 + (0.9 * 3/4)^2)
+    cfg = ope.Config(hidden=(), num_members=1, horizon=3, discount=0.9)
+    agent, state = by_hand(cfg, [[1.0, 2.0, -np.log(3)]])
+    factor = 0.9 * 0.75
+    found = agent.q(state, jnp.zeros((4, 1)), jnp.zeros((4, 1)))
+    np.testing.assert_allclose(found, 2 * (1 + factor + factor**2), rtol=1e-5)
+
+
+def test_what_the_model_says_stays_within_the_data():
+    # A reward of the observation, which goes 1, 2, 3 and no further, and of at most 3
+    cfg = ope.Config(hidden=(), num_members=1, horizon=4, discount=0.9)
+    agent, state = by_hand(cfg, [[1.0, 0.0, -50.0]], (0.0, 1.0, 0.0), limits=(-3.0, 3.0))
+    found = agent.q(state, jnp.ones((3, 1)), jnp.zeros((3, 1)))
+    np.testing.assert_allclose(found, 1 + 0.9 * 2 + 0.81 * 3 + 0.729 * 3, atol=0.1)  # with a noise of e^-5
+    found = agent.q(state, jnp.full((3, 1), 100.0), jnp.zeros((3, 1)))
+    np.testing.assert_allclose(found, 3 * (1 + 0.9 + 0.81 + 0.729), rtol=1e-3)
+
+
+def test_members_share_the_rows_out_in_blocks():
+    cfg = ope.Config(hidden=(), num_members=3, horizon=1)
+    agent, state = by_hand(cfg, [[0.0, i, -50.0] for i in range(3)])
+    found = agent.q(state, jnp.zeros((6, 1)), jnp.zeros((6, 1)))
+    np.testing.assert_allclose(found, [0, 0, 1, 1, 2, 2], atol=1e-5)
+
+
+def test_members_have_weights_of_whole_episodes():
+    cfg = ope.Config(num_members=3)
+    episode = np.repeat(np.arange(2000), 2)
+    held, weight = jax.jit(lambda x: ope.bootstrap(cfg, x))(episode)
+    np.testing.assert_array_equal(held[::2], held[1::2])
+    np.testing.assert_array_equal(weight[:, ::2], weight[:, 1::2])
+    assert held.mean() == pytest.approx(0.1, abs=0.03)
+    assert np.all(weight[:, held] == 0) and weight[:, ~held].mean() == pytest.approx(1, abs=0.05)
+    assert np.corrcoef(weight[:, ~held]).max(where=~np.eye(3, dtype=bool), initial=-1) < 0.1  # each member its own
+    other, _ = ope.bootstrap(dataclasses.replace(cfg, seed=1), episode)
+    assert np.any(other != held)
+
+
+def test_snapshots_are_of_the_smallest_errors_on_episodes_held_out():
+    # Members that expect a change of 1, 2 and 3 where it is 2, with the variance e^-10: (1 e^10 + 0) / 2 - 10, and -10
+    cfg = ope.Config(hidden=(), num_members=3)
+    agent, state = by_hand(cfg, [[i, 5.0, -50.0] for i in (1.0, 2.0, 3.0)])
+    n = np.zeros((40, 1), np.float32)
+    data = Transition(n, n, n[:, 0] + 5, n + 2, n[:, 0], episode=np.arange(40))
+    held, _ = ope.bootstrap(cfg, data.episode)
+    assert 0 < held.sum() < 40
+    data = data._replace(next_obs=jnp.where(held[:, None], data.next_obs, 100.0))  # which the others do not change
+    old = jax.tree.map(jnp.zeros_like, state.snapshot)
+    state, _ = agent.prepare(state._replace(snapshot=old, error=jnp.array([2e4, 2e4, 1e4])), data)
+    np.testing.assert_allclose(state.error, [np.exp(10) / 2 - 10, -10, 1e4], rtol=1e-5)
+    bias = next(x for path, x in jax.tree_util.tree_leaves_with_path(state.snapshot) if path[-1].key == "bias")
+    np.testing.assert_allclose(bias[:, 0], [1, 2, 0])
+    np.testing.assert_allclose(np.stack(state.limits), [[2, 5], [100, 5]])
+
+
+def test_the_estimate_of_members_and_its_interval():
+    estimates = ope.Estimates.__new__(ope.Estimates)
+    value, low, high, _ = estimates.of_members(np.array([[1.0, 1.0, 1.0], [3.0, 3.0, 3.0]]))
+    assert (value, low, high) == (2, 1, 3)  # both members, or one of them twice
+    value, low, high, _ = estimates.of_members(np.array([[0.0, 6.0]]))
+    assert (value, low, high) == (3, 0, 6)  # both starts, or one of them twice
+
+
+def test_networks_find_the_value_of_the_chain(policy, tmp_path, monkeypatch, optimised):
+    monkeypatch.setattr(ope, "countable", lambda interface: False)
+    cfg = ope.Config(policy[1], policy=policy[0], act="sample", discount=0.9, num_seeds=2, horizon=3, out=str(tmp_path))
+    counts = dict(num_updates=1000, eval_interval=1000)
+    summary = ope.main(dataclasses.replace(cfg, **SMALL | counts))
+    np.testing.assert_allclose(summary["estimate"], [1.464, 1.2], atol=0.2)
+    assert summary["estimate"][0] > summary["estimate"][1] + 0.1 and summary["unseen"] == [None, None]
+
+
+# --- What is refused, and what it is compared with -----------------------------------------------------------
+
+
+def test_the_true_value_has_as_many_steps_as_the_model():
+    asked = []
+
+    class Env:
+        interface, dataset_id = Interface([1], {"low": [-1.0], "high": [1.0], "dtype": "float32"}, [0.0], [1.0]), "x-v0"
+        fingerprint = {}
+
+        def measure(self, policy, q, seeds, num_episodes, **options):
+            asked.append(options)
+            return {"true_value": np.full(len(seeds), 7.0)}
+
+    n = np.zeros((3, 1), np.float32)
+    data = Transition(n, n, n[:, 0], n, n[:, 0], start=np.array([1.0, 0, 1]), episode=np.array([0, 0, 1]))
+    runs = type(
+        "Runs",
+        (),
+        {"runs": [{"seed": 0, "grid": {}}], "interface": Env.interface, "fields": {}, "states": (), "digest": ""},
+    )()
+    runs.every = lambda function: lambda fields, states, shared: np.zeros((1, 2, 2, 1))  # (runs, members, starts, 1)
+    env = ope.Estimates(ope.Config(horizon=30, num_members=2), Env(), runs, data)
+    found = env.measure(None, lambda obs, action: np.arange(4.0)[None], [0], 1, discount=0.9)
+    assert asked[0]["max_steps"] == 30 and found["true_value"] == [7] and found["estimate"] == [1.5]
+    env.measure(None, lambda obs, action: np.zeros((1, 4)), [0], 1, max_steps=12)
+    assert asked[1]["max_steps"] == 12
+
+
+@pytest.mark.parametrize(
+    "changes, sentence",
+    [
+        ({"policy": ""}, "python algos/iql.py --dataset"),
+        ({"policy": "nowhere"}, "holds no run"),
+        ({"num_seeds": 3}, "holds 2 runs: evaluate all of them with --num-seeds 2"),
+        ({"horizon": 0}, "horizon must be from 1"),
+    ],
+)
+def test_what_it_cannot_do_is_said_in_one_sentence(policy, changes, sentence):
+    with pytest.raises(SystemExit, match=sentence) as error:
+        ope.main(ope.Config(**{"policy": policy[0], "dataset": policy[1], **SMALL} | changes))
+    assert isinstance(error.value.code, str) and "\n" not in error.value.code

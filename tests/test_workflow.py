@@ -1,0 +1,103 @@
+"""benchmarks/workflow.md and ope.md: their commands run as they stand, and their numbers are those of result files."""
+
+import importlib
+import json
+import pathlib
+import re
+import sys
+
+import pytest
+import tyro
+
+ROOT = pathlib.Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import ope  # noqa: E402
+import report  # noqa: E402
+from report import rules  # noqa: E402
+from report.runs import read_run  # noqa: E402
+from test_readme import commands  # noqa: E402
+
+PAGE = (ROOT / "benchmarks" / "workflow.md").read_text()
+RESULTS = ROOT / "benchmarks" / "results"
+SMALL = {"bc.py": "--num-updates 20 --eval-interval 20 --log-interval 10 --batch-size 16 --num-seeds 2 --hidden 4"}
+SMALL["ope.py"] = "--num-updates 10 --hidden 4 --estimators fqe importance_sampling --resamples 10"
+FIELDS = {"num_updates": "20", "eval_interval": "20", "hidden": "[4]"}
+
+
+def small(words):
+    """A command of the page with small numbers, on a thirtieth of the data: the later value of an option counts."""
+    words = [word.replace("stitch/icu-sepsis-v0", "stitch/icu-sepsis-1k-v0") for word in words]
+    words = [word.replace("/icu-sepsis-v0", "/icu-sepsis-1k-v0") for word in words]
+    name = words[1].rpartition("/")[2]
+    if name == "sweep.py":
+        fields = dict(word.split("=") for word in words if "=" in word)
+        at = words.index("--set") + 1
+        swept = {"log_interval": "10", "num_seeds": "2", "batch_size": "16", "beta": "3,30"}
+        words[at : at + len(fields)] = [f"{key}={value}" for key, value in (fields | FIELDS | swept).items()]
+    return words[1:] + SMALL.get(name, "").split()
+
+
+def test_the_commands_of_the_page_lead_from_logs_to_a_choice(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("icu_sepsis")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+    monkeypatch.setitem(report.STYLE, "figure.dpi", 20)
+    found = [words for words in commands(PAGE) if words[0] == "python"]
+    scripts = [words[1] for words in found]
+    assert scripts[:3] == ["benchmarks/report.py", "algos/bc.py", "benchmarks/sweep.py"]
+    assert scripts[3:] == ["benchmarks/ope.py", "benchmarks/report.py", "benchmarks/ope.py"]
+    from common.datasets import load_dataset
+
+    load_dataset("stitch/icu-sepsis-1k-v0")  # built, as the page's first step finds it
+    for words in found:
+        script, *options = small(words)
+        module = importlib.import_module(script.removesuffix(".py").replace("benchmarks/", "").replace("/", "."))
+        kind = getattr(module, "Config", None) or module.Options
+        if script == "benchmarks/sweep.py":  # in this process: another one costs ten seconds
+            (cell,) = module.make_cells(tyro.cli(kind, args=options), importlib.import_module("tomllib").loads(
+                (ROOT / "benchmarks" / "protocols.toml").read_text()))  # fmt: skip
+            algo = importlib.import_module(f"algos.{cell.algo}")
+            config = {name: tuple(x) if isinstance(x, list) else x for name, x in cell.config.items()}
+            algo.main(algo.Config(**config, out=f"runs/workflow/{cell.name}"), cell.grid)
+        else:
+            module.main(tyro.cli(kind, args=options))
+    said = capsys.readouterr().out
+    assert "| FQE | " in said and "| WIS | " in said and "true value" in said
+    result = json.loads((tmp_path / "runs" / "workflow" / "icu-sepsis-1k-v0-ope" / "ope.json").read_text())
+    assert len(result["policies"]) == 2 + 4 and result["measures"]["FQE"]["policies"] == 6
+
+
+def marked(page, mark):
+    text = (ROOT / "benchmarks" / page).read_text()
+    return text.partition(f"<!-- {mark}:begin -->\n")[2].partition(f"<!-- {mark}:end -->")[0].rstrip("\n")
+
+
+OPE = sorted(RESULTS.glob("ope-*.json")) + sorted(RESULTS.glob("workflow-*.json"))
+
+
+@pytest.mark.parametrize("file", OPE, ids=lambda file: file.stem)
+def test_a_committed_result_says_what_made_it_and_its_measures_are_of_its_estimates(file):
+    result = json.loads(file.read_text())
+    assert "benchmarks/ope.py" in result["command"] and "dirty" not in result["commit"] and result["device"]
+    assert len(result["commit"]) >= 7 and result["versions"]["jax"] and not re.search(r'"/\w', file.read_text())
+    again = ope.without_nan(ope.judge([p | {"true_value": float(p["true_value"])} for p in result["policies"]]))
+    for name, found in result["measures"].items():
+        for measure in ope.MEASURES:
+            assert found[measure] == pytest.approx(again[name][measure], nan_ok=True), (name, measure)
+    assert file.with_suffix(".png").exists()
+
+
+@pytest.mark.parametrize("file", OPE, ids=lambda file: file.stem)
+def test_tables_of_the_pages_are_those_of_the_result_files(file):
+    result = json.loads(file.read_text())
+    if file.stem.startswith("workflow"):
+        assert marked("workflow.md", "workflow") == ope.estimates_table(result)
+    else:
+        assert marked("ope.md", file.stem) == ope.table(result)
+
+
+def test_the_table_of_stopping_rules_is_that_of_the_quick_results():
+    folders = sorted(path.parent for path in (RESULTS / "quick").glob("*/*/summary.json"))
+    found = [(folder, read_run(folder, folder.parent)) for folder in folders]
+    assert marked("ope.md", "stopping") == rules.stopping_table(found)
