@@ -43,7 +43,7 @@ from common.networks import CategoricalActor, TanhGaussianActor
 @dataclasses.dataclass(frozen=True)
 class Config:
     policy: str = ""  # folder of the run whose policy is evaluated, with all of its seeds and grid points
-    dataset: str = "stitch/icu-sepsis-v0"  # a Minari dataset: on this machine, built by a recipe, or downloaded
+    dataset: str = "stitch/icu-sepsis-v0"  # a Minari dataset: local, built, or downloaded
     behaviour: str = "clone"  # mu: "clone" or "counts" of the data, "logged" with them, or the folder of a run
     act: Literal["mode", "sample"] = "sample"  # what the evaluated policy does: a draw, or its most likely action
     discount: float = 0.99  # gamma

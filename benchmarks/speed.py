@@ -322,14 +322,16 @@ def problem(algo: str, setting: dict, **counts):
     cfg = dataclasses.replace(cfg, log_interval=-(-cfg.log_interval // part) * part)
     obs_dim, action_dim, rows = SHAPE["obs_dim"], SHAPE["action_dim"], SHAPE["rows"]
     box = {"low": [-1.0] * action_dim, "high": [1.0] * action_dim, "dtype": "float32"}
-    as_it_is = [0.0] * obs_dim, [1.0] * obs_dim
-    interface = Interface([obs_dim], box, *as_it_is)
+    goal = [obs_dim] if "goals=True" in TEXTS[algo] else None  # a whole observation, behind that of the policy
+    width = 2 * obs_dim if goal else obs_dim
+    as_it_is = [0.0] * width, [1.0] * width
+    interface = Interface([obs_dim], box, *as_it_is, goal=goal)
     try:
         module.make_agent(cfg, interface.spec)
     except SystemExit as refusal:
         if "needs discrete actions" not in str(refusal):
             raise
-        interface = Interface([obs_dim], {"n": action_dim, "start": 0}, *as_it_is)
+        interface = Interface([obs_dim], {"n": action_dim, "start": 0}, *as_it_is, goal=goal)
     rng = np.random.default_rng(0)
 
     def actions():
@@ -347,6 +349,7 @@ def problem(algo: str, setting: dict, **counts):
         next_action=actions(),
         episode=np.arange(rows, dtype=np.int32) // 1_000,
         return_to_go=rng.standard_normal(rows, np.float32),
+        end=np.minimum(np.arange(rows, dtype=np.int32) // 1_000 * 1_000 + 999, rows - 1),
     )
     return module, cfg, interface, dataset
 

@@ -93,6 +93,8 @@ def select(values, action):
 
 # --- Layers --------------------------------------------------------------------------------------------
 
+GLOROT = {"glorot": 1.0, "glorot/100": 0.01}
+
 
 class Dense(nn.Module):
     """A linear layer with the initialisation of a reference implementation.
@@ -100,7 +102,8 @@ class Dense(nn.Module):
     "orthogonal": kernel orthogonal times sqrt(2), bias 0 (jaxrl, IQL). "torch": both uniform in +-1 / sqrt(inputs)
     (PyTorch's nn.Linear: TD3, TD3+BC). "edac": that kernel, bias 0.1 (EDAC's hidden layers, ReBRAC's). "lecun": flax's
     default. "mbpo": kernel normal with deviation 1 / (2 sqrt(inputs)), cut at twice it, bias 0 (MBPO's dynamics, as
-    TensorFlow cuts it). A number: both uniform within it.
+    TensorFlow cuts it). "glorot": kernel uniform with variance 2 / (inputs + outputs), bias 0; "glorot/100": of a
+    hundredth of that variance (OGBench's layers, and its actors' last one). A number: both uniform within it.
     """
 
     features: int
@@ -119,11 +122,14 @@ class Dense(nn.Module):
             kernel = _alone(nn.initializers.lecun_normal())
         elif self.initializer == "mbpo":
             kernel = _alone(nn.initializers.truncated_normal(0.5 * x.shape[-1] ** -0.5))
+        elif self.initializer in ("glorot", "glorot/100"):
+            kernel = _alone(nn.initializers.variance_scaling(GLOROT[self.initializer], "fan_avg", "uniform"))
         elif isinstance(self.initializer, float):
             kernel = bias = _uniform(self.initializer)
         else:
             raise ValueError(
-                f"initializer is 'orthogonal', 'torch', 'edac', 'lecun' or 'mbpo', not {self.initializer!r}"
+                "initializer is 'orthogonal', 'torch', 'edac', 'lecun', 'mbpo', 'glorot' or 'glorot/100', "
+                f"not {self.initializer!r}"
             )
 
         def masked_dot(x, kernel, *args, **kwargs):
@@ -161,7 +167,7 @@ class MLP(nn.Module):
     initializer: str = "orthogonal"
     layer_norm: bool = False
     relu_first: bool = False  # LayerNorm after the ReLU
-    output_bound: float | None = None  # the last layer starts uniform within it, not as `initializer` says
+    output_bound: float | str | None = None  # initializer of the last layer, where it is another one
     activation: Callable = nn.relu
 
     @nn.compact
@@ -356,6 +362,133 @@ class DiscreteCritic(nn.Module):
     def __call__(self, obs, action=None):
         q = _ensemble(self.num_critics)(self.action_dim, self.hidden, self.initializer)(obs)
         return q if action is None else select(q, jnp.broadcast_to(action, q.shape[:-1]))
+
+
+# --- Goals: the networks of OGBench (https://github.com/seohongpark/ogbench at 1d41409, utils/networks.py) ------------
+# Hidden layers are GELU in its tanh form and then, but in the actor, LayerNorm. Inputs are joined in the order given.
+
+
+def _goal_options(norm=True):
+    return {"initializer": "glorot", "layer_norm": norm, "relu_first": True, "activation": nn.gelu}
+
+
+class GoalActor(nn.Module):
+    """A policy of (obs, goal): a Gaussian of deviation 1, or over discrete actions a softmax.
+
+    The Gaussian's log-likelihood is half a squared error. Its mean is not squashed: clip it to act.
+    """
+
+    action_dim: int
+    hidden: Sequence[int] = (256, 256)
+    discrete: bool = False
+
+    @nn.compact
+    def __call__(self, *inputs):
+        options = _goal_options(norm=False) | {"output_bound": "glorot/100"}
+        outputs = MLP(self.action_dim, self.hidden, **options)(jnp.concatenate(inputs, axis=-1))
+        return Categorical(outputs) if self.discrete else Normal(outputs, jnp.zeros_like(outputs))
+
+
+class GoalValue(nn.Module):
+    """An ensemble of functions of (obs, goal) or (obs, goal, action): (num_members, ...). Discrete actions: one-hot."""
+
+    num_members: int = 2
+    hidden: Sequence[int] = (256, 256)
+
+    @nn.compact
+    def __call__(self, *inputs):
+        network = _ensemble(self.num_members)(1, self.hidden, **_goal_options())
+        return network(jnp.concatenate(inputs, axis=-1)).squeeze(axis=-1)
+
+
+class GoalEncoder(nn.Module):
+    """A vector (..., outputs) of the joint inputs, of length sqrt(outputs) if `normalized` (HIQL's goals)."""
+
+    outputs: int
+    hidden: Sequence[int] = (256, 256)
+    normalized: bool = False
+
+    @nn.compact
+    def __call__(self, *inputs):
+        x = MLP(self.outputs, self.hidden, **_goal_options())(jnp.concatenate(inputs, axis=-1))
+        return sphere(x) if self.normalized else x
+
+
+def sphere(x):
+    """x (..., n) scaled to length sqrt(n)."""
+    return x * x.shape[-1] ** 0.5 / jnp.linalg.norm(x, axis=-1, keepdims=True)
+
+
+class Bilinear(nn.Module):
+    """An ensemble of phi(obs, action) . psi(goal) / sqrt(latent_dim) (CRL): (num_members, ...).
+
+    `method="pairs"` compares each of n rows with each of m goals: (num_members, n, m).
+    """
+
+    num_members: int = 2
+    hidden: Sequence[int] = (256, 256)
+    latent_dim: int = 512
+
+    def setup(self):
+        network = _ensemble(self.num_members)
+        self.phi, self.psi = (network(self.latent_dim, self.hidden, **_goal_options()) for _ in range(2))
+
+    def __call__(self, goal, *inputs):
+        phi, psi = self.phi(jnp.concatenate(inputs, axis=-1)), self.psi(goal)
+        return (phi * psi).sum(axis=-1) / self.latent_dim**0.5
+
+    def pairs(self, goal, *inputs):
+        phi, psi = self.phi(jnp.concatenate(inputs, axis=-1)), self.psi(goal)
+        return jnp.einsum("enk,emk->enm", phi, psi) / self.latent_dim**0.5
+
+
+class Quasimetric(nn.Module):
+    """d(x, y) >= 0 of two states, with d(x, x) = 0 and the triangle inequality, but not symmetric (QRL).
+
+    `method="encode"` maps observations to latent vectors (..., latent_dim), `method="between"` two of these to their
+    distance. "iqe": a learned mean of the mean and the maximum of `interval_union`; "mrn": see `metric_residual`.
+    """
+
+    hidden: Sequence[int] = (256, 256)
+    latent_dim: int = 512
+    kind: str = "iqe"
+    component_dim: int = 8  # intervals of one component of IQE; it divides latent_dim
+
+    def setup(self):
+        self.phi = MLP(self.latent_dim, self.hidden, **_goal_options())
+        self.alpha = self.param("alpha", nn.initializers.zeros, ()) if self.kind == "iqe" else None
+
+    def __call__(self, x, y):
+        return self.between(self.phi(x), self.phi(y))
+
+    def encode(self, x):
+        return self.phi(x)
+
+    def between(self, x, y):
+        if self.kind == "mrn":
+            return metric_residual(x, y)
+        x, y = (z.reshape(*z.shape[:-1], -1, self.component_dim) for z in (x, y))
+        components, share = interval_union(x, y), nn.sigmoid(self.alpha)
+        return share * components.mean(axis=-1) + (1 - share) * components.max(axis=-1)
+
+
+def interval_union(x, y):
+    """Length of the union of the intervals [x_j, y_j], j = 1 .. n, with x_j < y_j: (..., n), (..., n) -> (...).
+
+    A component of the interval quasimetric embedding (IQE, https://arxiv.org/abs/2211.15120). In the order of their
+    starts, each interval adds what lies beyond the ends of those before it.
+    """
+    order = x.argsort(axis=-1)
+    start, end = (jnp.take_along_axis(z, order, axis=-1) for z in (x, y))
+    covered = jax.lax.cummax(end, axis=end.ndim - 1)
+    covered = jnp.concatenate([start[..., :1], covered[..., :-1]], axis=-1)
+    return nn.relu(end - jnp.maximum(start, covered)).sum(axis=-1)
+
+
+def metric_residual(x, y):
+    """The distance of the first halves, plus the largest x_j - y_j > 0 of the others (MRN): (..., n) -> (...)."""
+    near, far = jnp.split(x - y, 2, axis=-1)
+    return jnp.sqrt(jnp.maximum((near**2).sum(axis=-1), 1e-12)) + nn.relu(far.max(axis=-1))
 
 
 # --- Models of the dynamics ------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ if jax.__version_info__[:2] == (0, 10):  # XLA ends the process at a flag that i
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {quick} --xla_cpu_parallel_codegen_split_count=1"
 
 
+GOALS = {"gcbc", "gcivl", "gciql", "hiql", "qrl", "crl", "gc_td3_bc", "actionable_models"}  # need data for goals
 # Files that take a policy and learn none
 EVALUATORS = {"fqe", "importance_sampling", "doubly_robust", "dice", "model_evaluation"}
 

@@ -14,6 +14,7 @@ import pytest
 from common.networks import (
     VAE,
     AutoregressiveActor,
+    Bilinear,
     Categorical,
     CategoricalActor,
     Critic,
@@ -22,10 +23,17 @@ from common.networks import (
     DiscreteCritic,
     Dynamics,
     GaussianActor,
+    GoalActor,
+    GoalEncoder,
+    GoalValue,
     Normal,
+    Quasimetric,
     TanhGaussianActor,
     TanhNormal,
     Value,
+    interval_union,
+    metric_residual,
+    sphere,
 )
 
 KEY = jax.random.key(0)
@@ -275,6 +283,117 @@ def test_critic_reads_both_inputs():
     assert all((np.abs(g).sum(axis=0) > 0).all() for g in gradients)
 
 
+# --- Goals -----------------------------------------------------------------------------------------------
+
+
+def test_layers_for_goals_are_gelu_and_then_layer_norm_but_the_actors():
+    value, actor = GoalValue(1, (4,)), GoalActor(2, (4,))
+    for network, norm in ((value, True), (actor, False)):
+        shapes = jax.eval_shape(network.init, KEY, OBS_3, ACTION)
+        params = jax.tree.map(lambda x: np.random.default_rng(0).normal(size=x.shape).astype(np.float32), shapes)
+        flat = {"/".join(path[-3:]): x for path, x in flax.traverse_util.flatten_dict(params).items()}
+        layers = {name: x[0] if norm else x for name, x in flat.items()}
+        assert norm == any("LayerNorm_0/scale" in name for name in layers)
+        w0, b0, w1, b1 = (layers[f"Dense_{i}/linear/{name}"] for i in (0, 1) for name in ("kernel", "bias"))
+        x = np.concatenate([OBS_3, ACTION], axis=1) @ w0 + b0
+        x = 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+        if norm:
+            (scale,), (shift,) = (
+                [x for k, x in layers.items() if k.endswith(f"LayerNorm_0/{n}")] for n in ("scale", "bias")
+            )
+            x = scale * (x - x.mean(axis=1, keepdims=True)) / np.sqrt(x.var(axis=1, keepdims=True) + 1e-6) + shift
+        out = network.apply(params, OBS_3, ACTION)
+        out = out[0] if norm else out.mean
+        np.testing.assert_allclose(out, (x @ w1 + b1)[:, 0] if norm else x @ w1 + b1, rtol=1e-3, atol=1e-4)
+
+
+def test_actor_of_goals_has_deviation_one_and_starts_near_zero():
+    actor = GoalActor(2, (64,))
+    params = jax.jit(actor.init)(KEY, OBS_3, ACTION)
+    pi = actor.apply(params, OBS_3, ACTION)
+    np.testing.assert_array_equal(pi.log_std, np.zeros((7, 2)))
+    # An error of (0.3, -0.4): -0.25 / 2 - log(2 pi)
+    np.testing.assert_allclose(pi.log_prob(pi.mean + np.array([[0.3, -0.4]])), [-1.962877] * 7, rtol=1e-5)
+    first, last = (x for path, x in sorted(kernels(params).items()))
+    # Glorot: uniform within sqrt(6 / (inputs + outputs)); the last with a hundredth of the variance
+    for kernel, variance in ((first, 2 / (5 + 64)), (last, 0.02 / (64 + 2))):
+        assert 0.9 * (3 * variance) ** 0.5 < np.abs(kernel).max() <= (3 * variance) ** 0.5
+    assert GoalActor(4, (8,), discrete=True).init_with_output(KEY, OBS_3, ACTION)[0].logits.shape == (7, 4)
+
+
+def test_goal_encoder_is_of_length_sqrt_n():
+    encoder = GoalEncoder(10, (8,), normalized=True)
+    params = jax.jit(encoder.init)(KEY, OBS_3, ACTION)
+    np.testing.assert_allclose(np.linalg.norm(encoder.apply(params, OBS_3, ACTION), axis=-1), [10**0.5] * 7, rtol=1e-5)
+    np.testing.assert_allclose(sphere(jnp.array([3.0, 4.0])), np.array([0.6, 0.8]) * 2**0.5, rtol=1e-6)
+
+
+def test_bilinear_pairs_are_what_it_gives_row_by_row():
+    critic = Bilinear(2, (8,), latent_dim=4)
+    params = jax.jit(critic.init)(KEY, OBS, OBS_3, ACTION)
+    pairs = critic.apply(params, OBS[:4], OBS_3, ACTION, method="pairs")
+    assert pairs.shape == (2, 7, 4)
+    for j in range(4):
+        one = critic.apply(params, np.tile(OBS[j], (7, 1)), OBS_3, ACTION)
+        np.testing.assert_allclose(pairs[:, :, j], one, rtol=1e-4, atol=1e-5)
+    # The product is divided by sqrt(4): twice both vectors give four times the number
+    assert not np.allclose(pairs[0], pairs[1])
+
+
+@pytest.mark.parametrize(
+    "x, y, length",
+    [
+        ((0, 0), (1, 2), 2),  # [0, 1] and [0, 2]
+        ((0, 1), (1, 2), 2),  # they touch
+        ((0, 3), (1, 4), 2),  # they do not
+        ((2, 0), (1, 4), 4),  # [2, 1] is none
+        ((1, 4), (2, 0), 1),
+        ((1, 3), (1, 3), 0),
+    ],
+)
+def test_interval_unions_by_hand(x, y, length):
+    assert interval_union(jnp.array(x, float), jnp.array(y, float)) == length
+
+
+def test_interval_unions_measure_the_union():
+    x, y = np.random.default_rng(0).normal(size=(2, 20, 6)).astype(np.float32)
+    grid = np.linspace(-5, 5, 100_001)
+    covered = ((x[..., None] < grid) & (grid < y[..., None])).any(axis=1)
+    np.testing.assert_allclose(interval_union(x, y), covered.mean(axis=-1) * 10, atol=2e-3)
+
+
+def test_metric_residual_by_hand():
+    # Half (3, 4) apart: 5; of (1, 5) to (0, 3) the larger decrease is 2, of the way back there is none
+    x, y = jnp.array([0.0, 0, 1, 5]), jnp.array([3.0, 4, 0, 3])
+    assert metric_residual(x, y) == 7 and metric_residual(y, x) == 5
+    np.testing.assert_allclose(metric_residual(x, x), 1e-6, rtol=1e-3)  # not 0: its root has a gradient there
+
+
+@pytest.mark.parametrize("kind", ["iqe", "mrn"])
+def test_quasimetrics(kind):
+    network = Quasimetric((16,), 16, kind)
+    params = jax.jit(network.init)(KEY, OBS, OBS)
+    d = jax.jit(lambda x, y: network.apply(params, x, y))
+    x, y, z = np.random.default_rng(1).normal(size=(3, 500, 5)).astype(np.float32)
+    assert np.all(d(x, z) <= d(x, y) + d(y, z) + 1e-5) and np.all(d(x, y) >= 0)
+    np.testing.assert_allclose(d(x, x), np.zeros(500), atol=2e-6)
+    assert np.abs(d(x, y) - d(y, x)).max() > 0.1
+    latent = [network.apply(params, s, method="encode") for s in (x, y)]
+    np.testing.assert_allclose(network.apply(params, *latent, method="between"), d(x, y), rtol=1e-4, atol=1e-6)
+    moved = network.apply(params, *(s + 3.0 for s in latent), method="between")  # only differences count
+    np.testing.assert_allclose(moved, d(x, y), rtol=1e-3, atol=1e-4)
+
+
+def test_iqe_is_half_the_mean_and_half_the_maximum_at_first():
+    # Components of two: (0, 0) to (1, 2) is 2, (0, 0) to (3, 1) is 3: (2.5 + 3) / 2 = 2.75, and 0 on the way back
+    network = Quasimetric((4,), 4, component_dim=2)
+    params = jax.jit(network.init)(KEY, OBS, OBS)
+    assert params["params"]["alpha"] == 0
+    x, y = jnp.zeros(4), jnp.array([1.0, 2, 3, 1])
+    assert network.apply(params, x, y, method="between") == 2.75
+    assert network.apply(params, y, x, method="between") == 0
+
+
 # --- Behaviour models ------------------------------------------------------------------------------------
 
 VAE_OF_2 = VAE(2, latent_dim=4, hidden=HIDDEN)
@@ -503,7 +622,7 @@ def test_output_bound_is_of_the_last_layer_alone(network):
 
 
 def test_unknown_initializer():
-    with pytest.raises(ValueError, match="'orthogonal', 'torch', 'edac', 'lecun' or 'mbpo', not 'xavier'"):
+    with pytest.raises(ValueError, match="'mbpo', 'glorot' or 'glorot/100', not 'xavier'"):
         Value(HIDDEN, "xavier").init(KEY, OBS)
 
 

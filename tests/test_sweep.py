@@ -20,7 +20,7 @@ import types
 
 import flax
 import pytest
-from conftest import EVALUATORS, project_algos
+from conftest import EVALUATORS, GOALS, project_algos
 
 from common.environments import Spec
 
@@ -519,11 +519,11 @@ def test_what_failed_in_the_committed_results_is_of_today_s_protocol(sweep):
         assert failed["config"] | cell.config == failed["config"] and sweep.does_not_apply(failed["reason"]), path
 
 
-@pytest.mark.parametrize("name", ["quick", "full"])
+@pytest.mark.parametrize("name", ["quick", "full", "goals", "goals-full"])
 def test_the_protocols_have_every_algorithm_and_no_setting_that_fits_nothing(sweep, name):
     protocols = tomllib.loads((ROOT / "benchmarks" / "protocols.toml").read_text())
     cells = sweep.make_cells(sweep.Options(name), protocols)  # refuses a field that an algorithm does not have
-    algos = set(project_algos()) - EVALUATORS
+    algos = GOALS if name.startswith("goals") else set(project_algos()) - EVALUATORS - GOALS
     assert {cell.algo for cell in cells} == algos
     for algo, patterns in protocols[name]["tuned"].items():
         for pattern, settings in patterns.items():

@@ -1,0 +1,462 @@
+"""Contrastive RL (CRL): which of these states came later? The classifier's answer is a value.
+
+It tells pairs (s, a), g in which g came later from pairs with another row's goal. Its best logit is the logarithm of
+how much likelier g is after (s, a) than anywhere, for the data's own behaviour: one step of improvement, no stitching.
+
+Paper      Eysenbach et al. (2022), https://arxiv.org/abs/2206.07568
+Reference  https://github.com/seohongpark/ogbench at 1d41409, agents/crl.py; google-research/contrastive_rl
+
+From equation to code
+    g: k rows on, P(k) = (1 - discount) discount^(k - 1), at most the last                 draw_goals
+    f_k(s, a, g) = phi_k(s, a) . psi_k(g) / sqrt(latent_dim), for all pairs of a batch     Bilinear.pairs
+    L_f  = mean over pairs and k of the cross-entropy of sigmoid(f) with 1[same row]       contrastive_loss
+    L_pi: ddpgbc_loss with q = min_k f_k(s, clip(mu), g); awr_loss with A = min_k f_k(s, a, g) - v(s, g),
+          v(s, g) = phi(s) . psi(g) / sqrt(latent_dim), learned by the same loss           actor_loss
+
+Order of one update   f (and v), then pi, all with the networks from before it.
+Hyper-parameters      the reference's; batch_size, learning_rate and hidden are for the short default run.
+Deviations            1. One random number chooses the kind of a goal, the reference takes two: the same distribution.
+                      2. As OGBench: the last row takes all goals beyond it. The authors' code renormalises instead, has
+                         ReLU, no square root, and a sampled tanh action. OGBench's page names a flag actor_log_q that
+                         its code does not have: f itself is what the policy climbs.
+Run                   python algos/crl.py --num-seeds 3
+"""
+
+import contextlib
+import dataclasses
+import inspect
+import itertools
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import chex
+import filelock
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orjson
+import tyro
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from tqdm import tqdm
+from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
+
+from common.datasets import load_dataset
+from common.environments import Interface, Spec, provenance
+from common.networks import Bilinear, GoalActor
+
+
+# --- Configuration -------------------------------------------------------------------------------------
+@dataclasses.dataclass(frozen=True)
+class Config:
+    # Experiment
+    dataset: str = "stitch/pointmaze-umaze-stitch-goals-v0"  # a Minari dataset: local, built, or downloaded
+    seed: int = 0  # of the first run: its networks, batches and evaluation
+    num_seeds: int = 3  # runs trained in one program, with seeds seed, seed + 1, ...
+    num_updates: int = 6_000  # gradient steps (published runs: some 1,000,000)
+    eval_interval: int = 2_000  # gradient steps between two evaluations, each with a checkpoint
+    eval_episodes: int = 20  # episodes of one evaluation, for each seed; 0: none, and no environment is made
+    eval_steps: int = 0  # after as many steps an episode of an evaluation is stopped; 0: the environment's own limit
+    log_interval: int = 250  # gradient steps of one compiled call; the progress line moves after each
+    out: str = ""  # the run folder; by default runs/ALGORITHM/DATASET
+    # Optimisation
+    batch_size: int = 256  # transitions of one gradient step (the reference: 1024)
+    learning_rate: float = 1e-3  # of every Adam (the reference: 3e-4)
+    hidden: tuple[int, ...] = (256, 256)  # units of the hidden layers (the reference: 512, 512, 512)
+    discount: float = 0.99  # of how far the goals lie ahead
+    # CRL
+    latent_dim: int = 512  # length of phi and psi
+    extraction: Literal["ddpgbc", "awr"] = "ddpgbc"  # of the policy: climb f and clone, or clone by weights
+    alpha: float = 0.1  # ddpgbc: weight of cloning; awr: inverse temperature of the weights, 0 is GCBC
+    max_weight: float = 100.0  # awr: clip of the weights, for stability
+    actor_p_future: float = 1.0  # share of the policy's goals that lie ahead; the rest are states of any row
+
+
+def load_data(cfg: Config):
+    return load_dataset(cfg.dataset, goals=True, columns=("end",))
+
+
+def check(cfg: Config, grid: dict[str, list[float]]):
+    """Ends with one sentence where a value cannot be what its field needs."""
+    types = {field.name: field.type for field in dataclasses.fields(cfg)}
+    for name, kind in types.items():
+        value, kind = (grid[name], list[kind]) if name in grid else (getattr(cfg, name), kind)
+        try:
+            check_type(value, kind, collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)
+        except TypeCheckError:
+            raise SystemExit(f"{name} must be {inspect.formatannotation(kind)}, not {value!r}.") from None
+        low = 0 if name in ("seed", "eval_episodes", "eval_steps") else 1
+        if kind in (int, tuple[int, ...]) and not all(low <= x < 2**31 for x in np.ravel(value)):
+            raise SystemExit(f"{name} must be from {low} to {2**31 - 1}, not {value}.")
+        if not all(abs(x) < 1e38 for x in np.ravel(value) if isinstance(x, float | int)):  # nor is NaN
+            raise SystemExit(f"{name} must be a finite number, not {value}.")
+    if cfg.seed + cfg.num_seeds > 2**31:
+        raise SystemExit(f"seed + num_seeds must be at most {2**31}, not {cfg.seed + cfg.num_seeds}.")
+    read = load_data.__code__.co_names  # names in its text: the data are loaded once, for all points of a grid
+    if wrong := [name for name in grid if types.get(name) is not float or name in read or not grid[name]]:
+        raise SystemExit(f"A grid has values of float fields that load_data does not read: not so {wrong[0]}.")
+    counts = {"num_updates": "eval_interval", "pretrain_updates": "eval_interval", "eval_interval": "log_interval"}
+    turn = "prepare_interval" if "prepare_interval" in types else "log_interval"  # which is made of whole cycles
+    counts |= {"log_interval": turn, turn: "policy_delay"}
+    for whole, part in counts.items():
+        if getattr(cfg, whole, 0) % getattr(cfg, part, 1):
+            raise SystemExit(f"{whole} must be a multiple of {part}, which is {getattr(cfg, part)}.")
+
+
+# --- State: arrays only, so that a whole run can be vmapped, compared and saved -----------------------------
+class Trainable(NamedTuple):
+    params: Any
+    opt_state: optax.OptState
+
+
+class State(NamedTuple):
+    key: jax.Array
+    actor: Trainable
+    critic: Trainable
+    value: Trainable | None  # with awr
+
+
+class Batch(NamedTuple):
+    obs: jax.Array  # (b, obs_dim)
+    action: jax.Array  # (b, action_dim), or (b,)
+    actor_goal: jax.Array  # (b, goal_dim), the policy's
+    goal: jax.Array  # (b, goal_dim), the classifier's
+
+
+class Agent(NamedTuple):
+    init: Callable  # (key) -> State
+    update: Callable  # (State, Batch) -> (State, metrics)
+    act: Callable  # (State, obs, key) -> action; obs is the observation and, behind it, the goal
+
+
+# --- Algorithm -----------------------------------------------------------------------------------------
+def draw_goals(key, index, end, n, p_current, p_future, discount=None):
+    """Rows whose states become goals of the rows `index`: the row itself, a later one of its episode, or any of the n.
+
+    A later one is `k` rows on, P(k) = (1 - discount) discount^(k - 1), but at most the last, `end`; without a discount
+    it is uniform, and both ends have half the chance of the others. In the last row it is that row.
+    """
+    key_kind, key_future, key_random = jax.random.split(key, 3)
+    if discount is None:
+        nearest = jnp.minimum(index + 1, end)  # a mean of row numbers would lose rows beyond 2^24: float32
+        future = nearest + jnp.round(jax.random.uniform(key_future, index.shape) * (end - nearest)).astype(int)
+    else:
+        future = jnp.minimum(index + jax.random.geometric(key_future, 1 - discount, index.shape), end)
+    kind, anywhere = jax.random.uniform(key_kind, index.shape), jax.random.randint(key_random, index.shape, 0, n)
+    return jnp.where(kind < p_current, index, jnp.where(kind < p_current + p_future, future, anywhere))
+
+
+def draw(key, dataset, state, cfg: Config):
+    """Rows of the dataset, uniformly and with replacement; each with two goals, states of rows of the same data."""
+    key_index, key_actor, key_value = jax.random.split(key, 3)
+    n, states = len(dataset.end), dataset.obs if dataset.achieved is None else dataset.achieved
+    index = jax.random.randint(key_index, (cfg.batch_size,), 0, n)
+    end = dataset.end[index]
+    actor_goal = draw_goals(key_actor, index, end, n, 0.0, cfg.actor_p_future)
+    goal = draw_goals(key_value, index, end, n, 0.0, 1.0, cfg.discount)
+    return Batch(dataset.obs[index], dataset.action[index], states[actor_goal], states[goal])
+
+
+def descend(tx, loss_fn, trainable, *args):
+    """One optimiser step on `loss_fn(params, *args) -> (loss, info)`."""
+    (loss, info), grads = jax.value_and_grad(loss_fn, has_aux=True)(trainable.params, *args)
+    updates, opt_state = tx.update(grads, trainable.opt_state, trainable.params)
+    params = optax.apply_updates(trainable.params, updates)
+    return Trainable(params, opt_state), {loss_fn.__name__: loss, **info}
+
+
+def contrastive_loss(logits):
+    """Mean cross-entropy of (members, b, b) logits; the diagonal holds the pairs that belong together."""
+    labels = jnp.broadcast_to(jnp.eye(logits.shape[-1]), logits.shape)
+    return optax.sigmoid_binary_cross_entropy(logits, labels).mean()
+
+
+def ddpgbc_loss(q, log_prob, alpha):
+    """-E[q] / E|q|, not differentiated, - alpha E[log pi(a|s, g)]; q (b,) is that of the policy's actions."""
+    chex.assert_equal_shape([q, log_prob])
+    return -q.mean() / (jax.lax.stop_gradient(jnp.abs(q).mean()) + 1e-6) - alpha * log_prob.mean()
+
+
+def awr_loss(advantage, log_prob, alpha, max_weight):
+    """-E[ min(exp(alpha A), max_weight) log pi(a|s, g) ]."""
+    chex.assert_equal_shape([advantage, log_prob])
+    return -(jnp.minimum(jnp.exp(alpha * advantage), max_weight) * log_prob).mean()
+
+
+def make_agent(cfg: Config, spec: Spec) -> Agent:
+    if spec.discrete and cfg.extraction == "ddpgbc":
+        raise SystemExit("DDPG+BC needs continuous actions, and this dataset's are discrete: use --extraction awr.")
+    actor = GoalActor(spec.action_dim, cfg.hidden, spec.discrete)
+    critic, value = (Bilinear(n, cfg.hidden, cfg.latent_dim) for n in (2, 1))
+    adam = optax.adam(cfg.learning_rate)
+
+    def vector(action):
+        return jax.nn.one_hot(action, spec.action_dim) if spec.discrete else action
+
+    def critic_loss(params, batch):
+        logits = critic.apply(params, batch.goal, batch.obs, vector(batch.action), method="pairs")
+        chex.assert_shape(logits, (2, len(batch.obs), len(batch.obs)))
+        own, every = jnp.diagonal(logits, axis1=1, axis2=2).mean(), logits.mean()
+        return contrastive_loss(logits), {"own_logit": own, "logit": every}
+
+    def value_loss(params, batch):
+        return contrastive_loss(value.apply(params, batch.goal, batch.obs, method="pairs")), {}
+
+    def actor_loss(params, batch, critic_params, value_params):
+        pi = actor.apply(params, batch.obs, batch.actor_goal)
+        log_prob, at = pi.log_prob(batch.action), (batch.actor_goal, batch.obs)
+        if cfg.extraction == "awr":
+            q = critic.apply(critic_params, *at, vector(batch.action)).min(axis=0)
+            advantage = q - value.apply(value_params, *at).squeeze(axis=0)
+            return awr_loss(advantage, log_prob, cfg.alpha, cfg.max_weight), {"log_prob": log_prob.mean()}
+        q = critic.apply(critic_params, *at, jnp.clip(pi.mode(), -1, 1)).min(axis=0)
+        return ddpgbc_loss(q, log_prob, cfg.alpha), {"log_prob": log_prob.mean()}
+
+    def init(key):
+        key, key_actor, key_critic, key_value = jax.random.split(key, 4)
+        obs, goal, action = (jnp.zeros((1, n)) for n in (spec.obs_dim, spec.goal_dim, spec.action_dim))
+        actor_params = actor.init(key_actor, obs, goal)
+        critic_params = critic.init(key_critic, goal, obs, action)
+        value_params = value.init(key_value, goal, obs)
+        return State(
+            key=key,
+            actor=Trainable(actor_params, adam.init(actor_params)),
+            critic=Trainable(critic_params, adam.init(critic_params)),
+            value=Trainable(value_params, adam.init(value_params)) if cfg.extraction == "awr" else None,
+        )
+
+    def update(state, batch):
+        new_critic, info = descend(adam, critic_loss, state.critic, batch)
+        new_value, old_value = None, None
+        if cfg.extraction == "awr":
+            old_value = state.value.params
+            new_value, value_info = descend(adam, value_loss, state.value, batch)
+            info |= value_info
+        new_actor, actor_info = descend(adam, actor_loss, state.actor, batch, state.critic.params, old_value)
+        return State(state.key, new_actor, new_critic, new_value), info | actor_info
+
+    def act(state, obs, key):
+        obs, goal = jnp.split(obs, [spec.obs_dim], axis=-1)
+        action = actor.apply(state.actor.params, obs, goal).mode()
+        return action if spec.discrete else jnp.clip(action, -1, 1)
+
+    return Agent(init, update, act)
+
+
+# --- Training: the same in every file, and a test keeps it so -----------------------------------------------
+def make_train(cfg: Config, agent: Agent, phase: str = "update"):
+    """`train(state, dataset)`: `cfg.log_interval` updates and the mean of each metric. Pure: jit it, vmap it."""
+    first = "pretrain_" if phase == "pretrain" else ""  # of the two phases that some methods have
+    cycle = getattr(agent, first + "cycle", [getattr(agent, phase)])  # updates in turn; the last has every metric
+    prepare = getattr(agent, first + "prepare", lambda *unchanged: unchanged)
+    draw_batch = getattr(agent, first + "draw", draw)
+    interval = getattr(cfg, "prepare_interval", cfg.log_interval)
+
+    def train(state, dataset):
+        names = []  # of the metrics, once `step` is traced
+
+        def step(state, rows):
+            infos = []
+            for update in cycle:
+                key, key_batch = jax.random.split(state.key)
+                batch = draw_batch(key_batch, rows, state, cfg)
+                state, info = update(state._replace(key=key), batch)
+                infos.append(info)
+            names[:] = info
+            values = ([info[name] for info in infos if name in info] for name in names)
+            return state, jnp.stack([sum(x) / len(x) for x in values])  # in one array: one kernel
+
+        def steps(state, _):
+            state, rows = prepare(state, dataset)
+            return jax.lax.scan(lambda state, _: step(state, rows), state, length=interval // len(cycle))
+
+        state, metrics = jax.lax.scan(steps, state, length=cfg.log_interval // interval)
+        return state, dict(zip(names, metrics.mean(axis=(0, 1)), strict=True))
+
+    return train
+
+
+def act_at(cfg: Config, agent: Agent, state, obs, memory, reward, t):
+    """(actions, memory) at step `t` of episodes; at their start there is no memory, and the last reward is 0."""
+    act = getattr(agent, "act_with_memory", lambda *at: (agent.act(*at[:3]), None))
+    key = jax.random.fold_in(jax.random.key(~cfg.seed), t)  # of no use elsewhere: init splits the seed's own key
+    return act(state, obs, key, memory, reward)
+
+
+class Runs:
+    """The runs of a folder: each seed at each point of a grid has a row in every array of `fields` and `states`."""
+
+    def __init__(self, cfg: Config, interface: Interface, grid: dict[str, list[float]]):
+        self.cfg, self.interface = cfg, interface
+        rows = list(itertools.product(*grid.values(), range(cfg.seed, cfg.seed + cfg.num_seeds)))
+        self.runs = [{"seed": row[-1], "grid": dict(zip(grid, row, strict=False))} for row in rows]
+        self.fields = {name: np.array([run["grid"][name] for run in self.runs], np.float32) for name in grid}
+        self.fields["seed"] = np.array([run["seed"] for run in self.runs], np.int32)
+        self.mesh = Mesh(jax.local_devices()[: math.gcd(len(self.runs), jax.local_device_count())], "run")
+        self.step = -getattr(cfg, "pretrain_updates", 0)  # updates so far; a first phase ends at 0
+        self.seconds = {"train_seconds": 0.0, "eval_seconds": 0.0}
+        self.metrics, self.lines, self.episode = {}, [], None  # of the last interval; of metrics.jsonl; of `__call__`
+        make_agent(cfg, interface.spec)  # refuses what it cannot be, before any compilation
+        init, act = self.every(lambda cfg, agent: agent.init(jax.random.key(cfg.seed))), self.every(act_at)
+        self.init = lambda: init(self.fields, (), {})
+        self.act = lambda obs, t, *episode: act(self.fields, (self.states, obs, *episode), {"t": t})
+        q = self.every(lambda cfg, agent, *at: agent.q(*at))
+        self.q = (lambda *at: q(self.fields, (self.states, *at), {})) if "q" in Agent._fields else None
+
+    def __call__(self, observation, reward=None):  # see Interface.act
+        action, self.episode = self.interface.act(self.act, observation, reward, self.episode)
+        return action
+
+    def every(self, function, donate=()):
+        """`function(cfg, agent, *row, **shared)` of every run, with its row of each array: (fields, rows, shared)."""
+
+        def of_run(fields, row, shared):
+            cfg = dataclasses.replace(self.cfg, **fields)
+            return function(cfg, make_agent(cfg, self.interface.spec), *row, **shared)
+
+        def of_device(fields, rows, shared):
+            if self.mesh.devices[0].platform == "cpu":  # its caches hold the networks of one run: they take turns
+                return jax.lax.map(lambda row: of_run(*row, shared), (fields, rows))
+            return jax.vmap(of_run, in_axes=(0, 0, None))(fields, rows, shared)
+
+        specs = {"in_specs": (P("run"), P("run"), P()), "out_specs": P("run"), "check_vma": False}
+        return jax.jit(jax.shard_map(of_device, mesh=self.mesh, **specs), donate_argnums=donate)
+
+    def lower(self, phase: str, shared):
+        train = self.every(lambda cfg, agent, *row, **shared: make_train(cfg, agent, phase)(*row, **shared), donate=1)
+        return train.lower(self.fields, (self.states,), shared)
+
+    def advance(self, train, shared, bar):
+        infos, started = [], time.perf_counter()
+        for _ in range(self.cfg.eval_interval // self.cfg.log_interval):
+            self.states, info = train(self.fields, (self.states,), shared)
+            infos.append(jax.device_get(info))
+            bar.set_postfix({k: f"{x.mean():.3g}" for k, x in infos[-1].items() if k.endswith("loss")}, refresh=False)
+            bar.update(self.cfg.log_interval)
+        self.step += self.cfg.eval_interval
+        self.seconds["train_seconds"] += time.perf_counter() - started
+        self.metrics = {name: np.mean([info[name] for info in infos], axis=0) for name in info}
+
+    def save(self, folder: Path):
+        states = jax.device_get(self.states._replace(key=jax.random.key_data(self.states.key)))
+        saved = {name: getattr(self, name) for name in ("step", "seconds", "metrics", "lines")}
+        saved["states"] = flax.serialization.to_state_dict(states)
+        write(folder / "checkpoint.msgpack", flax.serialization.msgpack_serialize(saved, in_place=True))  # keeps order
+
+    def evaluate(self, env, folder: Path, bar):
+        cfg, columns, started = self.cfg, {}, time.perf_counter()
+        if self.step > 0:  # a first phase is not played
+            how = {"discount": self.fields.get("discount", getattr(cfg, "discount", 1.0)), "max_steps": cfg.eval_steps}
+            columns = env.measure(self.act, self.q, self.fields["seed"], cfg.eval_episodes, **how)
+            bar.set_description(f"score {columns['score'].mean():.1f}".replace("score nan", "no score"))
+        arrays = self.metrics, jax.device_get([x.params for x in self.states if isinstance(x, Trainable)])
+        finite = [np.isfinite(x).reshape(len(self.runs), -1).all(axis=1) for x in jax.tree.leaves(arrays)]
+        columns |= {**self.metrics, "diverged": ~np.all(finite, axis=0)}
+        for i, run in enumerate(self.runs):
+            self.lines.append({"step": self.step, **run, **{name: column[i] for name, column in columns.items()}})
+        write(folder / "metrics.jsonl", *self.lines)
+        self.seconds["eval_seconds"] += time.perf_counter() - started
+
+
+def restore(folder: str | Path, run: int | None = 0) -> Runs:
+    """A trained policy: `policy = restore("runs/iql/...")`; `env.step(policy(observation))`. None: all of its runs."""
+    try:
+        kept = json.loads((Path(folder) / "config.json").read_text())
+        saved = flax.serialization.msgpack_restore((Path(folder) / "checkpoint.msgpack").read_bytes())
+        fields = {name: tuple(x) if isinstance(x, list) else x for name, x in kept["config"].items()}
+        assert fields["algo"] == Path(__file__).stem, f"a run of {fields['algo']}"
+        cfg = Config(**{field.name: fields[field.name] for field in dataclasses.fields(Config)})
+        runs = Runs(cfg, Interface(*kept["interface"]), fields["grid"])
+        states = flax.serialization.from_state_dict(like := jax.eval_shape(runs.init), saved["states"])
+        states = states._replace(key=jax.random.wrap_key_data(states.key))
+        chex.assert_trees_all_equal_shapes_and_dtypes(states, like)
+        if run not in (None, *range(len(runs.runs))):
+            raise SystemExit(f"{folder} has no run {run}: its seeds, point by point, are 0 to {len(runs.runs) - 1}.")
+        if run is not None:
+            one, states = runs.runs[run], jax.tree.map(lambda x: x[run, None], states)
+            runs = Runs(dataclasses.replace(cfg, seed=one["seed"], num_seeds=1, **one["grid"]), runs.interface, {})
+        vars(runs).update({name: saved[name] for name in ("step", "seconds", "metrics", "lines")})
+        runs.states = jax.device_put(states)
+        return runs
+    except Exception as error:  # absent, torn, foreign or of another version, each in its own way
+        raise SystemExit(f"{folder} holds no run that {Path(__file__).name} can go on with ({error!r}).") from error
+
+
+def read(path: Path):  # a JSON object, empty where the file is absent, torn or something else
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        return dict(orjson.loads(path.read_bytes()))
+    return {}
+
+
+def write(path: Path, *parts):
+    """Bytes, or what becomes JSON (NaN becomes null). A reader, or a kill, finds the old file or the new one whole."""
+    style = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE | orjson.OPT_INDENT_2 * (path.suffix == ".json")
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(b"".join(x if isinstance(x, bytes) else orjson.dumps(x, option=style) for x in parts))
+    os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def hold(folder: Path, about: dict):
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(folder / "lock", timeout=0):
+            if not {path.suffix for path in folder.iterdir()} & {".json", ".jsonl", ".msgpack"}:  # no run yet
+                write(folder / "config.json", about)
+            if read(folder / "config.json").get("config") != json.loads(json.dumps(about["config"])):
+                raise SystemExit(f"{folder} holds something else than this very run: choose another --out.")
+            yield
+    except KeyboardInterrupt:
+        raise SystemExit(f"Stopped: the same command goes on from the last checkpoint in {folder}.") from None
+    except OSError as error:
+        raise SystemExit(f"{folder} is in use, or cannot be written ({error}): choose another --out.") from error
+
+
+def main(cfg: Config, grid: dict[str, list[float]] | None = None):
+    """Trains every seed at every point of `grid`, whose float fields `load_data` does not read; goes on if stopped."""
+    algo, grid, pretrain = Path(__file__).stem, grid or {}, getattr(cfg, "pretrain_updates", 0)
+    check(cfg, grid)
+    out = Path(cfg.out or f"runs/{algo}/{cfg.dataset}")
+    with contextlib.suppress(RuntimeError):  # JAX runs already, in a notebook or a test; or there is no home
+        rows = cfg.num_seeds * math.prod(map(len, grid.values()))
+        jax.config.update("jax_num_cpu_devices", math.gcd(rows, os.cpu_count()))
+        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "stitch"))
+    dataset, env = load_data(cfg)
+    env.probe(cfg.eval_episodes)  # says before training what will not be scored
+    started, runs = time.perf_counter(), Runs(cfg, env.interface, grid)
+    source = {**provenance(), "device": f"{runs.mesh.size} x {runs.mesh.devices[0].device_kind}"}
+    config = {"algo": algo, **dataclasses.asdict(cfg), "out": "", "grid": grid, "data": env.fingerprint}
+    with hold(out, {"config": config, "interface": list(env.interface), **source}):
+        if (summary := read(out / "summary.json")).get("algo") == algo:
+            print(f"{out} holds this very run, finished: to train again, choose another --out or remove it.")
+            return summary
+        runs.states = runs.init()
+        if (out / "checkpoint.msgpack").exists():
+            runs = restore(out, run=None)
+        shared = {"dataset": jax.device_put(dataset, NamedSharding(runs.mesh, P()))}
+        trains = {phase: runs.lower(phase, shared).compile() for phase in ("pretrain", "update")[runs.step >= 0 :]}
+        compile_seconds = time.perf_counter() - started
+        with tqdm(total=pretrain + cfg.num_updates, initial=pretrain + runs.step, unit="update") as bar:
+            if runs.metrics:  # a checkpoint comes before its evaluation
+                runs.evaluate(env, out, bar)
+            while runs.step < cfg.num_updates:
+                runs.advance(trains["pretrain" if runs.step < 0 else "update"], shared, bar)
+                runs.save(out)
+                runs.evaluate(env, out, bar)
+        speed = (pretrain + runs.step) * len(runs.runs) / runs.seconds["train_seconds"]  # of all runs together
+        summary = {"algo": algo, "dataset": cfg.dataset, "num_updates": runs.step, "updates_per_second": speed}
+        summary |= {"compile_seconds": compile_seconds, **runs.seconds, **env.summary(runs.lines), **source}
+        write(out / "summary.json", summary)
+    print(f"{algo} on {env.sentence(summary)}, {speed:.0f} updates/s\nTo draw it: python benchmarks/plot.py {out}")
+    return read(out / "summary.json")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__.partition("\n\n")[0]))

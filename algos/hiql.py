@@ -1,0 +1,484 @@
+"""Hierarchical implicit Q-learning (HIQL): GCIVL with two policies; one names a subgoal, the other walks there.
+
+Far from a goal, one step changes V by less than its error. The value of a state `subgoal_steps` ahead differs by more.
+
+Paper      Park et al. (2023), https://arxiv.org/abs/2307.11949
+Reference  https://github.com/seohongpark/ogbench at 1d41409, agents/hiql.py; the authors': HIQL at b32c832
+
+From equation to code
+    V_k(s, g) = V_k(s, phi(s, g)), |phi| = sqrt(rep_dim); L_V as in GCIVL             value_loss
+    low goal w: k rows on; high goal g: any later row, subgoal k rows on, or g        draw
+    L_low  = E[ -min(exp(alpha_low (V(s', w) - V(s, w))), 100) log pi(a|s, phi(s, w)) ]         actor_loss
+    L_high = E[ -min(exp(alpha_high (V(s_k, g) - V(s, g))), 100) log pi_h(phi(s, s_k)|s, g) ]   high_actor_loss
+    act: z = the mean of pi_h(s, g), scaled to the length sqrt(rep_dim); a = pi(s, z)           act
+
+Order of one update   V with phi, pi and pi_h, all with the values from before it; then target V.
+Hyper-parameters      the reference's; batch_size, learning_rate, tau and hidden are for the short default run.
+Deviations            1. to 3. as in gcivl.py. phi has no target, as in the reference: Vbar reads the online phi.
+                      4. The paper's authors' code: temperatures 1, learned deviations, random high goals 0.3 (AntMaze).
+                      phi learns from L_V alone (the reference lets the low policy train it from pixels, not done here).
+Run                   python algos/hiql.py --num-seeds 3
+"""
+
+import contextlib
+import dataclasses
+import inspect
+import itertools
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import chex
+import filelock
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orjson
+import tyro
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from tqdm import tqdm
+from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
+
+from common.datasets import load_dataset
+from common.environments import Interface, Spec, provenance
+from common.networks import GoalActor, GoalEncoder, GoalValue, sphere
+
+
+# --- Configuration -------------------------------------------------------------------------------------
+@dataclasses.dataclass(frozen=True)
+class Config:
+    # Experiment
+    dataset: str = "stitch/pointmaze-umaze-stitch-goals-v0"  # a Minari dataset: local, built, or downloaded
+    seed: int = 0  # of the first run: its networks, batches and evaluation
+    num_seeds: int = 3  # runs trained in one program, with seeds seed, seed + 1, ...
+    num_updates: int = 6_000  # gradient steps (published runs: some 1,000,000)
+    eval_interval: int = 2_000  # gradient steps between two evaluations, each with a checkpoint
+    eval_episodes: int = 20  # episodes of one evaluation, for each seed; 0: none, and no environment is made
+    eval_steps: int = 0  # after as many steps an episode of an evaluation is stopped; 0: the environment's own limit
+    log_interval: int = 250  # gradient steps of one compiled call; the progress line moves after each
+    out: str = ""  # the run folder; by default runs/ALGORITHM/DATASET
+    # Optimisation
+    batch_size: int = 256  # transitions of one gradient step (the reference: 1024)
+    learning_rate: float = 1e-3  # of every Adam (the reference: 3e-4)
+    hidden: tuple[int, ...] = (256, 256)  # units of the hidden layers (the reference: 512, 512, 512)
+    discount: float = 0.99  # gamma, and of how far the value's goals lie ahead
+    tau: float = 0.02  # Polyak step of the target value (the reference: 0.005)
+    # HIQL
+    expectile: float = 0.7  # 0.5: the value of the data's behaviour; towards 1: of the best that it shows
+    alpha_low: float = 3.0  # inverse temperature of the low policy's weights: 0 is cloning towards subgoals
+    alpha_high: float = 3.0  # of the high policy's
+    max_weight: float = 100.0  # clip of both weights, for stability
+    subgoal_steps: int = 25  # k: how many rows ahead a subgoal lies (the reference: manipulation 10, humanoid 100)
+    rep_dim: int = 10  # length of phi, a subgoal as the policies know it
+    p_current: float = 0.2  # share of the value's goals that are the row's own state: they anchor V(g, g) = 0
+    p_future: float = 0.5  # share that lie ahead in the row's episode; the rest are states of any row
+    actor_p_future: float = 1.0  # share of the high policy's goals that lie ahead; the rest are states of any row
+
+
+def load_data(cfg: Config):
+    return load_dataset(cfg.dataset, goals=True, columns=("end",))
+
+
+def check(cfg: Config, grid: dict[str, list[float]]):
+    """Ends with one sentence where a value cannot be what its field needs."""
+    types = {field.name: field.type for field in dataclasses.fields(cfg)}
+    for name, kind in types.items():
+        value, kind = (grid[name], list[kind]) if name in grid else (getattr(cfg, name), kind)
+        try:
+            check_type(value, kind, collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)
+        except TypeCheckError:
+            raise SystemExit(f"{name} must be {inspect.formatannotation(kind)}, not {value!r}.") from None
+        low = 0 if name in ("seed", "eval_episodes", "eval_steps") else 1
+        if kind in (int, tuple[int, ...]) and not all(low <= x < 2**31 for x in np.ravel(value)):
+            raise SystemExit(f"{name} must be from {low} to {2**31 - 1}, not {value}.")
+        if not all(abs(x) < 1e38 for x in np.ravel(value) if isinstance(x, float | int)):  # nor is NaN
+            raise SystemExit(f"{name} must be a finite number, not {value}.")
+    if cfg.seed + cfg.num_seeds > 2**31:
+        raise SystemExit(f"seed + num_seeds must be at most {2**31}, not {cfg.seed + cfg.num_seeds}.")
+    read = load_data.__code__.co_names  # names in its text: the data are loaded once, for all points of a grid
+    if wrong := [name for name in grid if types.get(name) is not float or name in read or not grid[name]]:
+        raise SystemExit(f"A grid has values of float fields that load_data does not read: not so {wrong[0]}.")
+    counts = {"num_updates": "eval_interval", "pretrain_updates": "eval_interval", "eval_interval": "log_interval"}
+    turn = "prepare_interval" if "prepare_interval" in types else "log_interval"  # which is made of whole cycles
+    counts |= {"log_interval": turn, turn: "policy_delay"}
+    for whole, part in counts.items():
+        if getattr(cfg, whole, 0) % getattr(cfg, part, 1):
+            raise SystemExit(f"{whole} must be a multiple of {part}, which is {getattr(cfg, part)}.")
+
+
+# --- State: arrays only, so that a whole run can be vmapped, compared and saved -----------------------------
+class Trainable(NamedTuple):
+    params: Any
+    opt_state: optax.OptState
+
+
+class State(NamedTuple):
+    key: jax.Array
+    actor: Trainable  # the low policy
+    high_actor: Trainable
+    value: Trainable  # its params: {"phi": of the goals, "v": of V(s, phi)}
+    target_value: Any  # of "v" alone
+
+
+class Batch(NamedTuple):
+    obs: jax.Array  # (b, obs_dim)
+    action: jax.Array  # (b, action_dim), or (b,)
+    next_obs: jax.Array  # (b, obs_dim)
+    low_goal: jax.Array  # (b, goal_dim), k rows ahead
+    high_goal: jax.Array  # (b, goal_dim)
+    subgoal: jax.Array  # (b, goal_dim), on the way to high_goal
+    subgoal_obs: jax.Array  # (b, obs_dim), of the same row
+    goal: jax.Array  # (b, goal_dim), the value's
+    reward: jax.Array  # (b,) 0 where the value's goal is the row's own state, else -1
+    mask: jax.Array  # (b,) 0 there, since nothing follows a goal, else 1
+
+
+class Agent(NamedTuple):
+    init: Callable  # (key) -> State
+    update: Callable  # (State, Batch) -> (State, metrics)
+    act: Callable  # (State, obs, key) -> action; obs is the observation and, behind it, the goal
+
+
+# --- Algorithm -----------------------------------------------------------------------------------------
+def draw_goals(key, index, end, n, p_current, p_future, discount=None):
+    """Rows whose states become goals of the rows `index`: the row itself, a later one of its episode, or any of the n.
+
+    A later one is `k` rows on, P(k) = (1 - discount) discount^(k - 1), but at most the last, `end`; without a discount
+    it is uniform, and both ends have half the chance of the others. In the last row it is that row.
+    """
+    key_kind, key_future, key_random = jax.random.split(key, 3)
+    if discount is None:
+        nearest = jnp.minimum(index + 1, end)  # a mean of row numbers would lose rows beyond 2^24: float32
+        future = nearest + jnp.round(jax.random.uniform(key_future, index.shape) * (end - nearest)).astype(int)
+    else:
+        future = jnp.minimum(index + jax.random.geometric(key_future, 1 - discount, index.shape), end)
+    kind, anywhere = jax.random.uniform(key_kind, index.shape), jax.random.randint(key_random, index.shape, 0, n)
+    return jnp.where(kind < p_current, index, jnp.where(kind < p_current + p_future, future, anywhere))
+
+
+def draw(key, dataset, state, cfg: Config):
+    """Rows of the dataset, uniformly and with replacement; each with its goals, states of rows of the same data."""
+    key_index, key_actor, key_value = jax.random.split(key, 3)
+    n, states = len(dataset.end), dataset.obs if dataset.achieved is None else dataset.achieved
+    index = jax.random.randint(key_index, (cfg.batch_size,), 0, n)
+    end = dataset.end[index]
+    low_goal = jnp.minimum(index + cfg.subgoal_steps, end)
+    key_kind, key_ahead, key_random = jax.random.split(key_actor, 3)
+    ahead = jax.random.uniform(key_kind, index.shape) < cfg.actor_p_future
+    anywhere = jax.random.randint(key_random, index.shape, 0, n)
+    high_goal = jnp.where(ahead, draw_goals(key_ahead, index, end, n, 0.0, 1.0), anywhere)
+    subgoal = jnp.where(ahead, jnp.minimum(low_goal, high_goal), low_goal)  # a goal elsewhere cuts nothing short
+    goal = draw_goals(key_value, index, end, n, cfg.p_current, cfg.p_future, cfg.discount)
+    reached = (goal == index).astype(jnp.float32)
+    return Batch(
+        obs=dataset.obs[index],
+        action=dataset.action[index],
+        next_obs=dataset.next_obs[index],
+        low_goal=states[low_goal],
+        high_goal=states[high_goal],
+        subgoal=states[subgoal],
+        subgoal_obs=dataset.obs[subgoal],
+        goal=states[goal],
+        reward=reached - 1,
+        mask=1 - reached,
+    )
+
+
+def descend(tx, loss_fn, trainable, *args):
+    """One optimiser step on `loss_fn(params, *args) -> (loss, info)`."""
+    (loss, info), grads = jax.value_and_grad(loss_fn, has_aux=True)(trainable.params, *args)
+    updates, opt_state = tx.update(grads, trainable.opt_state, trainable.params)
+    params = optax.apply_updates(trainable.params, updates)
+    return Trainable(params, opt_state), {loss_fn.__name__: loss, **info}
+
+
+def expectile_loss(advantage, u, expectile):
+    """Asymmetric squared error of u: weight `expectile` where the advantage is >= 0, else 1 - `expectile`."""
+    return jnp.where(advantage >= 0, expectile, 1 - expectile) * u**2
+
+
+def make_agent(cfg: Config, spec: Spec) -> Agent:
+    actor, high_actor = GoalActor(spec.action_dim, cfg.hidden, spec.discrete), GoalActor(cfg.rep_dim, cfg.hidden)
+    value, phi = GoalValue(2, cfg.hidden), GoalEncoder(cfg.rep_dim, cfg.hidden, normalized=True)
+    adam = optax.adam(cfg.learning_rate)
+
+    def v_of(params, obs, goal):
+        return value.apply(params["v"], obs, phi.apply(params["phi"], obs, goal))
+
+    def value_loss(params, batch, advantage, target):
+        v = v_of(params, batch.obs, batch.goal)
+        chex.assert_shape([v, target], (2, *batch.reward.shape))
+        loss = expectile_loss(advantage[None], target - v, cfg.expectile)
+        return loss.sum(axis=0).mean(), {"v": v.mean()}
+
+    def actor_loss(params, batch, advantage, subgoal):
+        weight = jnp.minimum(jnp.exp(cfg.alpha_low * advantage), cfg.max_weight)
+        log_prob = actor.apply(params, batch.obs, subgoal).log_prob(batch.action)
+        chex.assert_equal_shape([weight, log_prob, batch.reward])
+        return -(weight * log_prob).mean(), {"weight": weight.mean()}
+
+    def high_actor_loss(params, batch, advantage, subgoal):
+        weight = jnp.minimum(jnp.exp(cfg.alpha_high * advantage), cfg.max_weight)
+        log_prob = high_actor.apply(params, batch.obs, batch.high_goal).log_prob(subgoal)
+        chex.assert_equal_shape([weight, log_prob, batch.reward])
+        return -(weight * log_prob).mean(), {"high_weight": weight.mean()}
+
+    def init(key):
+        key, key_actor, key_value, key_high, key_phi = jax.random.split(key, 5)
+        obs, goal, z = (jnp.zeros((1, size)) for size in (spec.obs_dim, spec.goal_dim, cfg.rep_dim))
+        actor_params, high_params = actor.init(key_actor, obs, z), high_actor.init(key_high, obs, goal)
+        value_params = {"phi": phi.init(key_phi, obs, goal), "v": value.init(key_value, obs, z)}
+        return State(
+            key=key,
+            actor=Trainable(actor_params, adam.init(actor_params)),
+            high_actor=Trainable(high_params, adam.init(high_params)),
+            value=Trainable(value_params, adam.init(value_params)),
+            target_value=value_params["v"],
+        )
+
+    def update(state, batch):
+        old = state.value.params
+        slow = {"phi": old["phi"], "v": state.target_value}
+        next_v, v = (v_of(slow, x, batch.goal) for x in (batch.next_obs, batch.obs))
+        target = batch.reward[None] + cfg.discount * batch.mask[None] * next_v
+        new_value, value_info = descend(
+            adam, value_loss, state.value, batch, target.min(axis=0) - v.mean(axis=0), target
+        )
+
+        next_v, v = (v_of(old, x, batch.low_goal) for x in (batch.next_obs, batch.obs))
+        z = phi.apply(old["phi"], batch.obs, batch.low_goal)
+        new_actor, actor_info = descend(adam, actor_loss, state.actor, batch, (next_v - v).mean(axis=0), z)
+
+        next_v, v = (v_of(old, x, batch.high_goal) for x in (batch.subgoal_obs, batch.obs))
+        z = phi.apply(old["phi"], batch.obs, batch.subgoal)
+        new_high, high_info = descend(adam, high_actor_loss, state.high_actor, batch, (next_v - v).mean(axis=0), z)
+
+        target_value = optax.incremental_update(new_value.params["v"], state.target_value, cfg.tau)
+        return State(state.key, new_actor, new_high, new_value, target_value), value_info | actor_info | high_info
+
+    def act(state, obs, key):
+        obs, goal = jnp.split(obs, [spec.obs_dim], axis=-1)
+        subgoal = sphere(high_actor.apply(state.high_actor.params, obs, goal).mode())
+        action = actor.apply(state.actor.params, obs, subgoal).mode()
+        return action if spec.discrete else jnp.clip(action, -1, 1)
+
+    return Agent(init, update, act)
+
+
+# --- Training: the same in every file, and a test keeps it so -----------------------------------------------
+def make_train(cfg: Config, agent: Agent, phase: str = "update"):
+    """`train(state, dataset)`: `cfg.log_interval` updates and the mean of each metric. Pure: jit it, vmap it."""
+    first = "pretrain_" if phase == "pretrain" else ""  # of the two phases that some methods have
+    cycle = getattr(agent, first + "cycle", [getattr(agent, phase)])  # updates in turn; the last has every metric
+    prepare = getattr(agent, first + "prepare", lambda *unchanged: unchanged)
+    draw_batch = getattr(agent, first + "draw", draw)
+    interval = getattr(cfg, "prepare_interval", cfg.log_interval)
+
+    def train(state, dataset):
+        names = []  # of the metrics, once `step` is traced
+
+        def step(state, rows):
+            infos = []
+            for update in cycle:
+                key, key_batch = jax.random.split(state.key)
+                batch = draw_batch(key_batch, rows, state, cfg)
+                state, info = update(state._replace(key=key), batch)
+                infos.append(info)
+            names[:] = info
+            values = ([info[name] for info in infos if name in info] for name in names)
+            return state, jnp.stack([sum(x) / len(x) for x in values])  # in one array: one kernel
+
+        def steps(state, _):
+            state, rows = prepare(state, dataset)
+            return jax.lax.scan(lambda state, _: step(state, rows), state, length=interval // len(cycle))
+
+        state, metrics = jax.lax.scan(steps, state, length=cfg.log_interval // interval)
+        return state, dict(zip(names, metrics.mean(axis=(0, 1)), strict=True))
+
+    return train
+
+
+def act_at(cfg: Config, agent: Agent, state, obs, memory, reward, t):
+    """(actions, memory) at step `t` of episodes; at their start there is no memory, and the last reward is 0."""
+    act = getattr(agent, "act_with_memory", lambda *at: (agent.act(*at[:3]), None))
+    key = jax.random.fold_in(jax.random.key(~cfg.seed), t)  # of no use elsewhere: init splits the seed's own key
+    return act(state, obs, key, memory, reward)
+
+
+class Runs:
+    """The runs of a folder: each seed at each point of a grid has a row in every array of `fields` and `states`."""
+
+    def __init__(self, cfg: Config, interface: Interface, grid: dict[str, list[float]]):
+        self.cfg, self.interface = cfg, interface
+        rows = list(itertools.product(*grid.values(), range(cfg.seed, cfg.seed + cfg.num_seeds)))
+        self.runs = [{"seed": row[-1], "grid": dict(zip(grid, row, strict=False))} for row in rows]
+        self.fields = {name: np.array([run["grid"][name] for run in self.runs], np.float32) for name in grid}
+        self.fields["seed"] = np.array([run["seed"] for run in self.runs], np.int32)
+        self.mesh = Mesh(jax.local_devices()[: math.gcd(len(self.runs), jax.local_device_count())], "run")
+        self.step = -getattr(cfg, "pretrain_updates", 0)  # updates so far; a first phase ends at 0
+        self.seconds = {"train_seconds": 0.0, "eval_seconds": 0.0}
+        self.metrics, self.lines, self.episode = {}, [], None  # of the last interval; of metrics.jsonl; of `__call__`
+        make_agent(cfg, interface.spec)  # refuses what it cannot be, before any compilation
+        init, act = self.every(lambda cfg, agent: agent.init(jax.random.key(cfg.seed))), self.every(act_at)
+        self.init = lambda: init(self.fields, (), {})
+        self.act = lambda obs, t, *episode: act(self.fields, (self.states, obs, *episode), {"t": t})
+        q = self.every(lambda cfg, agent, *at: agent.q(*at))
+        self.q = (lambda *at: q(self.fields, (self.states, *at), {})) if "q" in Agent._fields else None
+
+    def __call__(self, observation, reward=None):  # see Interface.act
+        action, self.episode = self.interface.act(self.act, observation, reward, self.episode)
+        return action
+
+    def every(self, function, donate=()):
+        """`function(cfg, agent, *row, **shared)` of every run, with its row of each array: (fields, rows, shared)."""
+
+        def of_run(fields, row, shared):
+            cfg = dataclasses.replace(self.cfg, **fields)
+            return function(cfg, make_agent(cfg, self.interface.spec), *row, **shared)
+
+        def of_device(fields, rows, shared):
+            if self.mesh.devices[0].platform == "cpu":  # its caches hold the networks of one run: they take turns
+                return jax.lax.map(lambda row: of_run(*row, shared), (fields, rows))
+            return jax.vmap(of_run, in_axes=(0, 0, None))(fields, rows, shared)
+
+        specs = {"in_specs": (P("run"), P("run"), P()), "out_specs": P("run"), "check_vma": False}
+        return jax.jit(jax.shard_map(of_device, mesh=self.mesh, **specs), donate_argnums=donate)
+
+    def lower(self, phase: str, shared):
+        train = self.every(lambda cfg, agent, *row, **shared: make_train(cfg, agent, phase)(*row, **shared), donate=1)
+        return train.lower(self.fields, (self.states,), shared)
+
+    def advance(self, train, shared, bar):
+        infos, started = [], time.perf_counter()
+        for _ in range(self.cfg.eval_interval // self.cfg.log_interval):
+            self.states, info = train(self.fields, (self.states,), shared)
+            infos.append(jax.device_get(info))
+            bar.set_postfix({k: f"{x.mean():.3g}" for k, x in infos[-1].items() if k.endswith("loss")}, refresh=False)
+            bar.update(self.cfg.log_interval)
+        self.step += self.cfg.eval_interval
+        self.seconds["train_seconds"] += time.perf_counter() - started
+        self.metrics = {name: np.mean([info[name] for info in infos], axis=0) for name in info}
+
+    def save(self, folder: Path):
+        states = jax.device_get(self.states._replace(key=jax.random.key_data(self.states.key)))
+        saved = {name: getattr(self, name) for name in ("step", "seconds", "metrics", "lines")}
+        saved["states"] = flax.serialization.to_state_dict(states)
+        write(folder / "checkpoint.msgpack", flax.serialization.msgpack_serialize(saved, in_place=True))  # keeps order
+
+    def evaluate(self, env, folder: Path, bar):
+        cfg, columns, started = self.cfg, {}, time.perf_counter()
+        if self.step > 0:  # a first phase is not played
+            how = {"discount": self.fields.get("discount", getattr(cfg, "discount", 1.0)), "max_steps": cfg.eval_steps}
+            columns = env.measure(self.act, self.q, self.fields["seed"], cfg.eval_episodes, **how)
+            bar.set_description(f"score {columns['score'].mean():.1f}".replace("score nan", "no score"))
+        arrays = self.metrics, jax.device_get([x.params for x in self.states if isinstance(x, Trainable)])
+        finite = [np.isfinite(x).reshape(len(self.runs), -1).all(axis=1) for x in jax.tree.leaves(arrays)]
+        columns |= {**self.metrics, "diverged": ~np.all(finite, axis=0)}
+        for i, run in enumerate(self.runs):
+            self.lines.append({"step": self.step, **run, **{name: column[i] for name, column in columns.items()}})
+        write(folder / "metrics.jsonl", *self.lines)
+        self.seconds["eval_seconds"] += time.perf_counter() - started
+
+
+def restore(folder: str | Path, run: int | None = 0) -> Runs:
+    """A trained policy: `policy = restore("runs/iql/...")`; `env.step(policy(observation))`. None: all of its runs."""
+    try:
+        kept = json.loads((Path(folder) / "config.json").read_text())
+        saved = flax.serialization.msgpack_restore((Path(folder) / "checkpoint.msgpack").read_bytes())
+        fields = {name: tuple(x) if isinstance(x, list) else x for name, x in kept["config"].items()}
+        assert fields["algo"] == Path(__file__).stem, f"a run of {fields['algo']}"
+        cfg = Config(**{field.name: fields[field.name] for field in dataclasses.fields(Config)})
+        runs = Runs(cfg, Interface(*kept["interface"]), fields["grid"])
+        states = flax.serialization.from_state_dict(like := jax.eval_shape(runs.init), saved["states"])
+        states = states._replace(key=jax.random.wrap_key_data(states.key))
+        chex.assert_trees_all_equal_shapes_and_dtypes(states, like)
+        if run not in (None, *range(len(runs.runs))):
+            raise SystemExit(f"{folder} has no run {run}: its seeds, point by point, are 0 to {len(runs.runs) - 1}.")
+        if run is not None:
+            one, states = runs.runs[run], jax.tree.map(lambda x: x[run, None], states)
+            runs = Runs(dataclasses.replace(cfg, seed=one["seed"], num_seeds=1, **one["grid"]), runs.interface, {})
+        vars(runs).update({name: saved[name] for name in ("step", "seconds", "metrics", "lines")})
+        runs.states = jax.device_put(states)
+        return runs
+    except Exception as error:  # absent, torn, foreign or of another version, each in its own way
+        raise SystemExit(f"{folder} holds no run that {Path(__file__).name} can go on with ({error!r}).") from error
+
+
+def read(path: Path):  # a JSON object, empty where the file is absent, torn or something else
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        return dict(orjson.loads(path.read_bytes()))
+    return {}
+
+
+def write(path: Path, *parts):
+    """Bytes, or what becomes JSON (NaN becomes null). A reader, or a kill, finds the old file or the new one whole."""
+    style = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE | orjson.OPT_INDENT_2 * (path.suffix == ".json")
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(b"".join(x if isinstance(x, bytes) else orjson.dumps(x, option=style) for x in parts))
+    os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def hold(folder: Path, about: dict):
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(folder / "lock", timeout=0):
+            if not {path.suffix for path in folder.iterdir()} & {".json", ".jsonl", ".msgpack"}:  # no run yet
+                write(folder / "config.json", about)
+            if read(folder / "config.json").get("config") != json.loads(json.dumps(about["config"])):
+                raise SystemExit(f"{folder} holds something else than this very run: choose another --out.")
+            yield
+    except KeyboardInterrupt:
+        raise SystemExit(f"Stopped: the same command goes on from the last checkpoint in {folder}.") from None
+    except OSError as error:
+        raise SystemExit(f"{folder} is in use, or cannot be written ({error}): choose another --out.") from error
+
+
+def main(cfg: Config, grid: dict[str, list[float]] | None = None):
+    """Trains every seed at every point of `grid`, whose float fields `load_data` does not read; goes on if stopped."""
+    algo, grid, pretrain = Path(__file__).stem, grid or {}, getattr(cfg, "pretrain_updates", 0)
+    check(cfg, grid)
+    out = Path(cfg.out or f"runs/{algo}/{cfg.dataset}")
+    with contextlib.suppress(RuntimeError):  # JAX runs already, in a notebook or a test; or there is no home
+        rows = cfg.num_seeds * math.prod(map(len, grid.values()))
+        jax.config.update("jax_num_cpu_devices", math.gcd(rows, os.cpu_count()))
+        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "stitch"))
+    dataset, env = load_data(cfg)
+    env.probe(cfg.eval_episodes)  # says before training what will not be scored
+    started, runs = time.perf_counter(), Runs(cfg, env.interface, grid)
+    source = {**provenance(), "device": f"{runs.mesh.size} x {runs.mesh.devices[0].device_kind}"}
+    config = {"algo": algo, **dataclasses.asdict(cfg), "out": "", "grid": grid, "data": env.fingerprint}
+    with hold(out, {"config": config, "interface": list(env.interface), **source}):
+        if (summary := read(out / "summary.json")).get("algo") == algo:
+            print(f"{out} holds this very run, finished: to train again, choose another --out or remove it.")
+            return summary
+        runs.states = runs.init()
+        if (out / "checkpoint.msgpack").exists():
+            runs = restore(out, run=None)
+        shared = {"dataset": jax.device_put(dataset, NamedSharding(runs.mesh, P()))}
+        trains = {phase: runs.lower(phase, shared).compile() for phase in ("pretrain", "update")[runs.step >= 0 :]}
+        compile_seconds = time.perf_counter() - started
+        with tqdm(total=pretrain + cfg.num_updates, initial=pretrain + runs.step, unit="update") as bar:
+            if runs.metrics:  # a checkpoint comes before its evaluation
+                runs.evaluate(env, out, bar)
+            while runs.step < cfg.num_updates:
+                runs.advance(trains["pretrain" if runs.step < 0 else "update"], shared, bar)
+                runs.save(out)
+                runs.evaluate(env, out, bar)
+        speed = (pretrain + runs.step) * len(runs.runs) / runs.seconds["train_seconds"]  # of all runs together
+        summary = {"algo": algo, "dataset": cfg.dataset, "num_updates": runs.step, "updates_per_second": speed}
+        summary |= {"compile_seconds": compile_seconds, **runs.seconds, **env.summary(runs.lines), **source}
+        write(out / "summary.json", summary)
+    print(f"{algo} on {env.sentence(summary)}, {speed:.0f} updates/s\nTo draw it: python benchmarks/plot.py {out}")
+    return read(out / "summary.json")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__.partition("\n\n")[0]))

@@ -1,0 +1,467 @@
+"""Quasimetric RL (QRL): the number of steps between states, as the largest distance that never exceeds 1 for one step.
+
+Such a distance obeys the triangle inequality by its form, so that what a step costs bounds every way. No rewards, no
+discount, no bootstrap: no target can be wrong.
+
+Paper      Wang et al. (2023), https://arxiv.org/abs/2304.01203; IQE: https://arxiv.org/abs/2211.15120
+Reference  https://github.com/seohongpark/ogbench at 1d41409, agents/qrl.py; the authors': quasimetric-rl at 0a611a4
+
+From equation to code
+    max E[ shape(d(s, g)) ]  s.t.  E[ relu(d(s, s') - 1)^2 ] <= epsilon                       distance_loss
+    shape: minus 100 softplus(5 - d / 100), flat where d is far beyond 500                    push_apart
+    lambda = exp(rho) rises where the mean square exceeds epsilon, and falls below            multiplier_loss
+    L_T = E[ d(z', z + T(z, a)) + d(z + T(z, a), z') ] / 2,  z = phi(s), z' = phi(s')         distance_loss
+    L_pi: ddpgbc_loss with q = -d(z + T(z, clip(mu)), phi(g)); awr_loss with A = d(s, g) - d(s', g)
+
+Order of one update   d with T, lambda and pi, all with the networks from before it.
+Hyper-parameters      the reference's; batch_size, learning_rate and hidden are for the short default run.
+Deviations            1. OGBench's form throughout. The authors' code: epsilon 0.0625, a softplus multiplier with larger
+                         steps, squared L_T, two critics, and cloning of 0.05 times the loss, not divided by E|q|.
+                      2. Goals are whole observations: d compares states with states.
+Run                   python algos/qrl.py --num-seeds 3
+"""
+
+import contextlib
+import dataclasses
+import inspect
+import itertools
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import chex
+import filelock
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orjson
+import tyro
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from tqdm import tqdm
+from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
+
+from common.datasets import load_dataset
+from common.environments import Interface, Spec, provenance
+from common.networks import GoalActor, GoalEncoder, Quasimetric
+
+
+# --- Configuration -------------------------------------------------------------------------------------
+@dataclasses.dataclass(frozen=True)
+class Config:
+    # Experiment
+    dataset: str = "stitch/ogbench-pointmaze-medium-stitch-200k-v0"  # a Minari dataset: local, built, or downloaded
+    seed: int = 0  # of the first run: its networks, batches and evaluation
+    num_seeds: int = 3  # runs trained in one program, with seeds seed, seed + 1, ...
+    num_updates: int = 6_000  # gradient steps (published runs: some 1,000,000)
+    eval_interval: int = 2_000  # gradient steps between two evaluations, each with a checkpoint
+    eval_episodes: int = 20  # episodes of one evaluation, for each seed; 0: none, and no environment is made
+    eval_steps: int = 0  # after as many steps an episode of an evaluation is stopped; 0: the environment's own limit
+    log_interval: int = 250  # gradient steps of one compiled call; the progress line moves after each
+    out: str = ""  # the run folder; by default runs/ALGORITHM/DATASET
+    # Optimisation
+    batch_size: int = 256  # transitions of one gradient step (the reference: 1024)
+    learning_rate: float = 1e-3  # of every Adam (the reference: 3e-4)
+    hidden: tuple[int, ...] = (256, 256)  # units of the hidden layers (the reference: 512, 512, 512)
+    # QRL
+    quasimetric: Literal["iqe", "mrn"] = "iqe"  # form of d: lengths of unions of intervals, or metric residual
+    latent_dim: int = 512  # length of phi(s); with iqe a multiple of 8
+    epsilon: float = 0.05  # allowed mean square by which one step is longer than 1
+    extraction: Literal["ddpgbc", "awr"] = "ddpgbc"  # of the policy: climb -d and clone, or clone by weights
+    alpha: float = 0.003  # ddpgbc: weight of cloning; awr: inverse temperature of the weights, 0 is GCBC
+    max_weight: float = 100.0  # awr: clip of the weights, for stability
+    actor_p_future: float = 1.0  # share of the policy's goals that lie ahead; the rest are states of any row
+
+
+def load_data(cfg: Config):
+    return load_dataset(cfg.dataset, goals=True, columns=("end",))
+
+
+def check(cfg: Config, grid: dict[str, list[float]]):
+    """Ends with one sentence where a value cannot be what its field needs."""
+    types = {field.name: field.type for field in dataclasses.fields(cfg)}
+    for name, kind in types.items():
+        value, kind = (grid[name], list[kind]) if name in grid else (getattr(cfg, name), kind)
+        try:
+            check_type(value, kind, collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)
+        except TypeCheckError:
+            raise SystemExit(f"{name} must be {inspect.formatannotation(kind)}, not {value!r}.") from None
+        low = 0 if name in ("seed", "eval_episodes", "eval_steps") else 1
+        if kind in (int, tuple[int, ...]) and not all(low <= x < 2**31 for x in np.ravel(value)):
+            raise SystemExit(f"{name} must be from {low} to {2**31 - 1}, not {value}.")
+        if not all(abs(x) < 1e38 for x in np.ravel(value) if isinstance(x, float | int)):  # nor is NaN
+            raise SystemExit(f"{name} must be a finite number, not {value}.")
+    if cfg.seed + cfg.num_seeds > 2**31:
+        raise SystemExit(f"seed + num_seeds must be at most {2**31}, not {cfg.seed + cfg.num_seeds}.")
+    read = load_data.__code__.co_names  # names in its text: the data are loaded once, for all points of a grid
+    if wrong := [name for name in grid if types.get(name) is not float or name in read or not grid[name]]:
+        raise SystemExit(f"A grid has values of float fields that load_data does not read: not so {wrong[0]}.")
+    counts = {"num_updates": "eval_interval", "pretrain_updates": "eval_interval", "eval_interval": "log_interval"}
+    turn = "prepare_interval" if "prepare_interval" in types else "log_interval"  # which is made of whole cycles
+    counts |= {"log_interval": turn, turn: "policy_delay"}
+    for whole, part in counts.items():
+        if getattr(cfg, whole, 0) % getattr(cfg, part, 1):
+            raise SystemExit(f"{whole} must be a multiple of {part}, which is {getattr(cfg, part)}.")
+
+
+# --- State: arrays only, so that a whole run can be vmapped, compared and saved -----------------------------
+class Trainable(NamedTuple):
+    params: Any
+    opt_state: optax.OptState
+
+
+class State(NamedTuple):
+    key: jax.Array
+    actor: Trainable
+    distance: Trainable  # its params: {"d": of the quasimetric, "T": of the latent dynamics, with ddpgbc}
+    multiplier: Trainable  # rho = log lambda, ()
+
+
+class Batch(NamedTuple):
+    obs: jax.Array  # (b, obs_dim)
+    action: jax.Array  # (b, action_dim), or (b,)
+    next_obs: jax.Array  # (b, obs_dim)
+    actor_goal: jax.Array  # (b, obs_dim), the policy's
+    goal: jax.Array  # (b, obs_dim), of any row
+
+
+class Agent(NamedTuple):
+    init: Callable  # (key) -> State
+    update: Callable  # (State, Batch) -> (State, metrics)
+    act: Callable  # (State, obs, key) -> action; obs is the observation and, behind it, the goal
+
+
+# --- Algorithm -----------------------------------------------------------------------------------------
+def draw_goals(key, index, end, n, p_future):
+    """Rows whose states become goals of the rows `index`: a later one of its episode, or any of the n.
+
+    A later one is uniform, and both ends have half the chance of the others. In the last row, `end`, it is that row.
+    """
+    key_kind, key_future, key_random = jax.random.split(key, 3)
+    nearest = jnp.minimum(index + 1, end)  # a mean of row numbers would lose rows beyond 2^24: float32
+    future = nearest + jnp.round(jax.random.uniform(key_future, index.shape) * (end - nearest)).astype(int)
+    kind, anywhere = jax.random.uniform(key_kind, index.shape), jax.random.randint(key_random, index.shape, 0, n)
+    return jnp.where(kind < p_future, future, anywhere)
+
+
+def draw(key, dataset, state, cfg: Config):
+    """Rows of the dataset, uniformly and with replacement; each with two goals, states of rows of the same data."""
+    key_index, key_actor, key_value = jax.random.split(key, 3)
+    n = len(dataset.end)
+    index, goal = (jax.random.randint(k, (cfg.batch_size,), 0, n) for k in (key_index, key_value))
+    actor_goal = draw_goals(key_actor, index, dataset.end[index], n, cfg.actor_p_future)
+    rows = dataset.obs[index], dataset.action[index], dataset.next_obs[index]
+    return Batch(*rows, dataset.obs[actor_goal], dataset.obs[goal])
+
+
+def descend(tx, loss_fn, trainable, *args):
+    """One optimiser step on `loss_fn(params, *args) -> (loss, info)`."""
+    (loss, info), grads = jax.value_and_grad(loss_fn, has_aux=True)(trainable.params, *args)
+    updates, opt_state = tx.update(grads, trainable.opt_state, trainable.params)
+    params = optax.apply_updates(trainable.params, updates)
+    return Trainable(params, opt_state), {loss_fn.__name__: loss, **info}
+
+
+def push_apart(d):
+    """A loss that falls as d grows, by 1 at d = 0, by half at 500 and hardly beyond 1000. Any shape."""
+    return 100 * jax.nn.softplus(5 - d / 100)
+
+
+def ddpgbc_loss(q, log_prob, alpha):
+    """-E[q] / E|q|, not differentiated, - alpha E[log pi(a|s, g)]; q (b,) is that of the policy's actions."""
+    chex.assert_equal_shape([q, log_prob])
+    return -q.mean() / (jax.lax.stop_gradient(jnp.abs(q).mean()) + 1e-6) - alpha * log_prob.mean()
+
+
+def awr_loss(advantage, log_prob, alpha, max_weight):
+    """-E[ min(exp(alpha A), max_weight) log pi(a|s, g) ]."""
+    chex.assert_equal_shape([advantage, log_prob])
+    return -(jnp.minimum(jnp.exp(alpha * advantage), max_weight) * log_prob).mean()
+
+
+def make_agent(cfg: Config, spec: Spec) -> Agent:
+    if spec.discrete and cfg.extraction == "ddpgbc":
+        raise SystemExit("DDPG+BC needs continuous actions, and this dataset's are discrete: use --extraction awr.")
+    if spec.goal_dim != spec.obs_dim:
+        raise SystemExit("QRL needs whole observations as goals, and this dataset's are parts: use GCIVL or HIQL.")
+    if cfg.quasimetric == "iqe" and cfg.latent_dim % 8:
+        raise SystemExit(f"latent_dim must be a multiple of 8 with iqe, not {cfg.latent_dim}.")
+    latent = cfg.extraction == "ddpgbc"  # needs the dynamics of phi
+    actor = GoalActor(spec.action_dim, cfg.hidden, spec.discrete)
+    quasimetric = Quasimetric(cfg.hidden, cfg.latent_dim, cfg.quasimetric)
+    dynamics = GoalEncoder(cfg.latent_dim, cfg.hidden)
+    adam = optax.adam(cfg.learning_rate)
+
+    def encode(params, obs):
+        return quasimetric.apply(params["d"], obs, method="encode")
+
+    def between(params, x, y):
+        return quasimetric.apply(params["d"], x, y, method="between")
+
+    def distance_loss(params, batch, multiplier):
+        z, next_z, goal_z = (encode(params, x) for x in (batch.obs, batch.next_obs, batch.goal))
+        far, step = between(params, z, goal_z), between(params, z, next_z)
+        chex.assert_shape([far, step], (len(batch.obs),))
+        excess = (jax.nn.relu(step - 1) ** 2).mean()
+        loss = push_apart(far).mean() + multiplier * excess
+        if latent:
+            predicted = z + dynamics.apply(params["T"], z, batch.action)
+            loss += (between(params, next_z, predicted) + between(params, predicted, next_z)).mean() / 2
+        return loss, {"distance": far.mean(), "step": step.mean(), "excess": excess}
+
+    def multiplier_loss(rho, excess):
+        return jnp.exp(rho) * (cfg.epsilon - excess), {"multiplier": jnp.exp(rho)}
+
+    def actor_loss(params, batch, old):
+        pi = actor.apply(params, batch.obs, batch.actor_goal)
+        log_prob = pi.log_prob(batch.action)
+        z, next_z, goal_z = (encode(old, x) for x in (batch.obs, batch.next_obs, batch.actor_goal))
+        if not latent:
+            advantage = between(old, z, goal_z) - between(old, next_z, goal_z)
+            return awr_loss(advantage, log_prob, cfg.alpha, cfg.max_weight), {"log_prob": log_prob.mean()}
+        next_z = z + dynamics.apply(old["T"], z, jnp.clip(pi.mode(), -1, 1))
+        return ddpgbc_loss(-between(old, next_z, goal_z), log_prob, cfg.alpha), {"log_prob": log_prob.mean()}
+
+    def init(key):
+        key, key_actor, key_d, key_T = jax.random.split(key, 4)
+        obs, z, action = (jnp.zeros((1, n)) for n in (spec.obs_dim, cfg.latent_dim, spec.action_dim))
+        actor_params = actor.init(key_actor, obs, obs)
+        params = {"d": quasimetric.init(key_d, obs, obs)} | ({"T": dynamics.init(key_T, z, action)} if latent else {})
+        return State(
+            key=key,
+            actor=Trainable(actor_params, adam.init(actor_params)),
+            distance=Trainable(params, adam.init(params)),
+            multiplier=Trainable(jnp.zeros(()), adam.init(jnp.zeros(()))),
+        )
+
+    def update(state, batch):
+        old, rho = state.distance.params, state.multiplier.params
+        new_distance, distance_info = descend(adam, distance_loss, state.distance, batch, jnp.exp(rho))
+        new_multiplier, info = descend(adam, multiplier_loss, state.multiplier, distance_info["excess"])
+        new_actor, actor_info = descend(adam, actor_loss, state.actor, batch, old)
+        return State(state.key, new_actor, new_distance, new_multiplier), distance_info | info | actor_info
+
+    def act(state, obs, key):
+        obs, goal = jnp.split(obs, [spec.obs_dim], axis=-1)
+        action = actor.apply(state.actor.params, obs, goal).mode()
+        return action if spec.discrete else jnp.clip(action, -1, 1)
+
+    return Agent(init, update, act)
+
+
+# --- Training: the same in every file, and a test keeps it so -----------------------------------------------
+def make_train(cfg: Config, agent: Agent, phase: str = "update"):
+    """`train(state, dataset)`: `cfg.log_interval` updates and the mean of each metric. Pure: jit it, vmap it."""
+    first = "pretrain_" if phase == "pretrain" else ""  # of the two phases that some methods have
+    cycle = getattr(agent, first + "cycle", [getattr(agent, phase)])  # updates in turn; the last has every metric
+    prepare = getattr(agent, first + "prepare", lambda *unchanged: unchanged)
+    draw_batch = getattr(agent, first + "draw", draw)
+    interval = getattr(cfg, "prepare_interval", cfg.log_interval)
+
+    def train(state, dataset):
+        names = []  # of the metrics, once `step` is traced
+
+        def step(state, rows):
+            infos = []
+            for update in cycle:
+                key, key_batch = jax.random.split(state.key)
+                batch = draw_batch(key_batch, rows, state, cfg)
+                state, info = update(state._replace(key=key), batch)
+                infos.append(info)
+            names[:] = info
+            values = ([info[name] for info in infos if name in info] for name in names)
+            return state, jnp.stack([sum(x) / len(x) for x in values])  # in one array: one kernel
+
+        def steps(state, _):
+            state, rows = prepare(state, dataset)
+            return jax.lax.scan(lambda state, _: step(state, rows), state, length=interval // len(cycle))
+
+        state, metrics = jax.lax.scan(steps, state, length=cfg.log_interval // interval)
+        return state, dict(zip(names, metrics.mean(axis=(0, 1)), strict=True))
+
+    return train
+
+
+def act_at(cfg: Config, agent: Agent, state, obs, memory, reward, t):
+    """(actions, memory) at step `t` of episodes; at their start there is no memory, and the last reward is 0."""
+    act = getattr(agent, "act_with_memory", lambda *at: (agent.act(*at[:3]), None))
+    key = jax.random.fold_in(jax.random.key(~cfg.seed), t)  # of no use elsewhere: init splits the seed's own key
+    return act(state, obs, key, memory, reward)
+
+
+class Runs:
+    """The runs of a folder: each seed at each point of a grid has a row in every array of `fields` and `states`."""
+
+    def __init__(self, cfg: Config, interface: Interface, grid: dict[str, list[float]]):
+        self.cfg, self.interface = cfg, interface
+        rows = list(itertools.product(*grid.values(), range(cfg.seed, cfg.seed + cfg.num_seeds)))
+        self.runs = [{"seed": row[-1], "grid": dict(zip(grid, row, strict=False))} for row in rows]
+        self.fields = {name: np.array([run["grid"][name] for run in self.runs], np.float32) for name in grid}
+        self.fields["seed"] = np.array([run["seed"] for run in self.runs], np.int32)
+        self.mesh = Mesh(jax.local_devices()[: math.gcd(len(self.runs), jax.local_device_count())], "run")
+        self.step = -getattr(cfg, "pretrain_updates", 0)  # updates so far; a first phase ends at 0
+        self.seconds = {"train_seconds": 0.0, "eval_seconds": 0.0}
+        self.metrics, self.lines, self.episode = {}, [], None  # of the last interval; of metrics.jsonl; of `__call__`
+        make_agent(cfg, interface.spec)  # refuses what it cannot be, before any compilation
+        init, act = self.every(lambda cfg, agent: agent.init(jax.random.key(cfg.seed))), self.every(act_at)
+        self.init = lambda: init(self.fields, (), {})
+        self.act = lambda obs, t, *episode: act(self.fields, (self.states, obs, *episode), {"t": t})
+        q = self.every(lambda cfg, agent, *at: agent.q(*at))
+        self.q = (lambda *at: q(self.fields, (self.states, *at), {})) if "q" in Agent._fields else None
+
+    def __call__(self, observation, reward=None):  # see Interface.act
+        action, self.episode = self.interface.act(self.act, observation, reward, self.episode)
+        return action
+
+    def every(self, function, donate=()):
+        """`function(cfg, agent, *row, **shared)` of every run, with its row of each array: (fields, rows, shared)."""
+
+        def of_run(fields, row, shared):
+            cfg = dataclasses.replace(self.cfg, **fields)
+            return function(cfg, make_agent(cfg, self.interface.spec), *row, **shared)
+
+        def of_device(fields, rows, shared):
+            if self.mesh.devices[0].platform == "cpu":  # its caches hold the networks of one run: they take turns
+                return jax.lax.map(lambda row: of_run(*row, shared), (fields, rows))
+            return jax.vmap(of_run, in_axes=(0, 0, None))(fields, rows, shared)
+
+        specs = {"in_specs": (P("run"), P("run"), P()), "out_specs": P("run"), "check_vma": False}
+        return jax.jit(jax.shard_map(of_device, mesh=self.mesh, **specs), donate_argnums=donate)
+
+    def lower(self, phase: str, shared):
+        train = self.every(lambda cfg, agent, *row, **shared: make_train(cfg, agent, phase)(*row, **shared), donate=1)
+        return train.lower(self.fields, (self.states,), shared)
+
+    def advance(self, train, shared, bar):
+        infos, started = [], time.perf_counter()
+        for _ in range(self.cfg.eval_interval // self.cfg.log_interval):
+            self.states, info = train(self.fields, (self.states,), shared)
+            infos.append(jax.device_get(info))
+            bar.set_postfix({k: f"{x.mean():.3g}" for k, x in infos[-1].items() if k.endswith("loss")}, refresh=False)
+            bar.update(self.cfg.log_interval)
+        self.step += self.cfg.eval_interval
+        self.seconds["train_seconds"] += time.perf_counter() - started
+        self.metrics = {name: np.mean([info[name] for info in infos], axis=0) for name in info}
+
+    def save(self, folder: Path):
+        states = jax.device_get(self.states._replace(key=jax.random.key_data(self.states.key)))
+        saved = {name: getattr(self, name) for name in ("step", "seconds", "metrics", "lines")}
+        saved["states"] = flax.serialization.to_state_dict(states)
+        write(folder / "checkpoint.msgpack", flax.serialization.msgpack_serialize(saved, in_place=True))  # keeps order
+
+    def evaluate(self, env, folder: Path, bar):
+        cfg, columns, started = self.cfg, {}, time.perf_counter()
+        if self.step > 0:  # a first phase is not played
+            how = {"discount": self.fields.get("discount", getattr(cfg, "discount", 1.0)), "max_steps": cfg.eval_steps}
+            columns = env.measure(self.act, self.q, self.fields["seed"], cfg.eval_episodes, **how)
+            bar.set_description(f"score {columns['score'].mean():.1f}".replace("score nan", "no score"))
+        arrays = self.metrics, jax.device_get([x.params for x in self.states if isinstance(x, Trainable)])
+        finite = [np.isfinite(x).reshape(len(self.runs), -1).all(axis=1) for x in jax.tree.leaves(arrays)]
+        columns |= {**self.metrics, "diverged": ~np.all(finite, axis=0)}
+        for i, run in enumerate(self.runs):
+            self.lines.append({"step": self.step, **run, **{name: column[i] for name, column in columns.items()}})
+        write(folder / "metrics.jsonl", *self.lines)
+        self.seconds["eval_seconds"] += time.perf_counter() - started
+
+
+def restore(folder: str | Path, run: int | None = 0) -> Runs:
+    """A trained policy: `policy = restore("runs/iql/...")`; `env.step(policy(observation))`. None: all of its runs."""
+    try:
+        kept = json.loads((Path(folder) / "config.json").read_text())
+        saved = flax.serialization.msgpack_restore((Path(folder) / "checkpoint.msgpack").read_bytes())
+        fields = {name: tuple(x) if isinstance(x, list) else x for name, x in kept["config"].items()}
+        assert fields["algo"] == Path(__file__).stem, f"a run of {fields['algo']}"
+        cfg = Config(**{field.name: fields[field.name] for field in dataclasses.fields(Config)})
+        runs = Runs(cfg, Interface(*kept["interface"]), fields["grid"])
+        states = flax.serialization.from_state_dict(like := jax.eval_shape(runs.init), saved["states"])
+        states = states._replace(key=jax.random.wrap_key_data(states.key))
+        chex.assert_trees_all_equal_shapes_and_dtypes(states, like)
+        if run not in (None, *range(len(runs.runs))):
+            raise SystemExit(f"{folder} has no run {run}: its seeds, point by point, are 0 to {len(runs.runs) - 1}.")
+        if run is not None:
+            one, states = runs.runs[run], jax.tree.map(lambda x: x[run, None], states)
+            runs = Runs(dataclasses.replace(cfg, seed=one["seed"], num_seeds=1, **one["grid"]), runs.interface, {})
+        vars(runs).update({name: saved[name] for name in ("step", "seconds", "metrics", "lines")})
+        runs.states = jax.device_put(states)
+        return runs
+    except Exception as error:  # absent, torn, foreign or of another version, each in its own way
+        raise SystemExit(f"{folder} holds no run that {Path(__file__).name} can go on with ({error!r}).") from error
+
+
+def read(path: Path):  # a JSON object, empty where the file is absent, torn or something else
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        return dict(orjson.loads(path.read_bytes()))
+    return {}
+
+
+def write(path: Path, *parts):
+    """Bytes, or what becomes JSON (NaN becomes null). A reader, or a kill, finds the old file or the new one whole."""
+    style = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE | orjson.OPT_INDENT_2 * (path.suffix == ".json")
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(b"".join(x if isinstance(x, bytes) else orjson.dumps(x, option=style) for x in parts))
+    os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def hold(folder: Path, about: dict):
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(folder / "lock", timeout=0):
+            if not {path.suffix for path in folder.iterdir()} & {".json", ".jsonl", ".msgpack"}:  # no run yet
+                write(folder / "config.json", about)
+            if read(folder / "config.json").get("config") != json.loads(json.dumps(about["config"])):
+                raise SystemExit(f"{folder} holds something else than this very run: choose another --out.")
+            yield
+    except KeyboardInterrupt:
+        raise SystemExit(f"Stopped: the same command goes on from the last checkpoint in {folder}.") from None
+    except OSError as error:
+        raise SystemExit(f"{folder} is in use, or cannot be written ({error}): choose another --out.") from error
+
+
+def main(cfg: Config, grid: dict[str, list[float]] | None = None):
+    """Trains every seed at every point of `grid`, whose float fields `load_data` does not read; goes on if stopped."""
+    algo, grid, pretrain = Path(__file__).stem, grid or {}, getattr(cfg, "pretrain_updates", 0)
+    check(cfg, grid)
+    out = Path(cfg.out or f"runs/{algo}/{cfg.dataset}")
+    with contextlib.suppress(RuntimeError):  # JAX runs already, in a notebook or a test; or there is no home
+        rows = cfg.num_seeds * math.prod(map(len, grid.values()))
+        jax.config.update("jax_num_cpu_devices", math.gcd(rows, os.cpu_count()))
+        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "stitch"))
+    dataset, env = load_data(cfg)
+    env.probe(cfg.eval_episodes)  # says before training what will not be scored
+    started, runs = time.perf_counter(), Runs(cfg, env.interface, grid)
+    source = {**provenance(), "device": f"{runs.mesh.size} x {runs.mesh.devices[0].device_kind}"}
+    config = {"algo": algo, **dataclasses.asdict(cfg), "out": "", "grid": grid, "data": env.fingerprint}
+    with hold(out, {"config": config, "interface": list(env.interface), **source}):
+        if (summary := read(out / "summary.json")).get("algo") == algo:
+            print(f"{out} holds this very run, finished: to train again, choose another --out or remove it.")
+            return summary
+        runs.states = runs.init()
+        if (out / "checkpoint.msgpack").exists():
+            runs = restore(out, run=None)
+        shared = {"dataset": jax.device_put(dataset, NamedSharding(runs.mesh, P()))}
+        trains = {phase: runs.lower(phase, shared).compile() for phase in ("pretrain", "update")[runs.step >= 0 :]}
+        compile_seconds = time.perf_counter() - started
+        with tqdm(total=pretrain + cfg.num_updates, initial=pretrain + runs.step, unit="update") as bar:
+            if runs.metrics:  # a checkpoint comes before its evaluation
+                runs.evaluate(env, out, bar)
+            while runs.step < cfg.num_updates:
+                runs.advance(trains["pretrain" if runs.step < 0 else "update"], shared, bar)
+                runs.save(out)
+                runs.evaluate(env, out, bar)
+        speed = (pretrain + runs.step) * len(runs.runs) / runs.seconds["train_seconds"]  # of all runs together
+        summary = {"algo": algo, "dataset": cfg.dataset, "num_updates": runs.step, "updates_per_second": speed}
+        summary |= {"compile_seconds": compile_seconds, **runs.seconds, **env.summary(runs.lines), **source}
+        write(out / "summary.json", summary)
+    print(f"{algo} on {env.sentence(summary)}, {speed:.0f} updates/s\nTo draw it: python benchmarks/plot.py {out}")
+    return read(out / "summary.json")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__.partition("\n\n")[0]))
