@@ -49,7 +49,7 @@ from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
-from common.datasets import load_dataset
+from common.datasets import aligned, load_dataset
 from common.environments import Interface, Spec, provenance
 from common.networks import Critic, DeterministicActor
 
@@ -91,7 +91,7 @@ def load_data(cfg: Config):
     # A terminal row needs no next action. Where a time-out ends the episode there is none: that row is left out
     last = np.append(np.diff(dataset.episode) != 0, True)
     keep = (dataset.terminal > 0) | ~last
-    return jax.tree.map(lambda x: x[keep], dataset._replace(episode=None)), env
+    return jax.tree.map(lambda x: aligned(x[keep]), dataset._replace(episode=None)), env
 
 
 def check(cfg: Config, grid: dict[str, list[float]]):

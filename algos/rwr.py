@@ -47,7 +47,7 @@ from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
-from common.datasets import load_dataset
+from common.datasets import aligned, load_dataset
 from common.environments import Interface, Spec, provenance
 from common.networks import CategoricalActor, GaussianActor
 
@@ -79,7 +79,7 @@ class Config:
 def load_data(cfg: Config):
     dataset, env = load_dataset(cfg.dataset, columns=("return_to_go",), discount=cfg.discount)
     x = getattr(dataset, cfg.target)
-    return dataset._replace(**{cfg.target: x - x.max()}), env
+    return dataset._replace(**{cfg.target: aligned(x - x.max())}), env
 
 
 def check(cfg: Config, grid: dict[str, list[float]]):

@@ -161,6 +161,7 @@ def test_the_policy_sees_its_own_observations_and_the_data_its_own_actions(monke
     monkeypatch.setattr(fqe, "load_dataset", lambda *args, **options: (data, Env()))
     dataset, env = fqe.load_data(fqe.Config(policy="x", num_seeds=1))
     np.testing.assert_allclose(dataset.obs[:, 0], [-1, 0.5, 2])
+    assert not [x for x in jax.tree.leaves(dataset) if x.ctypes.data % 64]  # aligned: all CPU devices share them
     np.testing.assert_allclose(dataset.next_obs[:, 0], [-0.5, 1, 2.5])
     np.testing.assert_allclose(dataset.action[:, 0], [-2, -0.5, 3.5])  # -2, 1 and 9 where the bounds are 0 and 4
     assert env.fingerprint == {"hash": "of the data", "policy": "of the policy"}
