@@ -242,26 +242,15 @@ def draw(result, path):
     methods = list(dict.fromkeys(labels))
     figure, axes = plt.subplots(2, math.ceil(len(names) / 2), figsize=(2.4 * math.ceil(len(names) / 2) + 1.6, 5.6),
                                 sharex=True, squeeze=False, layout="constrained")  # fmt: skip
-    margin = 0.5 * np.ptp(truth) or 1.0
-    low, high = truth.min() - margin, truth.max() + margin
     for panel, name in zip(axes.flat, names, strict=False):
-        panel.plot([low, high], [low, high], color="#D0D0D0", zorder=0)
-        for policy, true, i in zip(policies, truth, map(methods.index, labels), strict=True):
-            value, *ends = np.array(policy["estimates"].get(name, (np.nan,) * 3), float)
-            panel.plot([true, true], np.clip(ends, low, high), color=COLOURS[i % len(COLOURS)], linewidth=1, alpha=0.4)
-            edge = value if low <= value <= high else np.clip(value, low, high)
-            full = COLOURS[i % len(COLOURS)] if edge == value else "none"  # hollow at the edge: it lies beyond
-            panel.plot(
-                true,
-                edge,
-                MARKERS[i % len(MARKERS)],
-                color=COLOURS[i % len(COLOURS)],
-                markerfacecolor=full,
-                markersize=5,
-                clip_on=False,
-            )
-        panel.set(ylim=(low, high))
+        rows = np.array([policy["estimates"].get(name, (np.nan,) * 3) for policy in policies], float)
+        panel.plot([truth.min(), truth.max()], [truth.min(), truth.max()], color="#B0B0B0", zorder=0)
+        for (value, *ends), true, i in zip(rows, truth, map(methods.index, labels), strict=True):
+            colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
+            panel.plot([true, true], ends, color=colour, linewidth=1, alpha=0.4)
+            panel.plot(true, value, marker, color=colour, markersize=5, clip_on=False)
         panel.set_title(name, fontsize=11)
+        panel.tick_params(labelsize=8)
     for panel in axes.flat[len(names) :]:
         panel.set_visible(False)
     handles = [
@@ -272,7 +261,9 @@ def draw(result, path):
     figure.supxlabel("true value", fontsize=11)
     figure.supylabel("estimate", fontsize=11)
     figure.suptitle(f"{result['options']['dataset']}: what estimators say of {len(policies)} policies", fontsize=11)
-    text = "On the grey line an estimate is right. Bars: the estimator's own 95 % interval. Hollow: beyond the edge."
+    text = (
+        "On the grey line an estimate is right. Bars: the estimator's own 95 % interval. Each panel has its own scale."
+    )
     caption(figure, text)
     save(figure, path)
 
