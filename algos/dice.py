@@ -49,7 +49,7 @@ from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
-from common.datasets import load_dataset
+from common.datasets import aligned, load_dataset
 from common.environments import Interface, Spec, provenance
 from common.networks import Categorical, Critic, DiscreteCritic, Normal
 
@@ -113,7 +113,8 @@ def load_data(cfg: Config):
     if len({str((x.observation, x.spec[:3], own.spec.discrete and x.action)) for x in (own, theirs)}) > 1:
         raise SystemExit(f"{cfg.policy} has other observations or actions than {cfg.dataset}: choose data of its task.")
     scaled = {"obs": observed(own, dataset.obs), "next_obs": observed(own, dataset.next_obs)}
-    dataset = dataset._replace(action=rescaled(theirs, own, dataset.action), **scaled)
+    scaled["action"] = rescaled(theirs, own, dataset.action)
+    dataset = jax.tree.map(aligned, dataset._replace(**scaled))
     return dataset, Estimates(cfg, env, runs, dataset)
 
 

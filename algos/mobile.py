@@ -121,7 +121,8 @@ def check(cfg: Config, grid: dict[str, list[float]]):
     if wrong := [name for name in grid if types.get(name) is not float or name in read or not grid[name]]:
         raise SystemExit(f"A grid has values of float fields that load_data does not read: not so {wrong[0]}.")
     counts = {"num_updates": "eval_interval", "pretrain_updates": "eval_interval", "eval_interval": "log_interval"}
-    counts |= {"log_interval": "prepare_interval" if "prepare_interval" in types else "policy_delay"}
+    turn = "prepare_interval" if "prepare_interval" in types else "log_interval"  # which is made of whole cycles
+    counts |= {"log_interval": turn, turn: "policy_delay"}
     for whole, part in counts.items():
         if getattr(cfg, whole, 0) % getattr(cfg, part, 1):
             raise SystemExit(f"{whole} must be a multiple of {part}, which is {getattr(cfg, part)}.")
@@ -601,7 +602,7 @@ def main(cfg: Config, grid: dict[str, list[float]] | None = None):
         jax.config.update("jax_num_cpu_devices", math.gcd(rows, os.cpu_count()))
         jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "stitch"))
     dataset, env = load_data(cfg)
-    env.probe(cfg.eval_episodes > 0)  # says before training what will not be scored
+    env.probe(cfg.eval_episodes)  # says before training what will not be scored
     started, runs = time.perf_counter(), Runs(cfg, env.interface, grid)
     source = {**provenance(), "device": f"{runs.mesh.size} x {runs.mesh.devices[0].device_kind}"}
     config = {"algo": algo, **dataclasses.asdict(cfg), "out": "", "grid": grid, "data": env.fingerprint}

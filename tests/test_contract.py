@@ -640,8 +640,8 @@ def test_every_option_of_the_data_reaches_them(name, monkeypatch):
 @pytest.mark.parametrize("name", ALGOS)
 def test_the_data_that_a_file_makes_are_aligned_as_those_that_it_loads(name, monkeypatch):
     """All CPU devices share such arrays. Others begin there by chance, one in a few."""
-    if name == "fqe":
-        pytest.skip("its data are of its policy's folder, in tests/test_fqe.py")
+    if name in EVALUATORS:
+        pytest.skip("its data are of its policy's folder, in its own tests")
     algo = load(name)
     data = jax.device_get(random_data(CONTINUOUS, jax.random.key(0)))._replace(start=np.arange(N), end=np.arange(N))
     data = jax.tree.map(aligned, data._replace(reward=np.abs(data.reward), return_to_go=np.abs(data.return_to_go)))
