@@ -594,12 +594,19 @@ def source(name):
     return (ROOT / "algos" / f"{name}.py").read_text()
 
 
+def shared_texts(text):
+    """(training, online) of a file: the second is empty where a method does not learn on-line."""
+    text = text[text.index("# --- Training: the same in every file") : text.index('\n\nif __name__ == "__main__":')]
+    training, _, online = text.partition("\n\n# --- Online: the same in every file that has it")
+    return training, online
+
+
 @pytest.mark.parametrize("name", ALGOS)
 def test_shared_blocks_are_identical(name):
     """Training, main and the Experiment fields are the same text in every file, comments included."""
 
     def blocks(text):
-        training = text[text.index("# --- Training: the same in every file") :]
+        training, _ = shared_texts(text)
         experiment = text[text.index("    # Experiment\n") : text.index("    # Optimisation\n")]
         experiment = re.sub('dataset: str = "[^"]*"', "", experiment)  # some take discrete actions only
         nodes = {n.name: ast.get_source_segment(text, n) for n in ast.parse(text).body if hasattr(n, "name")}
@@ -612,8 +619,7 @@ def test_shared_blocks_are_identical(name):
 
 def test_the_shared_text_stays_short():
     """A reader of each of these files passes it: main is a screen, and so is every function."""
-    text = source("iql")
-    training = text[text.index("# --- Training: the same in every file") :]
+    training, _ = shared_texts(source("iql"))
     assert len(training.splitlines()) <= 210
     for node in ast.walk(ast.parse(training)):
         if isinstance(node, ast.FunctionDef):
