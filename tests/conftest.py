@@ -13,7 +13,13 @@ if jax.__version_info__[:2] == (0, 10):  # XLA ends the process at a flag that i
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {quick} --xla_cpu_parallel_codegen_split_count=1"
 
 
-EVALUATORS = {"fqe", "importance_sampling", "doubly_robust", "dice", "model_evaluation"}  # files that take a policy and learn none
+EVALUATORS = {
+    "fqe",
+    "importance_sampling",
+    "doubly_robust",
+    "dice",
+    "model_evaluation",
+}  # files that take a policy and learn none
 
 
 def project_algos():
