@@ -17,6 +17,7 @@ Deviations            1. As CORL: exp(A / lambda) with a clip; the reference: a 
                          four layers; the reference's batch is 1024.
                       3. Q is asked of actions within their bounds: the policy's samples are clipped to [-1, 1].
                       4. Targets start as copies (the reference: other draws); batches are drawn with replacement.
+On-line               The union of data and own rows, samples of the policy, as CORL's finetune/awac.py.
 Run                   python algos/awac.py --dataset stitch/pointmaze-umaze-v0 --num-seeds 3
 """
 

@@ -23,6 +23,7 @@ Deviations            1. The policy does not clone in its first 40,000 updates (
                       4. As the reference: no 1/2 before the squared error, so that weight is twice the paper's alpha.
                       5. max_q_backup takes the best of num_samples actions, 4 (the reference: of 10).
                       6. Targets start as copies (there: other draws), `reward_shift`, and batches, as sac.py.
+On-line               The union of data and own rows, samples of the policy, as CORL's finetune/cql.py.
 Run                   python algos/cql.py --dataset stitch/pointmaze-umaze-v0
 """
 

@@ -16,6 +16,7 @@ Hyper-parameters      expectile, beta, reward_shift: the reference's configs/ant
 Deviations            1. Batches are drawn on the device, with replacement.
                       2. No dropout on the actor (the reference uses 0.1 on Adroit and Kitchen).
                       3. Data actions are not clipped to +-(1 - 1e-5): the density is finite on the bounds.
+On-line               The union of data and own rows, samples of the policy, a constant rate: its train_finetune.py.
 Run                   python algos/iql.py --dataset stitch/pointmaze-umaze-v0 --num-seeds 3
 """
 

@@ -20,6 +20,7 @@ Deviations            1. Qbar_2 of the paper is Qbar_1 of some 6,000 steps befor
                       4. CEM keeps to [-1, 1], its deviation divides by num_elites, the reference's by one less.
                       5. `reward_shift` is not in the paper: -1 for 0/1 rewards, as CORL does on AntMaze.
                       6. Batches are drawn on the device, with replacement.
+On-line               The union of data and own rows, TD3's noise; the paper's exploration is one of robots.
 Run                   python algos/qt_opt.py --dataset stitch/pointmaze-umaze-v0
 """
 

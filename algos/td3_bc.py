@@ -16,6 +16,7 @@ Hyper-parameters      Config defaults: the reference's main.py, with fewer updat
 Deviations            1. From the paper, as the reference's code: lambda is scaled by Q at pi(s), not at the data's a.
                       2. `reward_shift` is not in the paper: -1 for 0/1 rewards, as CORL does on AntMaze.
                       3. Batches are drawn on the device, with replacement.
+On-line               The union of data and own rows, TD3's noise; the paper has none of it.
 Run                   python algos/td3_bc.py --dataset stitch/pointmaze-umaze-v0
 """
 
