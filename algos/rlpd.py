@@ -59,7 +59,7 @@ from common.stepper import Stepper, time_limit
 @dataclasses.dataclass(frozen=True)
 class Config:
     # Experiment
-    dataset: str = "stitch/pointmaze-umaze-v0"  # a Minari dataset: on this machine, built by a recipe, or downloaded
+    dataset: str = "stitch/pointmaze-umaze-v0"  # a Minari dataset: local, built, or downloaded
     seed: int = 0  # of the first run: its networks, batches and evaluation
     num_seeds: int = 3  # runs trained in one program, with seeds seed, seed + 1, ...
     num_updates: int = 6_000  # gradient steps (published runs: some 1,000,000)
