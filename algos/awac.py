@@ -17,17 +17,20 @@ Deviations            1. As CORL: exp(A / lambda) with a clip; the reference: a 
                          four layers; the reference's batch is 1024.
                       3. Q is asked of actions within their bounds: the policy's samples are clipped to [-1, 1].
                       4. Targets start as copies (the reference: other draws); batches are drawn with replacement.
+On-line               The union of data and own rows, samples of the policy, as CORL's finetune/awac.py.
 Run                   python algos/awac.py --dataset stitch/pointmaze-umaze-v0 --num-seeds 3
 """
 
 import contextlib
 import dataclasses
+import hashlib
 import inspect
 import itertools
 import json
 import math
 import os
 import time
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -46,9 +49,10 @@ from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
-from common.datasets import load_dataset
+from common.datasets import Transition, load_dataset
 from common.environments import Interface, Spec, provenance
 from common.networks import CategoricalActor, Critic, DiscreteCritic, GaussianActor
+from common.stepper import Stepper, time_limit
 
 
 # --- Configuration -------------------------------------------------------------------------------------
@@ -76,6 +80,13 @@ class Config:
     num_samples: int = 1  # actions of the policy whose mean Q is V(s); discrete actions are summed over instead
     reward_shift: float = -1.0  # added to every reward: -1 for tasks with reward 1 at a goal and 0 elsewhere
     act: Literal["mode", "sample"] = "mode"  # what evaluations take: the most likely action of the policy, or a draw
+    # Online
+    online_steps: int = 0  # steps of each seed in an environment of its own, after num_updates; 0: offline only
+    online_start: int = 0  # of these, how many before the first update
+    online_block: int = 10  # steps between two turns of the updates; the policy that acts is as many steps old at most
+    updates_per_step: int = 1  # gradient steps for each of these steps
+    buffer_size: int = 1_000_000  # rows of its own that a seed keeps, the newest
+    init: str = ""  # folder of a finished offline run of this file, to begin as; its updates count as num_updates
 
 
 def load_data(cfg: Config):
@@ -85,13 +96,15 @@ def load_data(cfg: Config):
 def check(cfg: Config, grid: dict[str, list[float]]):
     """Ends with one sentence where a value cannot be what its field needs."""
     types = {field.name: field.type for field in dataclasses.fields(cfg)}
+    zero = {"seed", "eval_episodes", "eval_steps", "online_steps", "online_start"}  # what may be 0
+    zero |= {"num_updates"} if getattr(cfg, "online_steps", 0) else set()
     for name, kind in types.items():
         value, kind = (grid[name], list[kind]) if name in grid else (getattr(cfg, name), kind)
         try:
             check_type(value, kind, collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)
         except TypeCheckError:
             raise SystemExit(f"{name} must be {inspect.formatannotation(kind)}, not {value!r}.") from None
-        low = 0 if name in ("seed", "eval_episodes", "eval_steps") else 1
+        low = 0 if name in zero else 1
         if kind in (int, tuple[int, ...]) and not all(low <= x < 2**31 for x in np.ravel(value)):
             raise SystemExit(f"{name} must be from {low} to {2**31 - 1}, not {value}.")
         if not all(abs(x) < 1e38 for x in np.ravel(value) if isinstance(x, float | int)):  # nor is NaN
@@ -104,6 +117,7 @@ def check(cfg: Config, grid: dict[str, list[float]]):
     counts = {"num_updates": "eval_interval", "pretrain_updates": "eval_interval", "eval_interval": "log_interval"}
     turn = "prepare_interval" if "prepare_interval" in types else "log_interval"  # which is made of whole cycles
     counts |= {"log_interval": turn, turn: "policy_delay"}
+    counts |= {"online_steps": "eval_interval", "online_start": "online_block"}
     for whole, part in counts.items():
         if getattr(cfg, whole, 0) % getattr(cfg, part, 1):
             raise SystemExit(f"{whole} must be a multiple of {part}, which is {getattr(cfg, part)}.")
@@ -128,6 +142,7 @@ class Agent(NamedTuple):
     act: Callable  # (State, obs, key) -> action
     policy: Callable  # (State, obs) -> distribution; act is its mode, or a draw
     q: Callable  # (State, obs, action) -> value, as the algorithm believes it
+    explore: Callable  # (State, obs, key, step) -> action, of a run that learns on-line
 
 
 # --- Algorithm -----------------------------------------------------------------------------------------
@@ -135,6 +150,16 @@ def draw(key, dataset, state, cfg: Config):
     """A batch: rows of the dataset, uniformly and with replacement."""
     index = jax.random.randint(key, (cfg.batch_size,), 0, len(dataset.reward))
     return jax.tree.map(lambda x: x[index], dataset)
+
+
+def draw_online(key, rows, state, cfg: Config):
+    """A batch of the union of the dataset and of what the run has seen itself: all rows are equally likely."""
+    dataset, ring = rows
+    number = len(dataset.reward)
+    index = jax.random.randint(key, (cfg.batch_size,), 0, number + ring.size)
+    from_dataset = jax.tree.map(lambda x: x[jnp.minimum(index, number - 1)], dataset)
+    own = jax.tree.map(lambda x: x[jnp.maximum(index - number, 0)], ring.rows)
+    return jax.tree.map(lambda x, y: jax.vmap(jnp.where)(index < number, x, y), from_dataset, own)
 
 
 def descend(tx, loss_fn, trainable, *args):
@@ -210,7 +235,10 @@ def make_agent(cfg: Config, spec: Spec) -> Agent:
     def q(state, obs, action):
         return critic.apply(state.critic.params, obs, action).min(axis=0)
 
-    return Agent(init, update, act, policy, q)
+    def explore(state, obs, key, step):
+        return policy(state, obs).sample(key)
+
+    return Agent(init, update, act, policy, q, explore)
 
 
 # --- Training: the same in every file, and a test keeps it so -----------------------------------------------
@@ -265,7 +293,7 @@ class Runs:
         self.mesh = Mesh(jax.local_devices()[: math.gcd(len(self.runs), jax.local_device_count())], "run")
         self.step = -getattr(cfg, "pretrain_updates", 0)  # updates so far; a first phase ends at 0
         self.seconds = {"train_seconds": 0.0, "eval_seconds": 0.0}
-        self.metrics, self.lines, self.episode = {}, [], None  # of the last interval; of metrics.jsonl; of `__call__`
+        self.metrics, self.lines, self.online, self.episode = {}, [], {}, None  # of advance, evaluate, Online, __call__
         make_agent(cfg, interface.spec)  # refuses what it cannot be, before any compilation
         init, act = self.every(lambda cfg, agent: agent.init(jax.random.key(cfg.seed))), self.every(act_at)
         self.init = lambda: init(self.fields, (), {})
@@ -309,7 +337,7 @@ class Runs:
 
     def save(self, folder: Path):
         states = jax.device_get(self.states._replace(key=jax.random.key_data(self.states.key)))
-        saved = {name: getattr(self, name) for name in ("step", "seconds", "metrics", "lines")}
+        saved = {name: getattr(self, name) for name in ("step", "seconds", "metrics", "lines", "online")}
         saved["states"] = flax.serialization.to_state_dict(states)
         write(folder / "checkpoint.msgpack", flax.serialization.msgpack_serialize(saved, in_place=True))  # keeps order
 
@@ -321,21 +349,21 @@ class Runs:
             bar.set_description(f"score {columns['score'].mean():.1f}".replace("score nan", "no score"))
         arrays = self.metrics, jax.device_get([x.params for x in self.states if isinstance(x, Trainable)])
         finite = [np.isfinite(x).reshape(len(self.runs), -1).all(axis=1) for x in jax.tree.leaves(arrays)]
-        columns |= {**self.metrics, "diverged": ~np.all(finite, axis=0)}
+        columns |= {**self.metrics, **self.online.get("columns", {}), "diverged": ~np.all(finite, axis=0)}
         for i, run in enumerate(self.runs):
             self.lines.append({"step": self.step, **run, **{name: column[i] for name, column in columns.items()}})
         write(folder / "metrics.jsonl", *self.lines)
         self.seconds["eval_seconds"] += time.perf_counter() - started
 
 
-def restore(folder: str | Path, run: int | None = 0) -> Runs:
-    """A trained policy: `policy = restore("runs/iql/...")`; `env.step(policy(observation))`. None: all of its runs."""
+def restore(folder: str | Path, run: int | None = 0, cfg: Config | None = None) -> Runs:
+    """A trained policy: `policy = restore("runs/iql/...")`; `env.step(policy(observation))`. run None: all of them."""
     try:
         kept = json.loads((Path(folder) / "config.json").read_text())
         saved = flax.serialization.msgpack_restore((Path(folder) / "checkpoint.msgpack").read_bytes())
         fields = {name: tuple(x) if isinstance(x, list) else x for name, x in kept["config"].items()}
         assert fields["algo"] == Path(__file__).stem, f"a run of {fields['algo']}"
-        cfg = Config(**{field.name: fields[field.name] for field in dataclasses.fields(Config)})
+        cfg = cfg or Config(**{field.name: fields[field.name] for field in dataclasses.fields(Config)})
         runs = Runs(cfg, Interface(*kept["interface"]), fields["grid"])
         states = flax.serialization.from_state_dict(like := jax.eval_shape(runs.init), saved["states"])
         states = states._replace(key=jax.random.wrap_key_data(states.key))
@@ -345,7 +373,7 @@ def restore(folder: str | Path, run: int | None = 0) -> Runs:
         if run is not None:
             one, states = runs.runs[run], jax.tree.map(lambda x: x[run, None], states)
             runs = Runs(dataclasses.replace(cfg, seed=one["seed"], num_seeds=1, **one["grid"]), runs.interface, {})
-        vars(runs).update({name: saved[name] for name in ("step", "seconds", "metrics", "lines")})
+        vars(runs).update({name: saved[name] for name in ("step", "seconds", "metrics", "lines", "online")})
         runs.states = jax.device_put(states)
         return runs
     except Exception as error:  # absent, torn, foreign or of another version, each in its own way
@@ -393,6 +421,7 @@ def main(cfg: Config, grid: dict[str, list[float]] | None = None):
         jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "stitch"))
     dataset, env = load_data(cfg)
     env.probe(cfg.eval_episodes)  # says before training what will not be scored
+    online = globals()["Online"](cfg, grid, env) if getattr(cfg, "online_steps", 0) else None  # the text below
     started, runs = time.perf_counter(), Runs(cfg, env.interface, grid)
     source = {**provenance(), "device": f"{runs.mesh.size} x {runs.mesh.devices[0].device_kind}"}
     config = {"algo": algo, **dataclasses.asdict(cfg), "out": "", "grid": grid, "data": env.fingerprint}
@@ -401,10 +430,11 @@ def main(cfg: Config, grid: dict[str, list[float]] | None = None):
             print(f"{out} holds this very run, finished: to train again, choose another --out or remove it.")
             return summary
         runs.states = runs.init()
-        if (out / "checkpoint.msgpack").exists():
-            runs = restore(out, run=None)
+        if begin := out if (out / "checkpoint.msgpack").exists() else getattr(cfg, "init", ""):
+            runs = restore(begin, None, cfg)
         shared = {"dataset": jax.device_put(dataset, NamedSharding(runs.mesh, P()))}
-        trains = {phase: runs.lower(phase, shared).compile() for phase in ("pretrain", "update")[runs.step >= 0 :]}
+        phases = ("pretrain", "update")[(runs.step >= 0) + (runs.step >= cfg.num_updates) :]
+        trains = {phase: runs.lower(phase, shared).compile() for phase in phases}
         compile_seconds = time.perf_counter() - started
         with tqdm(total=pretrain + cfg.num_updates, initial=pretrain + runs.step, unit="update") as bar:
             if runs.metrics:  # a checkpoint comes before its evaluation
@@ -413,12 +443,113 @@ def main(cfg: Config, grid: dict[str, list[float]] | None = None):
                 runs.advance(trains["pretrain" if runs.step < 0 else "update"], shared, bar)
                 runs.save(out)
                 runs.evaluate(env, out, bar)
+            if online:
+                online.train(runs, shared, env, out, bar)
         speed = (pretrain + runs.step) * len(runs.runs) / runs.seconds["train_seconds"]  # of all runs together
         summary = {"algo": algo, "dataset": cfg.dataset, "num_updates": runs.step, "updates_per_second": speed}
         summary |= {"compile_seconds": compile_seconds, **runs.seconds, **env.summary(runs.lines), **source}
         write(out / "summary.json", summary)
     print(f"{algo} on {env.sentence(summary)}, {speed:.0f} updates/s\nTo draw it: python benchmarks/plot.py {out}")
     return read(out / "summary.json")
+
+
+# --- Online: the same in every file that has it, and a test keeps it so --------------------------------------
+class Ring(NamedTuple):
+    """The newest rows that a run has seen itself: its row i is in place i % capacity."""
+
+    rows: Transition  # (capacity, ...)
+    count: jax.Array  # of all that it has seen
+
+    @property
+    def size(self):
+        return jnp.minimum(self.count, len(self.rows.reward))
+
+
+def insert(ring: Ring, rows: Transition, number) -> Ring:
+    """The ring with the first `number` of `rows` in the places of its oldest: one program for any number."""
+    i, capacity = jnp.arange(len(rows.reward)), len(ring.rows.reward)
+    place = jnp.where(i < number, (ring.count + i) % capacity, capacity)  # what is past the end is dropped
+    return Ring(jax.tree.map(lambda x, new: x.at[place].set(new, mode="drop"), ring.rows, rows), ring.count + number)
+
+
+def fill(cfg: Config, agent: Agent, state, ring, rows, number, dataset):
+    return (state, insert(ring, rows, number), rows, number), {}  # all that is donated is given back
+
+
+def learn(cfg: Config, agent: Agent, state, ring, rows, number, dataset):
+    """Inserts a block of rows and makes its updates, for which the ring is as constant as the dataset."""
+    ring, length = insert(ring, rows, number), cfg.online_block * cfg.updates_per_step
+    cycle = getattr(agent, "online_cycle", getattr(agent, "cycle", [agent.update]))
+    online = types.SimpleNamespace(update=agent.update, cycle=cycle, draw=draw_online)
+    state, info = make_train(dataclasses.replace(cfg, log_interval=length), online)(state, (dataset, ring))
+    return (state, ring, rows, number), info
+
+
+def explore_at(cfg: Config, agent: Agent, state, obs, t):
+    key = jax.random.fold_in(jax.random.key(~cfg.seed), 2**31 - 1)  # below it is what act_at has
+    return agent.explore(state, obs, jax.random.fold_in(key, t), t)
+
+
+class Online:
+    """What follows `num_updates`: each run steps an environment of its own, and learns from that and the dataset."""
+
+    def __init__(self, cfg: Config, grid: dict[str, list[float]], env):
+        """Ends with one sentence where that cannot be, before any compilation."""
+        if not env.probe():
+            raise SystemExit(f"Learning on-line needs the environment of {cfg.dataset}, which is {env.score_kind}.")
+        self.label = getattr(make_agent(cfg, env.spec), "label", None)  # of rows that wait for the end of their episode
+        self.height = cfg.online_block + (time_limit(env) if self.label else 0)  # of a block
+        if cfg.buffer_size < (least := cfg.online_block + time_limit(env)):
+            raise SystemExit(f"buffer_size must be at least {least}, an episode of {cfg.dataset} and an online_block.")
+        if cfg.eval_interval % cfg.online_block:
+            raise SystemExit(f"eval_interval must be a multiple of online_block, which is {cfg.online_block}.")
+        if cfg.online_block * cfg.updates_per_step % (delay := getattr(cfg, "policy_delay", 1)):
+            raise SystemExit(f"online_block * updates_per_step must be a multiple of policy_delay, which is {delay}.")
+        if cfg.init:
+            about, finished = (read(Path(cfg.init) / f"{name}.json") for name in ("config", "summary"))
+            theirs = {"online_steps": 0, **about.get("config", {}), "interface": about.get("interface")}
+            ours = {"algo": Path(__file__).stem, "seed": cfg.seed, "num_seeds": cfg.num_seeds, "grid": grid}
+            ours = orjson.loads(orjson.dumps({**ours, "online_steps": 0, "interface": list(env.interface)}))
+            if not finished or (wrong := [name for name in ours if theirs.get(name) != ours[name]]):
+                why = f"it has another {wrong[0]}" if finished else "it is none"
+                raise SystemExit(f"init must be a finished run that is like this one but offline: {cfg.init}: {why}.")
+            begin = hashlib.sha256((Path(cfg.init) / "checkpoint.msgpack").read_bytes()).hexdigest()
+            env.fingerprint = {**env.fingerprint, "init": begin[:32]}  # for config.json
+
+    def train(self, runs: Runs, shared, env, out: Path, bar):
+        """Steps and learns in turn, to the end; evaluates and saves like `main`."""
+        cfg, kept, seeds = runs.cfg, runs.online, runs.fields["seed"]
+        capacity = min(cfg.buffer_size, cfg.online_steps)
+        ring = jax.tree.map(lambda x: np.zeros((len(seeds), capacity, *x.shape[1:]), x.dtype), shared["dataset"])
+        ring = Ring(ring, np.zeros(len(seeds), np.int32))
+        ring = flax.serialization.from_state_dict(ring, kept.get("ring", flax.serialization.to_state_dict(ring)))
+        ring = jax.device_put(ring, NamedSharding(runs.mesh, P("run")))
+        explore, *programs = runs.every(explore_at), runs.every(fill, donate=1), runs.every(learn, donate=1)
+
+        def act(obs, t):
+            return explore(runs.fields, (runs.states, obs[:, None]), {"t": t})[:, 0]
+
+        with contextlib.closing(Stepper(env, seeds, self.height, self.label, kept.get("stepper"))) as stepper:
+            bar.reset(cfg.online_steps)
+            bar.update(stepper.steps)
+            while stepper.steps < cfg.online_steps:
+                infos, since = [], [len(returns) for returns in stepper.returns]
+                for _ in range(cfg.eval_interval // cfg.online_block):
+                    begun = stepper.steps >= cfg.online_start
+                    rows, number = stepper.collect(act, cfg.online_block)
+                    started = time.perf_counter()
+                    given = runs.fields, (runs.states, ring, rows, number), shared
+                    (runs.states, ring, *_), info = programs[begun](*given)
+                    infos += [jax.device_get(info)] * begun
+                    runs.seconds["train_seconds"] += time.perf_counter() - started
+                    bar.update(cfg.online_block)
+                runs.step += cfg.eval_interval
+                runs.metrics = {name: np.mean([info[name] for info in infos], axis=0) for name in (infos or [{}])[0]}
+                runs.seconds |= stepper.seconds
+                runs.online = {"columns": stepper.columns(since), "stepper": stepper.save()}
+                runs.online["ring"] = flax.serialization.to_state_dict(jax.device_get(ring))
+                runs.save(out)
+                runs.evaluate(env, out, bar)
 
 
 if __name__ == "__main__":

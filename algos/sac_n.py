@@ -88,13 +88,15 @@ def load_data(cfg: Config):
 def check(cfg: Config, grid: dict[str, list[float]]):
     """Ends with one sentence where a value cannot be what its field needs."""
     types = {field.name: field.type for field in dataclasses.fields(cfg)}
+    zero = {"seed", "eval_episodes", "eval_steps", "online_steps", "online_start"}  # what may be 0
+    zero |= {"num_updates"} if getattr(cfg, "online_steps", 0) else set()
     for name, kind in types.items():
         value, kind = (grid[name], list[kind]) if name in grid else (getattr(cfg, name), kind)
         try:
             check_type(value, kind, collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)
         except TypeCheckError:
             raise SystemExit(f"{name} must be {inspect.formatannotation(kind)}, not {value!r}.") from None
-        low = 0 if name in ("seed", "eval_episodes", "eval_steps") else 1
+        low = 0 if name in zero else 1
         if kind in (int, tuple[int, ...]) and not all(low <= x < 2**31 for x in np.ravel(value)):
             raise SystemExit(f"{name} must be from {low} to {2**31 - 1}, not {value}.")
         if not all(abs(x) < 1e38 for x in np.ravel(value) if isinstance(x, float | int)):  # nor is NaN
@@ -107,6 +109,7 @@ def check(cfg: Config, grid: dict[str, list[float]]):
     counts = {"num_updates": "eval_interval", "pretrain_updates": "eval_interval", "eval_interval": "log_interval"}
     turn = "prepare_interval" if "prepare_interval" in types else "log_interval"  # which is made of whole cycles
     counts |= {"log_interval": turn, turn: "policy_delay"}
+    counts |= {"online_steps": "eval_interval", "online_start": "online_block"}
     for whole, part in counts.items():
         if getattr(cfg, whole, 0) % getattr(cfg, part, 1):
             raise SystemExit(f"{whole} must be a multiple of {part}, which is {getattr(cfg, part)}.")
@@ -264,7 +267,7 @@ class Runs:
         self.mesh = Mesh(jax.local_devices()[: math.gcd(len(self.runs), jax.local_device_count())], "run")
         self.step = -getattr(cfg, "pretrain_updates", 0)  # updates so far; a first phase ends at 0
         self.seconds = {"train_seconds": 0.0, "eval_seconds": 0.0}
-        self.metrics, self.lines, self.episode = {}, [], None  # of the last interval; of metrics.jsonl; of `__call__`
+        self.metrics, self.lines, self.online, self.episode = {}, [], {}, None  # of advance, evaluate, Online, __call__
         make_agent(cfg, interface.spec)  # refuses what it cannot be, before any compilation
         init, act = self.every(lambda cfg, agent: agent.init(jax.random.key(cfg.seed))), self.every(act_at)
         self.init = lambda: init(self.fields, (), {})
@@ -308,7 +311,7 @@ class Runs:
 
     def save(self, folder: Path):
         states = jax.device_get(self.states._replace(key=jax.random.key_data(self.states.key)))
-        saved = {name: getattr(self, name) for name in ("step", "seconds", "metrics", "lines")}
+        saved = {name: getattr(self, name) for name in ("step", "seconds", "metrics", "lines", "online")}
         saved["states"] = flax.serialization.to_state_dict(states)
         write(folder / "checkpoint.msgpack", flax.serialization.msgpack_serialize(saved, in_place=True))  # keeps order
 
@@ -320,21 +323,21 @@ class Runs:
             bar.set_description(f"score {columns['score'].mean():.1f}".replace("score nan", "no score"))
         arrays = self.metrics, jax.device_get([x.params for x in self.states if isinstance(x, Trainable)])
         finite = [np.isfinite(x).reshape(len(self.runs), -1).all(axis=1) for x in jax.tree.leaves(arrays)]
-        columns |= {**self.metrics, "diverged": ~np.all(finite, axis=0)}
+        columns |= {**self.metrics, **self.online.get("columns", {}), "diverged": ~np.all(finite, axis=0)}
         for i, run in enumerate(self.runs):
             self.lines.append({"step": self.step, **run, **{name: column[i] for name, column in columns.items()}})
         write(folder / "metrics.jsonl", *self.lines)
         self.seconds["eval_seconds"] += time.perf_counter() - started
 
 
-def restore(folder: str | Path, run: int | None = 0) -> Runs:
-    """A trained policy: `policy = restore("runs/iql/...")`; `env.step(policy(observation))`. None: all of its runs."""
+def restore(folder: str | Path, run: int | None = 0, cfg: Config | None = None) -> Runs:
+    """A trained policy: `policy = restore("runs/iql/...")`; `env.step(policy(observation))`. run None: all of them."""
     try:
         kept = json.loads((Path(folder) / "config.json").read_text())
         saved = flax.serialization.msgpack_restore((Path(folder) / "checkpoint.msgpack").read_bytes())
         fields = {name: tuple(x) if isinstance(x, list) else x for name, x in kept["config"].items()}
         assert fields["algo"] == Path(__file__).stem, f"a run of {fields['algo']}"
-        cfg = Config(**{field.name: fields[field.name] for field in dataclasses.fields(Config)})
+        cfg = cfg or Config(**{field.name: fields[field.name] for field in dataclasses.fields(Config)})
         runs = Runs(cfg, Interface(*kept["interface"]), fields["grid"])
         states = flax.serialization.from_state_dict(like := jax.eval_shape(runs.init), saved["states"])
         states = states._replace(key=jax.random.wrap_key_data(states.key))
@@ -344,7 +347,7 @@ def restore(folder: str | Path, run: int | None = 0) -> Runs:
         if run is not None:
             one, states = runs.runs[run], jax.tree.map(lambda x: x[run, None], states)
             runs = Runs(dataclasses.replace(cfg, seed=one["seed"], num_seeds=1, **one["grid"]), runs.interface, {})
-        vars(runs).update({name: saved[name] for name in ("step", "seconds", "metrics", "lines")})
+        vars(runs).update({name: saved[name] for name in ("step", "seconds", "metrics", "lines", "online")})
         runs.states = jax.device_put(states)
         return runs
     except Exception as error:  # absent, torn, foreign or of another version, each in its own way
@@ -392,6 +395,7 @@ def main(cfg: Config, grid: dict[str, list[float]] | None = None):
         jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "stitch"))
     dataset, env = load_data(cfg)
     env.probe(cfg.eval_episodes)  # says before training what will not be scored
+    online = globals()["Online"](cfg, grid, env) if getattr(cfg, "online_steps", 0) else None  # the text below
     started, runs = time.perf_counter(), Runs(cfg, env.interface, grid)
     source = {**provenance(), "device": f"{runs.mesh.size} x {runs.mesh.devices[0].device_kind}"}
     config = {"algo": algo, **dataclasses.asdict(cfg), "out": "", "grid": grid, "data": env.fingerprint}
@@ -400,10 +404,11 @@ def main(cfg: Config, grid: dict[str, list[float]] | None = None):
             print(f"{out} holds this very run, finished: to train again, choose another --out or remove it.")
             return summary
         runs.states = runs.init()
-        if (out / "checkpoint.msgpack").exists():
-            runs = restore(out, run=None)
+        if begin := out if (out / "checkpoint.msgpack").exists() else getattr(cfg, "init", ""):
+            runs = restore(begin, None, cfg)
         shared = {"dataset": jax.device_put(dataset, NamedSharding(runs.mesh, P()))}
-        trains = {phase: runs.lower(phase, shared).compile() for phase in ("pretrain", "update")[runs.step >= 0 :]}
+        phases = ("pretrain", "update")[(runs.step >= 0) + (runs.step >= cfg.num_updates) :]
+        trains = {phase: runs.lower(phase, shared).compile() for phase in phases}
         compile_seconds = time.perf_counter() - started
         with tqdm(total=pretrain + cfg.num_updates, initial=pretrain + runs.step, unit="update") as bar:
             if runs.metrics:  # a checkpoint comes before its evaluation
@@ -412,6 +417,8 @@ def main(cfg: Config, grid: dict[str, list[float]] | None = None):
                 runs.advance(trains["pretrain" if runs.step < 0 else "update"], shared, bar)
                 runs.save(out)
                 runs.evaluate(env, out, bar)
+            if online:
+                online.train(runs, shared, env, out, bar)
         speed = (pretrain + runs.step) * len(runs.runs) / runs.seconds["train_seconds"]  # of all runs together
         summary = {"algo": algo, "dataset": cfg.dataset, "num_updates": runs.step, "updates_per_second": speed}
         summary |= {"compile_seconds": compile_seconds, **runs.seconds, **env.summary(runs.lines), **source}

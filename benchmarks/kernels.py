@@ -15,7 +15,8 @@ What is read off the optimised program, in its loop of updates, which is the onl
   compiler and is not counted.
 - Conditionals and transfers to the host, which stop the device until the host has answered. There should be none.
 - Dataset copies: kernels anywhere in the program whose result is as long as the dataset. There should be none, but for
-  columns that an algorithm computes itself (AWR).
+  what a preparation computes itself: columns (AWR), or row numbers in the order in which roll-outs begin (MBPO and its
+  relatives).
 - Donated bytes: of the state that the new one replaces in place. Were it not all of it, a state would be held twice.
 
 A program takes 5 to 80 s. The result file is written after each; rows of the same program and versions are kept, and

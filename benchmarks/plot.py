@@ -2,6 +2,7 @@
 
 learning_curve.png  Score against updates: the mean of the seeds, in a band from the lowest seed to the highest. From
                     metrics.jsonl alone; several run folders give several lines. Of runs without scores: their losses.
+                    Where a run goes on with an environment of its own, a dotted line marks the switch.
 maze.png            For datasets of gymnasium-robotics' and OGBench's mazes: walks of the data, and the roll-outs of the
                     policy in the newest checkpoint, a panel for each run folder; a row for each, with a panel for each
                     task, where the data have several tasks. They repeat the run's own evaluation: the same seeds,
@@ -192,6 +193,8 @@ def plot_learning_curve(runs, configs, path):
     figure, axes = plt.subplots(figsize=(7, 4.6), layout="constrained")
     for i, (_, name, steps, scores) in enumerate(scored):
         draw_line(axes, steps, scores, i, name)
+    for switch in {switch_of(run) for run, *_ in scored} - {None}:
+        axes.axvline(switch, color="#333333", linestyle=":", linewidth=1.5, label="from here on-line")
     kinds = set()
     for run, config in zip(runs, configs, strict=True):
         if (run / "summary.json").exists():
@@ -244,12 +247,19 @@ def first_line(run: Path) -> dict:
     return next((line for line in read_lines(run) if "score" in line), {})
 
 
+def switch_of(run: Path) -> int | None:
+    """After how many updates a run has gone on on-line, if it has."""
+    lines = (line for line in read_lines(run) if line.get("online_steps"))
+    return next((line["step"] - line["online_steps"] for line in lines), None)
+
+
 def finish(figure, axes, configs, values, said):
     """What all curves have in common."""
     datasets = sorted({config["dataset"] for config in configs})
     figure.suptitle(datasets[0] if len(datasets) == 1 else f"{len(datasets)} datasets", fontsize=12)
     for panel in axes:
-        panel.set_xlabel("updates of each seed")
+        online = any(config.get("online_steps") for config in configs)
+        panel.set_xlabel("updates of each seed, then its steps on-line" if online else "updates of each seed")
         panel.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
         panel.xaxis.set_major_locator(plt.MaxNLocator(5))
         panel.set_xlim(left=0)

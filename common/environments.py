@@ -328,7 +328,8 @@ class Environment:
         own = [np.arange(i, count, len(workers)) for i in range(len(workers))]  # environment i is in worker i % n
         obs = np.zeros((count, self.spec.obs_dim + self.spec.goal_dim), np.float32)
         tasks = [self.tasks[j % len(self.tasks)] for _ in seeds for j in range(num_episodes)]
-        resets = self._ask(workers, [("reset", [(starts[i], tasks[i]) for i in mine]) for mine in own])
+        messages = [("reset", mine // len(workers), [(starts[i], tasks[i]) for i in mine]) for mine in own]
+        resets = self._ask(workers, messages)
         for mine, observations in zip(own, resets, strict=True):
             obs[mine] = observations
         start, start_action, memory = obs.reshape(*shape, -1).copy(), None, None
@@ -349,7 +350,7 @@ class Environment:
             turns = [own[i][alive[own[i]]] for i in acting]
             messages = [("step", mine // len(workers), self.interface.to_env(actions[mine])) for mine in turns]
             for mine, answer in zip(turns, self._ask([workers[i] for i in acting], messages), strict=True):
-                obs[mine], rewards[mine], ended = answer
+                obs[mine], rewards[mine], _, ended = answer
                 returns[mine] += rewards[mine]
                 values[mine] += factor[mine] * (self._reward_scale * rewards[mine] + self._reward_shift)
                 alive[mine] = ~ended

@@ -36,24 +36,15 @@ ALGOS = sorted({p.stem for p in (ROOT / "algos").glob("*.py")} - {"__init__"} - 
 CONTINUOUS, DISCRETE = Spec(3, 2), Spec(3, 4, discrete=True)
 # Files that learn to reach goals: `draw` finds them in the data, and the policy is handed (obs, goal)
 GOALS = {name for name in ALGOS if "goals=True" in (ROOT / "algos" / f"{name}.py").read_text()}
-ROOMS = ("datasets", "environments", "networks")  # of common/; the first two share its layouts
+ROOMS = ("datasets", "environments", "networks", "stepper")  # of common/; the first two share its layouts
 N, B = 64, 16  # rows of the data and of a batch
 # What papers do on purpose, and a test would take for a defect
-RELATIVE = {
-    "marwil",
-    "reps",
-    "td3_bc",
-    "td3_awr",
-    "rebrac",
-    "gc_td3_bc",
-    "gciql",
-    "qrl",
-    "crl",
-}  # weights relative to the batch's own scale
-PROPOSES = dict.fromkeys(("cql", "combo"), {"weight": 0.0})  # pi(.|s') proposes in every row; this leaves it out
+# Weights relative to the batch's own scale
+RELATIVE = {"marwil", "reps", "td3_bc", "td3_awr", "rebrac", "gc_td3_bc", "gciql", "qrl", "crl"}
+PROPOSES = dict.fromkeys(("cql", "cal_ql", "combo"), {"weight": 0.0})  # pi(.|s') proposes in every row
 # Pushes values up, or doubts them, in a part of the rows alone. This makes it all of them, or none
 ALL_REAL = dict.fromkeys(("combo", "mobile"), {"real_ratio": 1.0})
-NEEDS = {"cql": {"lagrange": True}}  # options without which a float of theirs does nothing
+NEEDS = dict.fromkeys(("cql", "cal_ql"), {"lagrange": True})  # options without which a float of theirs does nothing
 ACTS_ON_SAMPLES = {"bcq", "bear", "emaq", "qt_opt", "actionable_models"}  # act takes the best of actions that it draws
 MIXES = {"bcq", "bear", "emaq"}  # q is min_weight of the smaller critic, and the rest of the larger one
 ACTS_BY_TARGETS = {"qt_opt"}  # the averaged critic is the one that its paper acts by
@@ -67,6 +58,8 @@ NONE_BELOW_0 = {"actionable_models"}  # its targets are at least 0, and so is wh
 SHARES = {"hiql": "v"}  # this part of the network alone has a slow copy: both read the same goals
 SUCCESS = {"gciql": lambda c: (1 - c.discount) / c.discount, "gc_td3_bc": lambda c: 1 - c.discount}  # q's unit: see q
 GAUSSIAN = {"epsilon_std", "init_std"}  # floats of a Gaussian: discrete actions have no use for them
+ONLINE = {"exploration_noise", "offline_ratio", "online_weight"}  # floats that are read on-line alone: test_online.py
+MOVES_TARGETS = {"rlpd"}  # with each of its critic updates
 
 
 class Case(NamedTuple):
@@ -91,7 +84,7 @@ def config(algo, **changes):
     fields = {f.name for f in dataclasses.fields(algo.Config)}
     small |= {name: (8,) for name in fields if name.endswith("hidden")}
     counts = dict(prepare_interval=5, num_members=3, num_elites=2, rollout_batch_size=16, horizon=2, buffer_size=64,
-                  real_ratio=0.5, latent_dim=16, subgoal_steps=3)  # fmt: skip
+                  real_ratio=0.5, policy_delay=2, latent_dim=16, subgoal_steps=3)  # fmt: skip
     small |= {name: value for name, value in counts.items() if name in fields}
     return algo.Config(**(small | changes))
 
@@ -271,7 +264,7 @@ def traced_floats(case):
     """The float fields that a sweep may vmap: those that `load_data` does not read while it makes the arrays."""
     tree = ast.parse(inspect.getsource(case.algo.load_data))
     read = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and getattr(n.value, "id", "") == "cfg"}
-    read |= GAUSSIAN if case.spec.discrete else set()
+    read |= ONLINE | (GAUSSIAN if case.spec.discrete else set())
     read |= OF_BELIEFS.get(case.algo.__name__.removeprefix("algos."), set())
     extracts_by_weights = getattr(case.cfg, "extraction", "awr") == "awr"
     read |= set() if extracts_by_weights else {"max_weight"}
@@ -421,7 +414,8 @@ def test_a_delayed_network_moves_in_its_turn_alone(case):
     assert whole.__wrapped__ is case.agent.update.__wrapped__  # each jitted by itself
     state, info = partial[0](case.state, case.batch)
     moved = {name for name, x in networks(state).items() if differ(x, networks(case.state)[name])}
-    assert moved == {"critic"} and set(info) < set(whole(case.state, case.batch)[1])
+    targets = {"target_critic"} if case.algo.__name__.removeprefix("algos.") in MOVES_TARGETS else set()
+    assert moved == {"critic"} | targets and set(info) < set(whole(case.state, case.batch)[1])
     # The critic is the same after its own update and after a whole one
     chex.assert_trees_all_equal(state.critic, whole(case.state, case.batch)[0].critic)
     three = case.algo.make_agent(dataclasses.replace(case.cfg, policy_delay=3), case.spec)
@@ -640,8 +634,8 @@ def test_every_option_of_the_data_reaches_them(name, monkeypatch):
 @pytest.mark.parametrize("name", ALGOS)
 def test_the_data_that_a_file_makes_are_aligned_as_those_that_it_loads(name, monkeypatch):
     """All CPU devices share such arrays. Others begin there by chance, one in a few."""
-    if name == "fqe":
-        pytest.skip("its data are of its policy's folder, in tests/test_fqe.py")
+    if name in EVALUATORS:
+        pytest.skip("its data are of its policy's folder, in its own tests")
     algo = load(name)
     data = jax.device_get(random_data(CONTINUOUS, jax.random.key(0)))._replace(start=np.arange(N), end=np.arange(N))
     data = jax.tree.map(aligned, data._replace(reward=np.abs(data.reward), return_to_go=np.abs(data.return_to_go)))
@@ -723,28 +717,43 @@ def source(name):
     return (ROOT / "algos" / f"{name}.py").read_text()
 
 
+def shared_texts(text):
+    """(training, online) of a file: the second is empty where a method does not learn on-line."""
+    text = text[text.index("# --- Training: the same in every file") : text.index('\n\nif __name__ == "__main__":')]
+    training, _, online = text.partition("\n\n# --- Online: the same in every file that has it")
+    return training, online
+
+
 @pytest.mark.parametrize("name", ALGOS)
 def test_shared_blocks_are_identical(name):
     """Training, main and the Experiment fields are the same text in every file, comments included."""
 
     def blocks(text):
-        training = text[text.index("# --- Training: the same in every file") :]
+        training, _ = shared_texts(text)
         experiment = text[text.index("    # Experiment\n") : text.index("    # Optimisation\n")]
         experiment = re.sub('dataset: str = "[^"]*"', "", experiment)  # some take discrete actions only
         nodes = {n.name: ast.get_source_segment(text, n) for n in ast.parse(text).body if hasattr(n, "name")}
-        own = re.compile(r" +(policy|q|pretrain|cycle|(pretrain_)?(draw|prepare)|act_with_memory):")
+        seams = "policy|q|pretrain|(online_)?cycle|(pretrain_)?(draw|prepare)|act_with_memory|explore|label"
+        own = re.compile(rf" +({seams}):")
         agent = [line.split("  #")[0] for line in nodes["Agent"].splitlines() if not own.match(line)]
         return training, experiment, nodes["check"], nodes["Trainable"], nodes["descend"], agent
 
     assert blocks(source(name)) == blocks(source("iql"))
 
 
-def test_the_shared_text_stays_short():
-    """A reader of each of these files passes it: main is a screen, and so is every function."""
-    text = source("iql")
-    training = text[text.index("# --- Training: the same in every file") :]
-    assert len(training.splitlines()) <= 210
-    for node in ast.walk(ast.parse(training)):
+@pytest.mark.parametrize("name", ALGOS)
+def test_a_file_that_learns_on_line_has_all_of_the_second_shared_text(name):
+    """And a file without `online_steps` has none of it, nor the class that main would ask for."""
+    _, online = shared_texts(source(name))
+    assert online == (shared_texts(source("iql"))[1] if hasattr(load(name).Config, "online_steps") else "")
+    assert hasattr(load(name), "Online") == hasattr(load(name), "draw_online") == bool(online)
+
+
+def test_the_shared_texts_stay_short():
+    """A reader of each of these files passes them: main is a screen, and so is every function."""
+    training, online = shared_texts(source("iql"))
+    assert len(training.splitlines()) <= 210 and 1 < len(online.splitlines()) <= 100
+    for node in ast.walk(ast.parse(training + online.partition("\n")[2])):
         if isinstance(node, ast.FunctionDef):
             assert node.end_lineno - node.lineno < 60, node.name
 
@@ -753,7 +762,8 @@ def test_the_shared_text_stays_short():
 def test_imports_no_sibling(name):
     modules = [n.module for n in ast.walk(ast.parse(source(name))) if isinstance(n, ast.ImportFrom)]
     assert not [m for m in modules if m and m.startswith("algos")]
-    assert {m for m in modules if m and m.startswith("common")} == {f"common.{m}" for m in ROOMS}
+    rooms = {f"common.{room}" for room in ROOMS if room != "stepper" or shared_texts(source(name))[1]}
+    assert {m for m in modules if m and m.startswith("common")} == rooms
 
 
 @pytest.mark.parametrize("name", ALGOS)
@@ -808,7 +818,7 @@ def test_defaults_are_those_of_the_page(name):
             written |= dict(zip(fields, defaults * (len(fields) if len(defaults) == 1 else 1), strict=True))
     for field, text in written.items():
         text = text.strip("` ").replace("−", "-").replace("–", "-")
-        text = {"no": "False", "yes": "True", "none": "None", "not set": "None"}.get(text, text)
+        text = {"no": "False", "yes": "True", "none": "None", "not set": "None", "empty": ""}.get(text, text)
         text = re.sub(r"(?<=\d),(?=\d{3}\b)", "", text)
         default = getattr(config, field)
         assert str(default) == text or float(default) == float(text), (field, text)

@@ -126,9 +126,11 @@ def test_weights_are_clipped_and_finite():
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(new.actor.params))
 
 
-def test_learning_rate_of_the_actor_alone_decays_along_a_cosine():
-    # cos: at half of num_updates half of the rate, at the end zero; critic and value keep theirs
-    cfg = iql.Config(hidden=(8,), num_updates=1000)
+@pytest.mark.parametrize("online_steps, rate", [(0, [0.5, 0.0]), (100, [1.0, 1.0])])
+def test_learning_rate_of_the_actor_alone_decays_along_a_cosine_unless_it_goes_on(online_steps, rate):
+    # cos: at half of num_updates half of the rate, at the end zero; critic and value keep theirs. A run that goes on
+    # on-line keeps its rate: with T_max = num_updates, a cosine would be 0 at the switch and then rise again
+    cfg = iql.Config(hidden=(8,), num_updates=1000, online_steps=online_steps)
     agent = iql.make_agent(cfg, Spec(3, 2))
     state, batch = jax.jit(agent.init)(jax.random.key(0)), random_batch()
 
@@ -146,5 +148,5 @@ def test_learning_rate_of_the_actor_alone_decays_along_a_cosine():
         return np.array([move("actor"), move("critic"), move("value")])
 
     full = step_sizes(0)
-    np.testing.assert_allclose(step_sizes(500) / full, [0.5, 1, 1], rtol=1e-3)
-    np.testing.assert_allclose(step_sizes(1000) / full, [0, 1, 1], atol=1e-4)
+    np.testing.assert_allclose(step_sizes(500) / full, [rate[0], 1, 1], rtol=1e-3)
+    np.testing.assert_allclose(step_sizes(1000) / full, [rate[1], 1, 1], atol=1e-4)

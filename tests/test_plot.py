@@ -74,6 +74,22 @@ def test_several_runs_are_told_apart_by_what_differs(tmp_path, figures):
     assert [line.get_label() for line in figures["curve.png"].axes[0].lines] == ["iql (a)", "iql (c)"]
 
 
+def test_the_switch_to_learning_on_line_is_marked(tmp_path, figures):
+    # Two evaluations offline, at 100 and 200, and one on-line, after 100 steps
+    run = make_run(tmp_path / "run", online_steps=[[None, None, 100]] * 3)
+    about = json.loads((run / "config.json").read_text())
+    about["config"]["online_steps"] = 100
+    (run / "config.json").write_text(json.dumps(about))
+    draw(run)
+    (axes,) = figures["curve.png"].axes
+    curve, mark = axes.lines
+    assert curve.get_xdata().tolist() == [100, 200, 300] and list(mark.get_xdata()) == [200, 200]
+    assert "from here on-line" in [text.get_text() for text in axes.get_legend().get_texts()]
+    assert axes.get_xlabel() == "updates of each seed, then its steps on-line"
+    draw(make_run(tmp_path / "offline"))
+    assert len(figures["curve.png"].axes[0].lines) == 1
+
+
 def test_title_is_one_line_and_the_caption_says_what_is_drawn(tmp_path, figures):
     draw(make_run(tmp_path / "run"))
     figure = figures["curve.png"]

@@ -43,6 +43,7 @@ class Held:
     def __init__(self, env_spec, observation_space, action_space, interface, needed):
         self.env_spec, self.observation_space, self.action_space = env_spec, observation_space, action_space
         self.interface, self.needed, self.envs = interface, [needed] if isinstance(needed, str) else needed, []
+        self.goals, self.random = {}, {}  # of the episode in each slot; the state of NumPy's global generator there
 
     def make(self):
         import gymnasium
@@ -71,24 +72,24 @@ class Held:
             its, ours = getattr(env, f"{name}_space"), getattr(self, f"{name}_space")
             if not _alike(its, ours, bounds=name == "action"):
                 raise EnvironmentFailure(f"its {name}s are {one_line(its)}, the dataset's {one_line(ours)}")
-        self.reset([(0, task)])
+        self.reset([0], [(0, task)])
         self.step([0], self.interface.to_env(np.zeros((1, *self.action_space.shape))))
         return getattr(env.spec, "max_episode_steps", None), tabular.model_of(env)
 
-    def reset(self, starts):
-        """Begins an episode, (seed, task), in each of the first environments: what the policy sees, (n, ...)."""
-        self.envs += [self.make() for _ in range(len(starts) - len(self.envs))]
-        self.goals, self.random, observations = [], [], []
-        for env, (seed, task) in zip(self.envs, starts, strict=False):
-            observation, goal = begin(env, seed, task)
-            self.goals.append(goal)
-            self.random.append(np.random.get_state())
-            observations.append(self.observe(observation, goal))
+    def reset(self, slots, starts):
+        """Begins an episode, (seed, task), in the environments in `slots`, made if need be: what the policy sees."""
+        self.envs += [self.make() for _ in range(max(slots) + 1 - len(self.envs))]
+        observations = []
+        for slot, (seed, task) in zip(slots, starts, strict=True):
+            observation, self.goals[slot] = begin(self.envs[slot], seed, task)
+            self.random[slot] = np.random.get_state()
+            observations.append(self.observe(observation, self.goals[slot]))
         return np.stack(observations)
 
     def step(self, slots, actions):
-        """Steps the environments in `slots` (n,): what the policy sees, rewards (n,), whether they ended (n,)."""
-        observations, rewards, ended = [], np.zeros(len(slots)), np.zeros(len(slots), bool)
+        """Steps the environments in `slots` (n,): what the policy sees, rewards (n,), and (n,) whether the task ended
+        the episode, and whether that or a time limit did."""
+        observations, rewards, terminal, ended = [], *np.zeros((3, len(slots)))
         for i, action in enumerate(actions.tolist() if "n" in self.interface.action else actions):
             slot = slots[i]
             np.random.set_state(self.random[slot])  # else episodes side by side would draw from one sequence
@@ -97,8 +98,8 @@ class Held:
             observations.append(self.observe(observation, self.goals[slot]))
             if np.size(reward) != 1 or not np.isfinite(reward := np.asarray(reward, np.float64).item()):
                 raise EnvironmentFailure(f"its reward is {one_line(reward)}, not one finite number")
-            rewards[i], ended[i] = reward, bool(terminated) or bool(truncated)
-        return np.stack(observations), rewards, ended
+            rewards[i], terminal[i], ended[i] = reward, bool(terminated), bool(terminated) or bool(truncated)
+        return np.stack(observations), rewards, terminal.astype(bool), ended.astype(bool)
 
     def observe(self, observation, goal):
         spec = self.interface.spec
