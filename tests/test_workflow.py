@@ -6,6 +6,7 @@ import pathlib
 import re
 import sys
 
+import numpy as np
 import pytest
 import tyro
 
@@ -73,7 +74,7 @@ def marked(page, mark):
     return text.partition(f"<!-- {mark}:begin -->\n")[2].partition(f"<!-- {mark}:end -->")[0].rstrip("\n")
 
 
-OPE = sorted(RESULTS.glob("ope-*.json"))
+OPE = sorted(RESULTS.glob("ope-*.json")) + sorted(RESULTS.glob("workflow-*.json"))
 
 
 @pytest.mark.parametrize("file", OPE, ids=lambda file: file.stem)
@@ -91,6 +92,9 @@ def test_a_committed_result_says_what_made_it_and_its_measures_are_of_its_estima
 @pytest.mark.parametrize("file", OPE, ids=lambda file: file.stem)
 def test_tables_of_the_pages_are_those_of_the_result_files(file):
     result = json.loads(file.read_text())
+    if file.stem.startswith("workflow"):
+        assert marked("workflow.md", "workflow") == ope.estimates_table(result)
+        return
     assert marked("ope.md", file.stem) == ope.table(result)
     text = (ROOT / "benchmarks" / "ope.md").read_text()
     truth = [policy["true_value"] for policy in result["policies"]]
@@ -101,3 +105,29 @@ def test_the_table_of_stopping_rules_is_that_of_the_quick_results():
     folders = sorted(path.parent for path in (RESULTS / "quick").glob("*/*/summary.json"))
     found = [(folder, read_run(folder, folder.parent)) for folder in folders]
     assert marked("ope.md", "stopping") == rules.stopping_table(found)
+
+
+def test_what_the_workflow_says_of_the_choice_is_in_its_result():
+    result, text = json.loads((RESULTS / "workflow-icu-sepsis-v0.json").read_text()), " ".join(PAGE.split())
+    policies = result["policies"]
+    mean = {}
+    for name in (None, 3.0, 30.0, 300.0):
+        rows = [row for row in policies if row["grid"].get("beta") == name]
+        mean[name] = {
+            key: np.mean([r["estimates"][key][0] for r in rows]) for key in ("FQE", "ESS", "WIS", "IS", "PDWIS")
+        }
+        mean[name]["true"] = np.mean([row["true_value"] for row in rows])
+        if name:
+            mean[name]["own"] = np.mean([row["estimates"]["own Q"][0] for row in rows])
+    assert f"{mean[300]['true']:.3f}, where the clone has {mean[None]['true']:.3f}" in text
+    assert f"FQE says {mean[300]['FQE']:.3f} for it" in text and f"and {mean[300]['ESS']:.0f} for `beta` 300" in text
+    assert 4.5 < (mean[300]["FQE"] - mean[None]["true"]) / (mean[300]["true"] - mean[None]["true"]) < 5.5
+    owns = [f"{mean[beta]['own']:.3f}" for beta in (3.0, 30.0, 300.0)]
+    assert f"they have {owns[0]}, {owns[1]} and {owns[2]}" in text
+    low = [x for row in mean.values() for x in (row["IS"], row["PDWIS"])]
+    assert f"say {min(low):.2f} to {max(low):.2f}" in text
+    assert f"episodes have {policies[0]['estimates']['constant'][0]:.3f}" in text
+    best = max(policies, key=lambda row: row["true_value"])
+    assert best is max(policies, key=lambda row: row["estimates"]["FQE"][0])
+    errors = {name: result["measures"][name]["absolute error"][0] for name in ("constant", "FQE")}
+    assert 0.45 < errors["constant"] / errors["FQE"] < 0.55

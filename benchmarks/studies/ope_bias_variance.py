@@ -247,7 +247,8 @@ def main():
     result = measure(model, paid, mu, best)
     result = {**about, **device(), "estimators": ESTIMATORS, "steps": STEPS, "shown": SHOWN, "crowd": CROWD, **result}
     result["repetitions"] = {str(n): number for n, number in REPETITIONS.items()}
-    (HERE / "ope_bias_variance.json").write_text(json.dumps(result, indent=1) + "\n")
+    text = json.dumps(result, indent=1).replace("NaN", "null")  # all weights are 0 in some data of the far policy
+    (HERE / "ope_bias_variance.json").write_text(text + "\n")
     draw(result, HERE / "ope_bias_variance.png")
     for size, row in winners(result).items():
         print(f"{result['transitions'][size]:.0f} transitions: {row}")
