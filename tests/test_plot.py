@@ -192,7 +192,7 @@ def test_rollouts_of_a_maze_are_those_of_each_seed_s_policy(tmp_path, monkeypatc
     assert step == 700 and reached.tolist() == [True, True, False, False]
     np.testing.assert_array_equal(paths[0], [[0, 0], [1, 0], [2, 0]])
     np.testing.assert_array_equal(paths[3], [[0, 0], [-1, 0], [-2, 0], [-3, 0]])
-    assert Corridor.seeds == [*play.starts(5, 2), *play.starts(6, 2)]
+    assert Corridor.seeds == [start for start, _ in play.starts(5, 2) + play.starts(6, 2)]
 
 
 def test_a_dense_reward_does_not_say_whether_the_goal_was_reached(tmp_path, monkeypatch):
@@ -217,9 +217,13 @@ class Maze:
         return np.array([(at[1] + 0.5) * 2 - 4, 3 - (at[0] + 0.5) * 2])
 
 
+class InMaze(Corridor):
+    maze, position_noise_range = Maze(), 0.25
+
+
 def test_walls_are_where_the_maze_has_them_with_its_start_and_goal():
     _, axes = plt.subplots()
-    plot.draw_maze(axes, Maze())
+    plot.draw_maze(axes, plot.maze_of(InMaze(), [None]))
     walls = {(*map(float, wall.get_xy()), wall.get_width(), wall.get_height()) for wall in axes.patches}
     middles = {(x + 1, y + 1) for x, y, *_ in walls}
     assert middles == {(x, y) for x in (-3, -1, 1, 3) for y in (-2, 0, 2)} - {(-1, 0), (1, 0)}
@@ -233,7 +237,7 @@ def test_walls_are_where_the_maze_has_them_with_its_start_and_goal():
 def test_rollouts_are_coloured_and_counted_by_what_they_reach():
     _, axes = plt.subplots()
     paths = [np.array([[0, 0], [1.0, 0]]), np.array([[0, 0], [0.0, 2]]), np.array([[0, 0], [3.0, 0]])]
-    plot.draw_rollouts(axes, Maze(), "a title", paths, np.array([True, False, True]))
+    plot.draw_rollouts(axes, plot.maze_of(InMaze(), [None]), "a title", paths, np.array([True, False, True]))
     lines = [(line.get_color(), line.get_xydata()[-1].tolist()) for line in axes.lines if len(line.get_xdata()) == 2]
     assert lines == [(plot.REACHED, [1, 0]), (plot.REACHED, [3, 0]), (plot.MISSED, [0, 2])]  # the missed one on top
     ends = [line for line in axes.lines if line.get_marker() == "X"]
@@ -246,12 +250,11 @@ def test_data_are_drawn_as_a_sample_and_counted_whole():
     """Of 3 walks one visits both cells, one the start alone, and one is in neither: x or y by itself is not enough."""
     both, one = np.array([[-1.0, 0.0], [0.9, 0.9]]), np.array([[-1.9, 0.5], [-1.0, 0.0]])
     neither = np.array([[-1.0, 2.0], [3.0, 0.0]])
-    maze = Maze()
-    starts, goals = maze.unique_reset_locations, maze.unique_goal_locations
-    assert [plot.visits(maze, path, starts) for path in (both, one, neither)] == [True, True, False]
-    assert [plot.visits(maze, path, goals) for path in (both, one, neither)] == [True, False, False]
+    maze = plot.maze_of(InMaze(), [None])
+    assert [plot.visits(maze, path, maze.starts) for path in (both, one, neither)] == [True, True, False]
+    assert [plot.visits(maze, path, maze.goals) for path in (both, one, neither)] == [True, False, False]
     _, axes = plt.subplots()
-    plot.draw_data(axes, maze, [both, one, neither], 2)
+    plot.draw_data(axes, maze, [both, one, neither], 2, False)
     assert axes.get_title() == "Data: 3 episodes, 1 visit both start and goal"
     assert axes.get_xlabel().startswith("2 of them")
     thin = [line for line in axes.lines if line.get_linewidth() == 1 and len(line.get_xdata()) == 2]
@@ -277,10 +280,8 @@ def test_walks_of_a_maze_are_where_the_agent_was(umaze):
 
 
 def plot_maze(tmp_path, figures, monkeypatch, **changes):
-    class Env(Corridor):
-        maze, position_noise_range = Maze(), 0.25
-
-    monkeypatch.setattr(play, "make_env", lambda dataset_id: Env())
+    monkeypatch.setattr(play, "make_env", lambda dataset_id: InMaze())
+    monkeypatch.setattr(play, "dataset_tasks", lambda dataset_id: [None])
     monkeypatch.setattr(plot, "walks_of", lambda dataset_id: [np.zeros((2, 2))] * 3)
     monkeypatch.setattr(plot, "restore", lambda run, config, row: Walker(row))
     run = make_run(tmp_path / "run")

@@ -61,7 +61,8 @@ def root(tmp_path, monkeypatch):
     (tmp_path / "algos" / "iql.md").write_text("no marks\n")
     monkeypatch.setattr(report, "ROOT", tmp_path)
     monkeypatch.setitem(report.STYLE, "figure.dpi", 20)  # small pictures: nobody looks at them
-    return tmp_path
+    with plt.rc_context():
+        yield tmp_path
 
 
 def write_tables(root):
@@ -1181,7 +1182,7 @@ def test_card_of_play_that_goes_on_after_a_terminal_row(tmp_path, monkeypatch):
         EpisodeBuffer(
             observations=np.zeros((4, 2), np.float32),
             actions=np.zeros((3, 1), np.float32),
-            rewards=np.ones(3),
+            rewards=np.full(3, 2.0),
             terminations=np.array(terminations),
             truncations=np.array([False, False, not terminations[-1]]),
         )
@@ -1192,10 +1193,13 @@ def test_card_of_play_that_goes_on_after_a_terminal_row(tmp_path, monkeypatch):
         "own/play-v0", buffer=episodes, observation_space=box[0], action_space=box[1], description="Play."
     )
     (tmp_path / "README.md").write_text("Cards\n<!-- report:cards:begin -->\n<!-- report:cards:end -->\n")
+    drawn = []
+    monkeypatch.setattr(cards, "save", lambda figure, path: drawn.extend(figure.axes[0].patches))
     cards.write_card("own/play-v0", tmp_path)
+    assert [bar.get_x() <= 6 <= bar.get_x() + bar.get_width() for bar in drawn if bar.get_height()] == [True]
     card = (tmp_path / "own-play-v0.md").read_text()
     assert "| ends | 1 terminated, 1 only cut off |\n| terminal rows within episodes | 2 |\n" in card
-    row = "| [own-play-v0](own-play-v0.md) | 2 episodes, 6 transitions | 3 ± 0 |"
+    row = "| [own-play-v0](own-play-v0.md) | 2 episodes, 6 transitions | 6 ± 0 |"
     assert row in (tmp_path / "README.md").read_text().splitlines()
 
 
