@@ -405,14 +405,18 @@ def test_walks_without_stops_and_rewards(tmp_path, monkeypatch, kind, cells):
     recipes.build(name)
     walks = list(minari.load_dataset(name))
     assert sum(len(e) for e in walks) >= 2000
-    passed, lengths = 0, []
+    passed, arrived, lengths = 0, 0, []
     for walk in walks:
         assert not walk.rewards.any() and not walk.terminations.any() and walk.truncations[-1]
         x, goal = walk.observations["achieved_goal"], walk.observations["desired_goal"]
         assert (goal == goal[0]).all()
         near = np.linalg.norm(x - goal, axis=1) <= 0.45
         passed += near[:-1].sum() > 1  # goes on within the radius that ends an episode of the task
+        arrived += (
+            np.linalg.norm(x[-1] - goal[-1]) < 0.6
+        )  # 0.2 from the cell's centre, the goal 0.25 in each coordinate
         lengths.append(np.ptp(x[:, 0]) + np.ptp(x[:, 1]))
+    assert arrived > 0.8 * len(walks)
     assert passed > 0.8 * len(walks)
     assert max(lengths) > cells - 0.5 and (kind == "navigate" or max(lengths) < 3.5)
     assert len({visited_cells(walk)[0] for walk in walks}) == 7  # each cell of the U
