@@ -50,7 +50,7 @@ from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
-from common.datasets import Transition, load_dataset
+from common.datasets import Transition, aligned, load_dataset
 from common.environments import Interface, Spec, provenance
 from common.networks import Critic, TanhGaussianActor
 from common.stepper import Stepper, time_limit
@@ -103,7 +103,7 @@ def load_data(cfg: Config):
     data, env = load_dataset(cfg.dataset, columns=("episode",), reward_shift=cfg.reward_shift)
     episodes = np.split(np.arange(len(data.reward)), np.flatnonzero(np.diff(data.episode)) + 1)
     to_go = [return_to_go(data.reward[rows], data.terminal[rows[-1]], cfg.discount) for rows in episodes]
-    return data._replace(episode=None, return_to_go=np.concatenate(to_go).astype(np.float32)), env
+    return data._replace(episode=None, return_to_go=aligned(np.concatenate(to_go).astype(np.float32))), env
 
 
 def check(cfg: Config, grid: dict[str, list[float]]):

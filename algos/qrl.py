@@ -216,7 +216,7 @@ def make_agent(cfg: Config, spec: Spec) -> Agent:
         if latent:
             predicted = z + dynamics.apply(params["T"], z, batch.action)
             loss += (between(params, next_z, predicted) + between(params, predicted, next_z)).mean() / 2
-        return loss, {"distance": far.mean(), "step": step.mean(), "excess": excess}
+        return loss, {"distance": far.mean(), "step_distance": step.mean(), "excess": excess}
 
     def multiplier_loss(rho, excess):
         return jnp.exp(rho) * (cfg.epsilon - excess), {"multiplier": jnp.exp(rho)}

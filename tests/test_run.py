@@ -24,6 +24,7 @@ import jax
 import numpy as np
 import payer
 import pytest
+from conftest import EVALUATORS, GOALS
 
 from common.environments import Environment, Interface
 
@@ -271,7 +272,8 @@ def unplayed(staged, monkeypatch):
     """Evaluations that only trace what the policy and its values compute: nothing more is compiled."""
 
     def measure(self, policy, q, seeds, num_episodes, **limits):
-        obs = np.zeros((len(seeds), num_episodes, 2), np.float32)
+        spec = self.interface.spec
+        obs = np.zeros((len(seeds), num_episodes, spec.obs_dim + spec.goal_dim), np.float32)
         actions, _ = jax.eval_shape(lambda: policy(obs, 0, None, obs[..., 0]))
         assert actions.shape[:2] == obs.shape[:2]
         value = {} if q is None else {"believed_value": np.zeros(jax.eval_shape(lambda: q(obs, actions)).shape[:1])}
@@ -281,16 +283,16 @@ def unplayed(staged, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name", sorted(p.stem for p in (ROOT / "algos").glob("*.py") if "\ndef main(" in p.read_text())
+    "name", sorted({p.stem for p in (ROOT / "algos").glob("*.py") if "\ndef main(" in p.read_text()} - EVALUATORS)
 )
 def test_every_file_trains_and_goes_on_after_a_stop(name, unplayed, labels, tmp_path, monkeypatch):
     """Its own load_data, `main`, checkpoint and restore; a stop between the two ends as no stop."""
-    if not hasattr(algo := load(name), "make_train") or name == "fqe":
-        pytest.skip("trains no policy: its own tests run its main")
-    changes = {"num_members": 2, "num_elites": 1, "horizon": 2, "rollout_batch_size": 8, "buffer_size": 64}
+    algo, changes = load(name), {"num_members": 3, "num_elites": 2, "horizon": 2, "rollout_batch_size": 8}
+    changes |= {"buffer_size": 64, "policy_delay": 2}
     changes = {field: x for field, x in changes.items() if hasattr(algo.Config, field)} | {"num_seeds": 1}
     try:
-        algo.make_agent(config(algo), Interface([2], BOX, [0.0, 0.0], [1.0, 1.0]).spec)
+        spec = Interface([2], BOX, [0.0, 0.0], [1.0, 1.0]).spec
+        algo.make_agent(config(algo), spec._replace(goal_dim=2 if name in GOALS else 0))
     except SystemExit:
         changes["dataset"] = labels
     if name == "emrl":
