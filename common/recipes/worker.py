@@ -43,7 +43,7 @@ class Held:
     def __init__(self, env_spec, observation_space, action_space, interface, needed):
         self.env_spec, self.observation_space, self.action_space = env_spec, observation_space, action_space
         self.interface, self.needed, self.envs = interface, [needed] if isinstance(needed, str) else needed, []
-        self.goals, self.random = {}, {}  # of the episode in each slot; the state of NumPy's global generator there
+        self.goals, self.random = {}, {}  # of the episode in each slot; what NumPy's global generator draws from there
 
     def make(self):
         import gymnasium
@@ -81,8 +81,9 @@ class Held:
         self.envs += [self.make() for _ in range(max(slots) + 1 - len(self.envs))]
         observations = []
         for slot, (seed, task) in zip(slots, starts, strict=True):
+            self.random[slot] = np.random.MT19937()
+            np.random.set_bit_generator(self.random[slot])
             observation, self.goals[slot] = begin(self.envs[slot], seed, task)
-            self.random[slot] = np.random.get_state()
             observations.append(self.observe(observation, self.goals[slot]))
         return np.stack(observations)
 
@@ -92,9 +93,8 @@ class Held:
         observations, rewards, terminal, ended = [], *np.zeros((3, len(slots)))
         for i, action in enumerate(actions.tolist() if "n" in self.interface.action else actions):
             slot = slots[i]
-            np.random.set_state(self.random[slot])  # else episodes side by side would draw from one sequence
+            np.random.set_bit_generator(self.random[slot])  # else episodes side by side would draw from one sequence
             observation, reward, terminated, truncated, _ = self.envs[slot].step(action)
-            self.random[slot] = np.random.get_state()
             observations.append(self.observe(observation, self.goals[slot]))
             if np.size(reward) != 1 or not np.isfinite(reward := np.asarray(reward, np.float64).item()):
                 raise EnvironmentFailure(f"its reward is {one_line(reward)}, not one finite number")
