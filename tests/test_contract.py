@@ -212,6 +212,8 @@ def test_update_keeps_structure_shapes_and_dtypes(case):
         new, metrics = jax.eval_shape(update, case.state, case.batch)
         chex.assert_trees_all_equal_shapes_and_dtypes(jax.eval_shape(lambda s: s, case.state), new)
         assert metrics and all(m.shape == () for m in metrics.values())
+        taken = {"step", "seed", "grid", "score", "returns", "believed_value", "true_value", "diverged"}
+        assert not metrics.keys() & taken  # they would hide what a line of metrics.jsonl has by that name
 
 
 def test_state_holds_arrays_only(case):
