@@ -104,7 +104,7 @@ def test_tables_of_the_pages_are_those_of_the_result_files(file):
 def test_the_table_of_stopping_rules_is_that_of_the_quick_results():
     folders = sorted(path.parent for path in (RESULTS / "quick").glob("*/*/summary.json"))
     found = [(folder, read_run(folder, folder.parent)) for folder in folders]
-    assert marked("ope.md", "stopping") == rules.stopping_table(found)
+    assert marked("ope.md", "report:stopping:quick") == rules.stopping_table(found)
 
 
 def test_what_the_workflow_says_of_the_choice_is_in_its_result():

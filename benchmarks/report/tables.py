@@ -14,6 +14,7 @@ from sweep import write  # benchmarks/sweep.py
 from report import sweeps
 from report.estimators import NARROW, iqm, mean, with_interval
 from report.pictures import curves_of, pictures
+from report.rules import stopping_table
 from report.runs import Failure, Results, Run, comparable, short, spread
 
 PUBLISHED = tomllib.loads((Path(__file__).parents[1] / "published.toml").read_text())
@@ -46,6 +47,9 @@ def write_tables(root: Path, protocol: str, runs: list[Run], failures: list[Fail
         for name in re.findall("<!-- report:speed:(.*):begin -->", text):
             measured = json.loads((results / f"speed-{name}.json").read_text())
             new = fill(new, f"speed:{name}", speed.table(measured), page)
+        if f"<!-- report:stopping:{protocol}:begin -->" in text:
+            found = [(results / protocol / run.place, run) for run in runs]
+            new = fill(new, f"stopping:{protocol}", stopping_table(found), page)
         stale += put(page, new, check, page.relative_to(root).as_posix())
     if not whole:
         marks = " and, below it, ".join(f"<!-- report:{protocol}:{edge} -->" for edge in ("begin", "end"))
