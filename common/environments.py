@@ -12,6 +12,7 @@ environment does, be it an abort of its simulator, costs a score and never the t
 
 import importlib.metadata
 import multiprocessing
+import pickle
 import shlex
 import subprocess
 import sys
@@ -346,9 +347,10 @@ class Environment:
             returns[lost], values[lost], alive[lost] = np.nan, np.nan, False
             if lost.any():
                 self._say(f"{self.dataset_id}: episodes whose actions are not finite have no score.")
+            actions = self.interface.to_env(actions)
             acting = [i for i, mine in enumerate(own) if alive[mine].any()]
             turns = [own[i][alive[own[i]]] for i in acting]
-            messages = [("step", mine // len(workers), self.interface.to_env(actions[mine])) for mine in turns]
+            messages = [("step", mine // len(workers), actions[mine]) for mine in turns]
             for mine, answer in zip(turns, self._ask([workers[i] for i in acting], messages), strict=True):
                 obs[mine], rewards[mine], _, ended = answer
                 returns[mine] += rewards[mine]
@@ -387,11 +389,12 @@ class Environment:
         """Sends each worker its message; their answers, for which they work at the same time."""
         for (connection, _), message in zip(workers, messages, strict=True):
             with suppress(OSError):  # it has died, which `recv` says too
-                connection.send(message)
+                connection.send_bytes(pickle.dumps(message, -1))  # half the time of `send`
         answers = []
         for connection, process in workers:
             try:
-                answers.append(connection.recv() if connection.poll(600) else EnvironmentFailure("no answer in 600 s"))
+                answer = pickle.loads(connection.recv_bytes()) if connection.poll(600) else None
+                answers.append(EnvironmentFailure("no answer in 600 s") if answer is None else answer)
             except (EOFError, OSError):
                 process.join(5)
                 how = process.exitcode if process.exitcode != -9 else "-9: out of memory, or killed by hand"

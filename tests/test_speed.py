@@ -271,7 +271,7 @@ def test_a_worker_trains_the_seeds_that_it_is_asked_for(tmp_path):
 
 
 def test_environment_steps_are_counted(umaze):
-    """300 steps of PointMaze for each of 4 seeds x 4 episodes, which random actions do not end."""
+    """200 steps of PointMaze for each of 16 seeds x 10 episodes, which random actions do not end."""
     job = json.dumps({"dataset": "stitch/pointmaze-umaze-v0", "workers": 1})
     worker = speed.Worker([sys.executable, str(ROOT / "benchmarks" / "speed.py"), "environment", job])
     assert worker.ask("step") > 0
@@ -280,22 +280,22 @@ def test_environment_steps_are_counted(umaze):
 
 
 def test_environment_steps_are_those_of_all_seeds_and_episodes_in_the_time_they_took(monkeypatch, capsys):
-    """Two calls of the policy for 4 seeds x 4 episodes in 8 s of this clock; making the environments is outside."""
+    """Two calls of the policy for 16 seeds x 10 episodes in 8 s of this clock; making the environments is outside."""
     clock = iter([100.0, 108.0])
     asked = SimpleNamespace(num_workers=0, spec=SimpleNamespace(action_dim=3), plays=0)
 
-    def evaluate(policy, seeds, episodes):
+    def evaluate(policy, seeds, episodes, max_steps):
         asked.plays += 1
         for step in range(2):
             actions, _ = policy(np.zeros((len(seeds), episodes, 5)), step, None, None)
-            assert actions.shape == (4, 4, 3) and np.abs(actions).max() <= 1 and np.ptp(actions) > 1
+            assert actions.shape == (16, 10, 3) and np.abs(actions).max() <= 1 and np.ptp(actions) > 1
 
     asked.evaluate = evaluate
     monkeypatch.setattr("common.datasets.load_dataset", lambda name: (None, asked))
     monkeypatch.setattr(speed.time, "perf_counter", lambda: next(clock))
     monkeypatch.setattr(speed.sys, "stdin", ["step\n"])
     speed.environment("x-v0", 3)
-    assert capsys.readouterr().out == f"ANSWER {2 * 4 * 4 / 8}\n" and asked.num_workers == 3 and asked.plays == 2
+    assert capsys.readouterr().out == f"ANSWER {2 * 16 * 10 / 8}\n" and asked.num_workers == 3 and asked.plays == 2
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

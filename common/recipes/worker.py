@@ -6,6 +6,7 @@ notebook or standard input too. Whatever an environment does in it is an answer,
 
 import io
 import os
+import pickle
 import signal
 import traceback
 import warnings
@@ -28,12 +29,12 @@ def work(connection):
     with suppress(EOFError, OSError):
         held = Held(*connection.recv())
         while True:
-            name, *arguments = connection.recv()
+            name, *arguments = pickle.loads(connection.recv_bytes())
             try:
                 answer = getattr(held, name)(*arguments)
             except BaseException as error:  # sys.exit too
                 answer = EnvironmentFailure(reason(error))
-            connection.send(answer)
+            connection.send_bytes(pickle.dumps(answer, -1))
     os._exit(0)  # threads of an environment do not outlive the caller
 
 
@@ -43,6 +44,7 @@ class Held:
     def __init__(self, env_spec, observation_space, action_space, interface, needed):
         self.env_spec, self.observation_space, self.action_space = env_spec, observation_space, action_space
         self.interface, self.needed, self.envs = interface, [needed] if isinstance(needed, str) else needed, []
+        self.spec = interface.spec
         self.goals, self.random = {}, {}  # of the episode in each slot; what NumPy's global generator draws from there
 
     def make(self):
@@ -84,8 +86,8 @@ class Held:
             self.random[slot] = np.random.MT19937()
             np.random.set_bit_generator(self.random[slot])
             observation, self.goals[slot] = begin(self.envs[slot], seed, task)
-            observations.append(self.observe(observation, self.goals[slot]))
-        return np.stack(observations)
+            observations.append(observation)
+        return self.observe(slots, observations)
 
     def step(self, slots, actions):
         """Steps the environments in `slots` (n,): what the policy sees, rewards (n,), and (n,) whether the task ended
@@ -95,16 +97,25 @@ class Held:
             slot = slots[i]
             np.random.set_bit_generator(self.random[slot])  # else episodes side by side would draw from one sequence
             observation, reward, terminated, truncated, _ = self.envs[slot].step(action)
-            observations.append(self.observe(observation, self.goals[slot]))
+            observations.append(observation)
             if np.size(reward) != 1 or not np.isfinite(reward := np.asarray(reward, np.float64).item()):
                 raise EnvironmentFailure(f"its reward is {one_line(reward)}, not one finite number")
             rewards[i], terminal[i], ended[i] = reward, bool(terminated), bool(terminated) or bool(truncated)
-        return np.stack(observations), rewards, terminal.astype(bool), ended.astype(bool)
+        return self.observe(slots, observations), rewards, terminal.astype(bool), ended.astype(bool)
 
-    def observe(self, observation, goal):
-        spec = self.interface.spec
-        length = spec.obs_dim + spec.goal_dim
-        if spec.goal_dim and goal is None and not isinstance(observation, dict):
+    def observe(self, slots, observations):
+        """What the policy sees of the environments in `slots`, (n, obs_dim + goal_dim)."""
+        goals = [self.goals[slot] for slot in slots]
+        with suppress(Exception):  # all at once, which costs little more than one
+            given = [with_goal(self.interface, *pair) for pair in zip(observations, goals, strict=True)]
+            obs = self.interface.observe(stacked(given))
+            if obs.shape == (len(slots), self.spec.obs_dim + self.spec.goal_dim) and np.isfinite(obs).all():
+                return obs
+        return np.stack([self.observe_one(*pair) for pair in zip(observations, goals, strict=True)])  # says which
+
+    def observe_one(self, observation, goal):
+        length = self.spec.obs_dim + self.spec.goal_dim
+        if self.spec.goal_dim and goal is None and not isinstance(observation, dict):
             raise EnvironmentFailure('its reset gives no goal, which is looked for in info["goal"]')
         obs = self.interface.observe(with_goal(self.interface, observation, goal))
         if obs.shape != (length,) or not np.isfinite(obs).all():
@@ -129,6 +140,12 @@ def begin(env, seed, task=None):
     with patch.object(seeding, "np_random", seeded):
         observation, info = env.reset(seed=seed, options=options)
     return observation, info.get("goal")
+
+
+def stacked(observations):
+    if isinstance(observations[0], dict):
+        return {key: stacked([observation[key] for observation in observations]) for key in observations[0]}
+    return np.stack(observations)
 
 
 def with_goal(interface, observation, goal):
