@@ -1,7 +1,10 @@
 """MBPO against numbers worked out by hand. With hidden=() every network is linear, so that they can be."""
 
+import ast
 import dataclasses
 import functools
+import inspect
+import re
 
 import chex
 import jax
@@ -411,6 +414,41 @@ def test_without_real_rows_the_datas_rewards_are_not_read():
     chex.assert_trees_all_equal(one.critic, other.critic)
     assert (info["data_reward"], there["data_reward"]) == (1.0, -50.0)
     np.testing.assert_allclose([info["model_reward"], there["model_reward"]], 1.0)
+
+
+# --- The family --------------------------------------------------------------------------------------------
+
+
+def functions(algo):
+    """{name: text} of the functions above the training text."""
+    text = inspect.getsource(algo).partition("# --- Training: the same")[0]
+    defined = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)]
+    return {node.name: ast.get_source_segment(text, node) for node in defined}
+
+
+@pytest.mark.parametrize(
+    "algo, own",
+    [
+        (mopo, {"imagine", "roll_out", "prepare"}),
+        (morel, {"imagine", "roll_out", "prepare", "init"}),
+        (combo, {"critic_loss", "init", "update"}),
+        (rambo, {"imagine", "roll_out", "prepare", "init", "update", "keep_best", "pretrain"}),
+        (mobile, {"roll_out", "init", "update"}),
+    ],
+    ids=lambda x: getattr(x, "__name__", "").removeprefix("algos."),
+)
+def test_the_family_differs_only_where_it_should(algo, own):
+    """So what is tested here holds for all of them; what is their own has tests of its own."""
+    ours, theirs = functions(mbpo), functions(algo)
+    for name, written, here in (
+        ("step", r"rows, \w+ = ", "rows = "),  # of a roll-out
+        ("step", r"\(rows, alive, \w+\)", "(rows, alive)"),
+        ("step", r"elites\(state\)", "elites"),
+        ("mix", r"real_rows\(cfg\.batch_size, cfg\.real_ratio\)",
+         "jnp.arange(cfg.batch_size) < jnp.floor(cfg.real_ratio * cfg.batch_size)"),
+    ):  # fmt: skip
+        theirs[name] = re.sub(written, here, theirs[name])
+    assert {name for name in ours if theirs[name] != ours[name]} == own | {"make_agent"}
 
 
 # --- Bad input ---------------------------------------------------------------------------------------------
