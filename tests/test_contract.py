@@ -854,6 +854,16 @@ def test_help_shows_every_field_and_a_misspelt_option_is_an_error(name, capsys, 
 
 
 @pytest.mark.parametrize("name", ALGOS)
+def test_the_defaults_and_the_command_of_the_docstring_pass_its_own_check(name):
+    """Nothing else in this suite trains with a file's defaults: counts that do not divide each other would show late."""
+    algo = load(name)
+    algo.check(algo.Config(), {})
+    _, command, options = ast.get_docstring(ast.parse(source(name))).rpartition(f"python algos/{name}.py")
+    assert command
+    algo.check(tyro.cli(algo.Config, args=options.split()), {})
+
+
+@pytest.mark.parametrize("name", ALGOS)
 def test_a_file_is_a_script(name):
     last = ast.unparse(ast.parse(source(name)).body[-1])
     assert last == "if __name__ == '__main__':\n    main(tyro.cli(Config, description=__doc__.partition('\\n\\n')[0]))"
