@@ -101,6 +101,11 @@ def make_maze(cells):
     return Maze(cells, places, goals, steps_between(cells, places, goals))
 
 
+def to_ogbench(places):
+    """(x, y) of places (..., 2): OGBench's origin is the centre of the cell (1, 1)."""
+    return places[..., ::-1] - 1.5 * UNIT
+
+
 def cell_of(places):
     """(row, column) of the cells of places (..., 2)."""
     return (np.asarray(places) // UNIT).astype(int)
@@ -165,9 +170,8 @@ def believed(folder, algo, maze):
     runs = module.restore(folder, None)
     belief = jax.jit(make_belief(algo, runs.cfg, runs.interface.spec))
     shape = (len(maze.places), len(maze.goals), 2)
-    # From the corner of the first cell to OGBench's coordinates, whose origin is the centre of the cell (1, 1)
-    xy = [jnp.asarray(x[..., ::-1] - 1.5 * UNIT, jnp.float32) for x in (maze.places[:, None], maze.goals[None])]
-    obs, goal = (jnp.broadcast_to(x, shape).reshape(-1, 2) for x in xy)
+    xy = to_ogbench(maze.places[:, None]), to_ogbench(maze.goals[None])
+    obs, goal = (jnp.broadcast_to(jnp.asarray(x, jnp.float32), shape).reshape(-1, 2) for x in xy)
     rows = [jax.tree.map(lambda x, k=k: x[k], runs.states) for k in range(len(runs.runs))]
     return np.stack([np.asarray(belief(row, obs, goal)).reshape(shape[:2]) for row in rows])
 
@@ -219,7 +223,7 @@ def load_walks(dataset):
 
 def main():
     about, maze = provenance(), load_maze()
-    goal = int(np.flatnonzero((cell_of(maze.goals) == (6, 6)).all(axis=1))[0])  # of OGBench's first task
+    goal = int(np.flatnonzero((cell_of(maze.goals) == (6, 6)).all(axis=1)).item())  # of OGBench's first task
     apart = maze.steps > 0
     met = {kind: pairs_that_met(maze, load_walks(dataset)) for kind, dataset in DATASETS.items()}
     result, maps = {}, {}
@@ -245,7 +249,6 @@ def draw(maze, goal, maps, path):
     true = maze.steps[:, goal]
     for row, (kind, beliefs) in zip(axes, maps.items(), strict=True):
         for axis, (name, values) in zip(row, {f"{kind}: true": true, **beliefs}.items(), strict=True):
-            values = np.full_like(true, np.nan) if values is None else values
             limits = (values.min(), values.max()) if name == "crl" else (0, true.max())
             panel(axis, maze, values, limits)
             axis.plot(*maze.goals[goal][::-1], "*", color="white", markeredgecolor="black", markersize=12)
