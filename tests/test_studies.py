@@ -15,7 +15,6 @@ from common.recipes import tabular
 STUDIES = pathlib.Path(__file__).parents[1] / "benchmarks" / "studies"
 NAMES = (
     "deadly_triad",
-    "distances",
     "ladder",
     "lower_bound",
     "ope_bias_variance",
