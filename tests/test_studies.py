@@ -474,6 +474,69 @@ def test_the_text_on_evaluation_has_the_numbers_of_its_result():
     assert f"({rmse['110']['1']['FQE']:.2f} with 1k)" in text
 
 
+@pytest.mark.parametrize("study", ["distances"], indirect=True)
+def test_true_distances_go_round_the_walls(study):
+    """Centres of cells lie 4 apart, which takes 20 steps of 0.2. Round a corner the point keeps its radius, 0.7: it
+    passes the corner 0.5 away in both coordinates, 2 + 0.5 of its way in each, 25 steps; diagonals cost what sides do.
+    """
+    cells = np.zeros((4, 5), bool)
+    cells[1, 1] = cells[1, 2] = cells[2, 2] = cells[1, 3] = True
+    centres = (np.array([(1, 1), (1, 2), (2, 2), (1, 3)]) + 0.5) * study.UNIT
+    steps = study.steps_between(cells, centres, centres)
+    np.testing.assert_allclose(steps, [[0, 20, 25, 40], [20, 0, 20, 20], [25, 20, 0, 25], [40, 20, 25, 0]])
+    maze = study.make_maze(cells)
+    assert study.free(cells, maze.places).all() and not study.free(cells, np.array([5.3, 6.0]) - [0.7, 0])
+    truth = study.measure(maze, maze.steps > 20, maze.steps, True)
+    assert truth == {name: {"rank": 1, "nearer": 1, "ratio": 1} for name in ("met", "never met")}
+    turned = study.measure(maze, maze.steps > 20, -maze.steps, False)["met"]
+    assert turned["rank"] == -1 and turned["nearer"] < 0.2 and turned["ratio"] is None
+
+
+@pytest.mark.parametrize("study", ["distances"], indirect=True)
+def test_pairs_meet_in_the_order_of_a_walk(study):
+    cells = np.ones((1, 4), bool)
+    walks = [np.array([[2, 1], [2, 3], [2, 5], [2, 9]]), np.array([[2, 13], [2, 10]])]  # cells 0, 0, 1, 2 and 3, 2
+    met = study.meetings(cells, walks)[0, :, 0, :]
+    np.testing.assert_array_equal(met.astype(int), [[1, 1, 1, 0], [0, 1, 1, 0], [0, 0, 1, 0], [0, 0, 1, 1]])
+    maze = study.Maze(cells, np.array([[2.0, 5.0]]), np.array([[2.0, 2.0], [2.0, 10.0]]), None)
+    np.testing.assert_array_equal(study.pairs_that_met(maze, walks), [[False, True]])
+
+
+@pytest.mark.parametrize("study", ["distances"], indirect=True)
+def test_values_are_read_as_steps_where_they_say_so(study, monkeypatch):
+    """V = -(1 - 0.9^3) / 0.1 = -2.71 and Q = 0.9^2 are three steps; beyond EDGE a value says no more."""
+    from algos import actionable_models, gcivl
+    from common.environments import Spec
+
+    monkeypatch.setattr(gcivl, "GoalValue", lambda *_: argparse.Namespace(apply=lambda p, *_: np.full((2, 1), p)))
+    monkeypatch.setattr(gcivl, "make_agent", lambda *_: None)
+    agent = argparse.Namespace(act=lambda *_: None, q=lambda state, *_: np.full(1, state))
+    monkeypatch.setattr(actionable_models, "make_agent", lambda *_: agent)
+    here = np.zeros((1, 2))
+
+    def steps(algo, value):
+        state = argparse.Namespace(value=argparse.Namespace(params=value)) if algo is gcivl else value
+        name = algo.__name__.split(".")[1]
+        return study.make_belief(name, algo.Config(discount=0.9), Spec(2, 2, goal_dim=2))(state, here, here)
+
+    np.testing.assert_allclose(steps(gcivl, -2.71), [3], rtol=1e-5)
+    np.testing.assert_allclose(steps(actionable_models, 0.81), [3], rtol=1e-5)
+    most = np.log(study.EDGE) / np.log(0.9)
+    np.testing.assert_allclose(steps(gcivl, -12.0), [most], rtol=1e-5)
+    np.testing.assert_allclose(steps(gcivl, 0.3), [0], atol=1e-6)
+
+
+@pytest.mark.parametrize("study", ["distances"], indirect=True)
+def test_places_are_those_of_ogbench(study):
+    pytest.importorskip("ogbench")
+    import gymnasium
+
+    maze = gymnasium.make("pointmaze-medium-v0").unwrapped
+    for cell in ((1, 1), (2, 6), (6, 3)):
+        np.testing.assert_allclose(study.to_ogbench((np.array(cell) + 0.5) * study.UNIT), maze.ij_to_xy(cell))
+    assert study.UNIT == maze._maze_unit and study.RADIUS == maze.model.geom("pointbody").size[0]
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_committed_result_says_what_made_it(name):
     result = json.loads((STUDIES / f"{name}.json").read_text())
