@@ -129,6 +129,15 @@ def test_members_that_are_no_elites_learn_from_the_data_alone():
     assert np.abs(slope[1, :2]).max() > 10
 
 
+def test_the_adversarys_members_have_rows_of_the_data_of_their_own():
+    # Equal members, and a game of no weight: on the same rows their gradients would be equal
+    cfg = dataclasses.replace(LINEAR, num_members=2, adversary_weight=1e-30)
+    state = adversary_state(cfg, bias=[1.0, 5.0, -1.0, -1.0])
+    data = rows(np.zeros(20), reward=np.arange(20.0), next_obs=1.0)
+    slope = test_mbpo.gradient(prepare(cfg, state, data).snapshot)["bias"]
+    assert np.abs(slope[0, 1] - slope[1, 1]) > 0.01 * np.abs(slope[0, 1])
+
+
 def test_the_first_phase_clones_the_data():
     # The policy is N(0, 1) before its tanh, the data's action tanh(1): log density -1.418939 - log(1 - tanh(1)^2), and
     # the slope of the mean, of minus that, is -1
