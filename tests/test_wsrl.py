@@ -111,8 +111,8 @@ def test_of_the_critics_a_few_are_pushed_down_in_each_update_and_each_in_its_tur
     for seed in range(12):
         at = state._replace(key=jax.random.key(seed))
         moved = [x(at, rows(-1e9))[0].critic.opt_state[0].mu for x in (update, plain)]
-        different = [np.abs(x - y).reshape(5, -1).max(axis=1) > 1e-7 for x, y in zip(*map(jax.tree.leaves, moved))]
-        pushed.append(np.any(different, axis=0))
+        pairs = zip(*map(jax.tree.leaves, moved), strict=True)
+        pushed.append(np.any([np.abs(x - y).reshape(5, -1).max(axis=1) > 1e-7 for x, y in pairs], axis=0))
         assert pushed[-1].sum() == 2
     assert np.all(np.any(pushed, axis=0)) and len({tuple(x) for x in pushed}) > 3
 
