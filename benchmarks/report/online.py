@@ -23,6 +23,8 @@ def since_switch(run: Run) -> np.ndarray:
 def online_table(runs: list[Run], links: list[tuple[str, str]], folders: list[Path]) -> str:
     """Markdown: a row for each run, in the order of their scores after 5,000 steps. Beside each: links to its folder
     and to the page of its algorithm, and the folder itself."""
+    if not runs:
+        return "No run yet."
     heads = ["at the switch", *(f"after {n:,}" for n in STEPS[1:]), f"regret to {STEPS[2]:,}"]
     lines = [["data", "method", *heads], ["---"] * (len(heads) + 2)]
     rows = []
