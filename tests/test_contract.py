@@ -41,7 +41,7 @@ N, B = 64, 16  # rows of the data and of a batch
 # What papers do on purpose, and a test would take for a defect
 # Weights relative to the batch's own scale
 RELATIVE = {"marwil", "reps", "td3_bc", "td3_awr", "rebrac", "spot", "gc_td3_bc", "gciql", "qrl", "crl"}
-PROPOSES = dict.fromkeys(("cql", "cal_ql", "combo"), {"weight": 0.0})  # pi(.|s') proposes in every row
+PROPOSES = dict.fromkeys(("cql", "cal_ql", "wsrl", "combo"), {"weight": 0.0})  # pi(.|s') proposes in every row
 PROPOSES["mobile"] = {"penalty": 0.0}  # its doubt asks a model that is measured on these rows before
 # Pushes values up, or doubts them, in a part of the rows alone. This makes it all of them, or none
 ALL_REAL = dict.fromkeys(("combo", "mobile"), {"real_ratio": 1.0})
