@@ -304,6 +304,40 @@ def test_what_the_text_says_of_sac_is_in_its_result():
     assert 45 < np.median(small) / np.median(believed["10k"]) < 55  # README's "some 50 times"
 
 
+@pytest.mark.parametrize("study", ["fine_tuning"], indirect=True)
+def test_failures_are_halved_where_they_stay_so(study):
+    # 40 % fail at the switch; 15 %, 30 %, 20 %, 10 % after 1,000 steps each: at most 20 % from 3,000 on
+    steps = np.array([-1000, 0, 1000, 2000, 3000, 4000])
+    assert study.halved(steps, [10, 60, 85, 70, 80, 90]) == (40.0, 3000)
+    assert study.halved(steps, [10, 60, 85, 70, 80, 70]) == (40.0, None)
+    assert study.halved(steps, [10, 100, 85, 70, 80, 70]) == (0.0, None), "there is nothing to halve"
+
+
+@pytest.mark.parametrize("study", ["fine_tuning"], indirect=True)
+def test_without_calibration_nothing_is_held_up_and_the_file_is_as_before(study, monkeypatch, tmp_path):
+    """The study takes the returns away, not the formula: see tests/test_cal_ql.py. What it changes it puts back."""
+    returns, seen = study.cal_ql.return_to_go, []
+
+    def main(cfg):
+        seen.append((study.cal_ql.return_to_go([-1.0, -1.0], True, 0.99), cfg))
+        pathlib.Path(cfg.out).mkdir(parents=True)
+        lines = [
+            {"step": step, "seed": seed, "believed_value": step + seed, "true_value": -90, "score": 5, "held": 0}
+            for step in (study.SETTINGS["num_updates"], study.SETTINGS["num_updates"] + 500)
+            for seed in (0, 1)
+        ]
+        (pathlib.Path(cfg.out) / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    monkeypatch.setattr(study.cal_ql, "main", main)
+    monkeypatch.setattr(study, "HERE", tmp_path / "a" / "b")
+    for calibrated in (False, True):
+        found = study.train(calibrated, 50.0)
+        assert found["steps"] == [0, 500] and found["believed_value"] == [[3000, 3500], [3001, 3501]]
+    assert study.cal_ql.return_to_go is returns
+    assert seen[0][0].tolist() == [-1e9, -1e9] and np.allclose(seen[1][0], [-1.99, -1])
+    assert all(cfg.weight == cfg.online_weight == 50 for _, cfg in seen) and seen[0][1].out != seen[1][1].out
+
+
 @pytest.mark.parametrize("study", ["when_rl_beats_cloning"], indirect=True)
 def test_the_methods_on_a_road_of_two_steps(study):
     """One state of each step is visited. Step 0, critical: action 0 (right) three times, action 1 four times, two of
