@@ -15,6 +15,7 @@ from common.recipes import tabular
 STUDIES = pathlib.Path(__file__).parents[1] / "benchmarks" / "studies"
 NAMES = (
     "deadly_triad",
+    "fine_tuning",
     "ladder",
     "lower_bound",
     "ope_bias_variance",
@@ -314,28 +315,10 @@ def test_failures_are_halved_where_they_stay_so(study):
 
 
 @pytest.mark.parametrize("study", ["fine_tuning"], indirect=True)
-def test_without_calibration_nothing_is_held_up_and_the_file_is_as_before(study, monkeypatch, tmp_path):
-    """The study takes the returns away, not the formula: see tests/test_cal_ql.py. What it changes it puts back."""
-    returns, seen = study.cal_ql.return_to_go, []
-
-    def main(cfg):
-        seen.append((study.cal_ql.return_to_go([-1.0, -1.0], True, 0.99), cfg))
-        pathlib.Path(cfg.out).mkdir(parents=True)
-        lines = [
-            {"step": step, "seed": seed, "believed_value": step + seed, "true_value": -90, "score": 5, "held": 0}
-            for step in (study.SETTINGS["num_updates"], study.SETTINGS["num_updates"] + 500)
-            for seed in (0, 1)
-        ]
-        (pathlib.Path(cfg.out) / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-
-    monkeypatch.setattr(study.cal_ql, "main", main)
-    monkeypatch.setattr(study, "HERE", tmp_path / "a" / "b")
-    for calibrated in (False, True):
-        found = study.train(calibrated, 50.0)
-        assert found["steps"] == [0, 500] and found["believed_value"] == [[3000, 3500], [3001, 3501]]
-    assert study.cal_ql.return_to_go is returns
-    assert seen[0][0].tolist() == [-1e9, -1e9] and np.allclose(seen[1][0], [-1.99, -1])
-    assert all(cfg.weight == cfg.online_weight == 50 for _, cfg in seen) and seen[0][1].out != seen[1][1].out
+def test_the_committed_result_on_fine_tuning_is_that_of_the_committed_runs(study):
+    result = json.loads((STUDIES / "fine_tuning.json").read_text())
+    assert result["failures"] == json.loads(json.dumps(study.failures()))
+    assert result["values"] == {label: study.values(*where) for label, where in study.SHOWN.items()}
 
 
 @pytest.mark.parametrize("study", ["when_rl_beats_cloning"], indirect=True)
