@@ -319,6 +319,26 @@ def test_the_committed_result_on_fine_tuning_is_that_of_the_committed_runs(study
     result = json.loads((STUDIES / "fine_tuning.json").read_text())
     assert result["failures"] == json.loads(json.dumps(study.failures()))
     assert result["values"] == {label: study.values(*where) for label, where in study.SHOWN.items()}
+    for found in result["failures"].values():
+        assert found["at_switch"] == found["failures"][found["steps"].index(0)]
+
+
+def test_the_text_on_fine_tuning_has_the_numbers_of_its_result():
+    result = json.loads((STUDIES / "fine_tuning.json").read_text())
+    text = section("Fine-tuning").replace("−", "-")
+    for method, name in (("cql", "CQL"), ("cal_ql", "Cal-QL")):
+        found = result["failures"][method]
+        assert f"{name}: {found['at_switch']:.0f} %" in text and f"{found['failures'][-1]:.0f} % after 5,000" in text
+    cql, cal_ql, offline = result["values"].values()
+    for found, steps in ((cql, 1000), (cal_ql, 1000), (offline, 2000)):
+        i = found["steps"].index(steps)
+        for column in ("believed_value", "true_value"):
+            assert f"{np.mean(found[column], axis=0)[i]:.0f}" in text, (steps, column)
+    assert np.mean(cql["score"], axis=0)[2:4].tolist() == [0, 0] and "to 0 after 2,000 and 3,000 steps" in text
+    middle = np.mean(offline["score"], axis=0)
+    assert f"{middle[0]:.0f}, {middle[1]:.0f} and {middle[2]:.0f}" in text
+    assert np.max(cal_ql["held"]) < 0.06 and "at most 5 %" in text
+    assert min(np.min(found["believed_value"]) for found in result["values"].values()) > -100
 
 
 @pytest.mark.parametrize("study", ["when_rl_beats_cloning"], indirect=True)

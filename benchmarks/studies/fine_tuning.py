@@ -60,7 +60,7 @@ def failures():
         if run.dataset == DATASET and (steps == 0).any():
             first, after = halved(steps, scores)
             curve = {"steps": steps.tolist(), "failures": (100 - scores).tolist()}
-            found[run.method] = {"failures": first, "halved_after": after, **curve}
+            found[run.method] = {"at_switch": first, "halved_after": after, **curve}
     return found
 
 
