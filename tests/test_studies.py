@@ -334,7 +334,7 @@ def test_the_text_on_fine_tuning_has_the_numbers_of_its_result():
         i = found["steps"].index(steps)
         for column in ("believed_value", "true_value"):
             assert f"{np.mean(found[column], axis=0)[i]:.0f}" in text, (steps, column)
-    assert np.mean(cql["score"], axis=0)[2:4].tolist() == [0, 0] and "to 0 after 2,000 and 3,000 steps" in text
+    assert np.max(np.array(cql["score"])[:, 2:4]) == 0 and "to 0 after 2,000 and 3,000 steps, in all seeds" in text
     middle = np.mean(offline["score"], axis=0)
     assert f"{middle[0]:.0f}, {middle[1]:.0f} and {middle[2]:.0f}" in text
     assert np.max(cal_ql["held"]) < 0.06 and "at most 5 %" in text
