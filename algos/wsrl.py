@@ -7,11 +7,12 @@ Paper      Zhou, Peng, Li, Levine & Kumar (2024), https://arxiv.org/abs/2412.077
 Reference  https://github.com/zhouzypaul/wsrl at 891ee35
 
 From equation to code
-    y       = r + discount min_(j in Z) Qbar_j(s', a'),  a' ~ pi(.|s')     next_value; Z, some critics: subset_min
-    L_Q     = E[ (Q_j(s, a) - y)^2 ], mean over the critics j; offline + weight E[ gap_j ]           critic_loss
-    gap_j   = log sum_a exp max(Q_j(s, a), R(s)) - Q_j(s, a_data), mean over j in Z' (Cal-QL)  calibrated_gap, calibrate
-    L_pi    = E[ alpha log pi(a|s) - min_j Q_j(s, a) ],  a ~ pi(.|s)       actor_loss
-    L_alpha = -log(alpha) E[ log pi(a|s) + H ]                             alpha_loss
+    y       = r + discount min_(j in Z) Qbar_j(s', a'),  a' ~ pi(.|s')          next_value, subset_min: Z
+    L_Q     = E[ (Q_j(s, a) - y)^2 ], mean over j; offline + weight E[ gap ]    critic_loss
+    gap     = log sum_a exp max(Q_j(s, a), R(s)) - Q_j(s, a_data), j in Z'      calibrated_gap, calibrate
+    L_pi    = E[ alpha log pi(a|s) - min_j Q_j(s, a) ],  a ~ pi(.|s)            actor_loss
+    L_alpha = -log(alpha) E[ log pi(a|s) + H ]                                  alpha_loss
+    Z, Z'   some of the critics, drawn anew in each update; R: return of the row, as cal_ql.py
 
 Order of one update   Q and target, pi (with the new Q), alpha. On-line first Q and target alone, updates_per_step - 1
                       times, each with a batch of its own.

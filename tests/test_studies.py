@@ -15,6 +15,7 @@ from common.recipes import tabular
 STUDIES = pathlib.Path(__file__).parents[1] / "benchmarks" / "studies"
 NAMES = (
     "deadly_triad",
+    "fine_tuning",
     "ladder",
     "lower_bound",
     "ope_bias_variance",
@@ -302,6 +303,42 @@ def test_what_the_text_says_of_sac_is_in_its_result():
     assert f"{small.min():,.0f} to {small.max():,.0f} on 1k, and {large.min():,.0f} to {large.max():,.0f} on" in text
     assert f"{true.min():.0f} to {true.max():.0f}.".replace("-", "−") in text
     assert 45 < np.median(small) / np.median(believed["10k"]) < 55  # README's "some 50 times"
+
+
+@pytest.mark.parametrize("study", ["fine_tuning"], indirect=True)
+def test_failures_are_halved_where_they_stay_so(study):
+    # 40 % fail at the switch; 15 %, 30 %, 20 %, 10 % after 1,000 steps each: at most 20 % from 3,000 on
+    steps = np.array([-1000, 0, 1000, 2000, 3000, 4000])
+    assert study.halved(steps, [10, 60, 85, 70, 80, 90]) == (40.0, 3000)
+    assert study.halved(steps, [10, 60, 85, 70, 80, 70]) == (40.0, None)
+    assert study.halved(steps, [10, 100, 85, 70, 80, 70]) == (0.0, None), "there is nothing to halve"
+
+
+@pytest.mark.parametrize("study", ["fine_tuning"], indirect=True)
+def test_the_committed_result_on_fine_tuning_is_that_of_the_committed_runs(study):
+    result = json.loads((STUDIES / "fine_tuning.json").read_text())
+    assert result["failures"] == json.loads(json.dumps(study.failures()))
+    assert result["values"] == {label: study.values(*where) for label, where in study.SHOWN.items()}
+    for found in result["failures"].values():
+        assert found["at_switch"] == found["failures"][found["steps"].index(0)]
+
+
+def test_the_text_on_fine_tuning_has_the_numbers_of_its_result():
+    result = json.loads((STUDIES / "fine_tuning.json").read_text())
+    text = section("Fine-tuning").replace("−", "-")
+    for method, name in (("cql", "CQL"), ("cal_ql", "Cal-QL")):
+        found = result["failures"][method]
+        assert f"{name}: {found['at_switch']:.0f} %" in text and f"{found['failures'][-1]:.0f} % after 5,000" in text
+    cql, cal_ql, offline = result["values"].values()
+    for found, steps in ((cql, 1000), (cal_ql, 1000), (offline, 2000)):
+        i = found["steps"].index(steps)
+        for column in ("believed_value", "true_value"):
+            assert f"{np.mean(found[column], axis=0)[i]:.0f}" in text, (steps, column)
+    assert np.max(np.array(cql["score"])[:, 2:4]) == 0 and "to 0 after 2,000 and 3,000 steps, in all seeds" in text
+    middle = np.mean(offline["score"], axis=0)
+    assert f"{middle[0]:.0f}, {middle[1]:.0f} and {middle[2]:.0f}" in text
+    assert np.max(cal_ql["held"]) < 0.06 and "at most 5 %" in text
+    assert min(np.min(found["believed_value"]) for found in result["values"].values()) > -100
 
 
 @pytest.mark.parametrize("study", ["when_rl_beats_cloning"], indirect=True)

@@ -169,9 +169,9 @@ def table(runs: list[Run], failures: list[Failure], results: str, algo: str | No
     if any(failure.refused for failure in failures):
         foot.append("A dash: the method does not take that dataset's actions.")
     foot += [f"Failed: {failure.method} on {short(failure.dataset)} ({failure.reason})." for failure in failed]
-    if published:
-        foot.append(f"Published: {PUBLISHED['source']}.")
-    if all(dataset.startswith("stitch/") for dataset in kinds):
+    for source in dict.fromkeys(scores.get("source", PUBLISHED["source"]) for scores in published.values()):
+        foot.append(f"Published: {source}.")
+    if all(dataset.startswith("stitch/") for dataset in kinds) and not published:
         foot.append(
             "The data are rebuilt by recipes: published scores are on other data, not comparable, and not shown."
         )

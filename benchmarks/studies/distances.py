@@ -171,7 +171,8 @@ def believed(folder, algo, maze):
     belief = jax.jit(make_belief(algo, runs.cfg, runs.interface.spec))
     shape = (len(maze.places), len(maze.goals), 2)
     xy = to_ogbench(maze.places[:, None]), to_ogbench(maze.goals[None])
-    obs, goal = (jnp.broadcast_to(jnp.asarray(x, jnp.float32), shape).reshape(-1, 2) for x in xy)
+    raw = dict(zip(("observation", "goal"), (np.broadcast_to(x, shape).reshape(-1, 2) for x in xy), strict=True))
+    obs, goal = np.split(runs.interface.observe(raw), 2, axis=-1)  # as the networks see them
     rows = [jax.tree.map(lambda x, k=k: x[k], runs.states) for k in range(len(runs.runs))]
     return np.stack([np.asarray(belief(row, obs, goal)).reshape(shape[:2]) for row in rows])
 
