@@ -18,6 +18,7 @@ NAMES = (
     "fine_tuning",
     "ladder",
     "lower_bound",
+    "model_exploitation",
     "ope_bias_variance",
     "overestimation",
     "support",
@@ -273,6 +274,48 @@ def test_the_error_of_a_counted_model_bounds_what_it_believes(study):
         assert believed - error - 1e-6 <= true
     true, believed, error = result["policies"]["pi_hat"]
     assert true >= result["best_right_side"] - 1e-6
+
+
+def test_the_text_on_a_models_errors_has_the_numbers_of_its_result():
+    result = json.loads((STUDIES / "model_exploitation.json").read_text())
+    text = section("A model's errors").replace("−", "-")
+
+    def ends(name, penalty, *horizons):
+        rows = [x for x in result["returns"] if x["penalty"] == penalty and x["horizon"] in horizons]
+        last = [row[name][-1] for row in rows]
+        assert len(rows) == 2 * len(horizons) and {len(row[name]) for row in rows} == {3}  # two seeds, 3,000 updates
+        return f"{min(last):.0f} to {max(last):.0f}"
+
+    short, model, critic = ends("true", 0, 1, 5), ends("model", 0, 1, 5), ends("critic", 0, 1, 5)
+    assert f"true return of {short}. In the model it has {model}, but its critics believe in {critic}" in text
+    critic, true = ends("critic", 2.5, 1, 5), ends("true", 2.5, 1, 5)
+    assert f"belief to {critic}, and the true return rises to {true}" in text
+    critic, model, true = (ends(name, 0, 20) for name in ("critic", "model", "true"))
+    assert f"believe in {critic}, the model has {model}, and the true return is {true}." in text
+    assert f"(true: {ends('true', 2.5, 20)})" in text
+    errors = result["errors"]
+    assert max(result["simulator_off"].values()) < 1e-6 and {row["penalty"] for row in result["returns"]} == {0, 2.5}
+    kinds = "held-out rows", "random actions", "lambda 0, after 20 steps", "lambda 2.5, after 20 steps"
+    shares = [f"{100 * errors[kind]['bounded']:.0f} %" for kind in kinds]
+    assert f"in {shares[0]} of cases" in text and f"same states in {shares[1]}." in text
+    assert f"bounds {shares[2]} and {shares[3]} of the errors" in text
+    data = [errors[kind] for kind in ("held-out rows", "random actions")]
+    assert "= {:.1f} and {:.1f}.".format(*(x["lambda_90"] for x in data)) in text
+    assert "correlations {:.2f} and {:.2f})".format(*(x["rank_correlation"] for x in data)) in text
+    assert all(9 < errors[f"lambda {x}, after 20 steps"]["lambda_90"] < 11 for x in ("0", "2.5"))
+    sizes = result["tabular"].values()
+
+    def listed(numbers):
+        *first, last = (f"{x:.3f}" for x in numbers)
+        return f"{', '.join(first)} and {last}"
+
+    policies = [x["policies"] for x in sizes]
+    assert f"$\\hat\\pi$ are {listed(x['pi_hat'][0] for x in policies)}." in text
+    assert f"promises {listed(x['best_right_side'] for x in sizes)}," in text
+    assert f"without it has {listed(x['best in the model'][0] for x in policies)}." in text
+    assert f"it has {listed(x['best in the model'][1] for x in policies)}." in text
+    assert {f"{x['best in the world'][0]:.3f}" for x in policies} == {"0.801"} and "policies has 0.801." in text
+    assert f"true returns of {listed(max(x['sweep']['true']) for x in sizes)}." in text
 
 
 @pytest.mark.parametrize("study", ["overestimation"], indirect=True)
