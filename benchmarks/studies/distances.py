@@ -246,6 +246,21 @@ def main():
     draw(maze, goal, maps, HERE / "distances.png")
 
 
+def table(result):
+    """Markdown for the studies' page: medians over the seeds, of pairs that met in `stitch` and of the others."""
+    lines = ["| data | file | rank, met | rank, never met | nearer, met | nearer, never met | ratio, met | never met |"]
+    lines.append("| --- " * 8 + "|")
+    for kind, data in result["data"].items():
+        for algo, found in data["methods"].items():
+            cells = [kind, f"[`{algo}`](../../algos/{algo}.md)"]
+            for measure, form in (("rank", ".2f"), ("nearer", ".0%"), ("ratio", ".2f")):
+                for pairs in ("met", "never met"):
+                    values = [seed[pairs][measure] for seed in found["seeds"]]
+                    cells.append("–" if None in values else format(np.median(values), form).replace("%", " %"))
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def draw(maze, goal, maps, path):
     """A row for each data, the first panel with the true distances to one goal, the others with those of seed 0."""
     columns = 1 + max(map(len, maps.values()))
