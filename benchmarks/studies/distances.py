@@ -3,10 +3,11 @@
 Claim (OGBench): from data without rewards one can learn how far any state is from any other,
 also where no recorded walk leads from one to the other, because walks share states ("stitching"). Which methods do so?
 
-It reads the runs that `python benchmarks/sweep.py goals` leaves in benchmarks/results/goals, checkpoints included, of
-OGBench's medium point maze: `navigate`, whose walks of 1000 steps cross the maze, and `stitch`, whose walks of 200
-steps are no longer than four cells. The point moves by at most 0.2 in each coordinate and step and its radius is 0.7,
-so the true number of steps between two places is that of a shortest path on a fine grid of where its centre can be.
+It reads the runs that `python benchmarks/sweep.py goals` leaves in benchmarks/results/goals, checkpoints included (what
+has none is left out), of OGBench's medium point maze: `navigate`, whose walks of 1000 steps cross the maze, and
+`stitch`, whose walks of 200 steps are no longer than four cells. The point moves by at most 0.2 in each coordinate and
+step and its radius is 0.7, so the true number of steps between two places is that of a shortest path on a fine grid of
+where its centre can be.
 
 Writes distances.json and distances.png beside it. Of each file that has a value, data and seed:
     rank    Spearman's correlation of believed and true distance, over all pairs of a place and a goal
@@ -232,6 +233,9 @@ def main():
         result[kind] = {"met": float(met[kind][apart].mean()), "farthest_met": float(maze.steps[met[kind]].max())}
         result[kind]["methods"], maps[kind] = {}, {}
         for algo in METHODS:
+            if not (RUNS / dataset / algo / "checkpoint.msgpack").exists():
+                print(f"{RUNS / dataset / algo} has no checkpoint: it is left out.")
+                continue
             distance = believed(RUNS / dataset / algo, algo, maze)
             config = json.loads((RUNS / dataset / algo / "config.json").read_text())
             seeds = [measure(maze, met["stitch"], x, algo != "crl") for x in distance]
@@ -242,14 +246,31 @@ def main():
     draw(maze, goal, maps, HERE / "distances.png")
 
 
+def table(result):
+    """Markdown for the studies' page: medians over the seeds, of pairs that met in `stitch` and of the others."""
+    lines = ["| data | file | rank, met | rank, never met | nearer, met | nearer, never met | ratio, met | never met |"]
+    lines.append("| --- " * 8 + "|")
+    for kind, data in result["data"].items():
+        for algo, found in data["methods"].items():
+            cells = [kind, f"[`{algo}`](../../algos/{algo}.md)"]
+            for measure, form in (("rank", ".2f"), ("nearer", ".0%"), ("ratio", ".2f")):
+                for pairs in ("met", "never met"):
+                    values = [seed[pairs][measure] for seed in found["seeds"]]
+                    cells.append("–" if None in values else format(np.median(values), form).replace("%", " %"))
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def draw(maze, goal, maps, path):
     """A row for each data, the first panel with the true distances to one goal, the others with those of seed 0."""
-    figure, axes = plt.subplots(
-        2, 1 + len(METHODS), figsize=(2.1 * (1 + len(METHODS)), 5), dpi=120, layout="constrained"
-    )
+    columns = 1 + max(map(len, maps.values()))
+    size = (2.1 * columns + 1, 2.5 * len(maps))
+    figure, axes = plt.subplots(len(maps), columns, figsize=size, dpi=120, layout="constrained", squeeze=False)
     true = maze.steps[:, goal]
     for row, (kind, beliefs) in zip(axes, maps.items(), strict=True):
-        for axis, (name, values) in zip(row, {f"{kind}: true": true, **beliefs}.items(), strict=True):
+        for axis in row[1 + len(beliefs) :]:
+            axis.set_visible(False)
+        for axis, (name, values) in zip(row, {f"{kind}: true": true, **beliefs}.items(), strict=False):
             limits = (values.min(), values.max()) if name == "crl" else (0, true.max())
             panel(axis, maze, values, limits)
             axis.plot(*maze.goals[goal][::-1], "*", color="white", markeredgecolor="black", markersize=12)
