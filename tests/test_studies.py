@@ -15,6 +15,7 @@ from common.recipes import tabular
 STUDIES = pathlib.Path(__file__).parents[1] / "benchmarks" / "studies"
 NAMES = (
     "deadly_triad",
+    "distances",
     "fine_tuning",
     "ladder",
     "lower_bound",
