@@ -16,6 +16,7 @@ Intervals  95 % of 1,000 bootstrap resamples of the policies. Runs of one method
 Own Q      What the run's own critic believes of its policy where the episodes begin, if it learned from raw rewards.
 Constant   The mean return of the data's episodes, as the estimate of every policy: an error to beat. Its regret is that
            of a choice at random.
+Held       In how many policies the estimator's own 95 % interval holds the truth.
 
 The folder --out has ope.json (all estimates, truths and measures), ope.png, and the runs of the estimators that train.
 """
@@ -60,6 +61,7 @@ class Options:
     eval_episodes: int = 100  # of each policy, for the truth; draws in each state where it is exact; 0: none is known
     resamples: int = 200  # of the episodes, for the intervals of the estimators with weights, where they cost most
     folds: int = 1  # of FQE's critics, for cross-fitting
+    horizon: int = 0  # steps of an episode in a fitted model; 0: as many as the longest one of the data has
     num_updates: int = 6_000  # of the estimators that train
     hidden: tuple[int, ...] = (256, 256)  # of their networks
     out: Path | None = None  # by default the folder of the runs with -ope after its name
@@ -112,6 +114,7 @@ def of_training(name, folder, count, options, out):
     wanted = dict(policy=str(folder), dataset=options.dataset, act=options.act, discount=options.discount, folds=folds)
     wanted |= dict(num_seeds=count * folds, num_updates=options.num_updates, eval_interval=options.num_updates)
     wanted |= dict(log_interval=math.gcd(options.num_updates, 250), eval_episodes=0, hidden=options.hidden)
+    wanted |= dict(prepare_interval=wanted["log_interval"], horizon=options.horizon)
     config = module.Config(**{key: value for key, value in wanted.items() if key in fields}, out=str(out))
     summary = module.main(config)
     rows = [summary[column] for column in ("estimate", "estimate_low", "estimate_high")]
@@ -165,6 +168,7 @@ def pool(options, out):
     first = data.obs[np.diff(data.episode, prepend=-1) != 0]
     step = np.arange(len(data.reward)) - np.searchsorted(data.episode, data.episode)
     constant = (options.discount**step * data.reward.astype(np.float64)).sum() / (data.episode[-1] + 1)
+    options = dataclasses.replace(options, horizon=options.horizon or int(step.max()) + 1)
     policies, refusals = [], {}
     for folder in options.runs:
         runs = importance_sampling.load_policy(str(folder), options.act)
@@ -185,22 +189,23 @@ def judge(policies):
     policies = [policy for policy in policies if np.isfinite(policy["true_value"])]
     truth = np.array([policy["true_value"] for policy in policies])
     names = list(dict.fromkeys(name for policy in policies for name in policy["estimates"] if name != "ESS"))
-    nothing = (np.nan,) * 3
-    columns = {
-        name: np.array([policy["estimates"].get(name, nothing)[0] for policy in policies], float) for name in names
-    }
-    return {
-        name: measures(truth, column) | {"policies": int(np.isfinite(column).sum())} for name, column in columns.items()
-    }
+    found = {}
+    for name in names:
+        rows = [policy["estimates"].get(name, (np.nan,) * 3) for policy in policies]
+        estimate, low, high = np.array(rows, float).T
+        found[name] = measures(truth, estimate) | {"policies": int(np.isfinite(estimate).sum())}
+        if (low < high).any():
+            found[name]["held"] = int(((low <= truth) & (truth <= high)).sum())
+    return found
 
 
 # --- What people read ------------------------------------------------------------------------------------------
 def table(result):
     """Markdown: a row for each estimator, the smallest absolute error first."""
-    lines = [f"| estimator | policies | {' | '.join(MEASURES)} |", "| --- " * (len(MEASURES) + 2) + "|"]
+    lines = [f"| estimator | policies | {' | '.join(MEASURES)} | held |", "| --- " * (len(MEASURES) + 3) + "|"]
     for name, found in sorted(result["measures"].items(), key=lambda x: x[1]["absolute error"] or np.inf):
         cells = [cell(found[measure]) for measure in MEASURES]
-        lines.append(f"| {name} | {found['policies']} | {' | '.join(cells)} |")
+        lines.append(f"| {name} | {found['policies']} | {' | '.join(cells)} | {found.get('held', '–')} |")
     return "\n".join(lines)
 
 
@@ -275,8 +280,13 @@ def main(options: Options):
         raise SystemExit(f"{unknown[0]} is no estimator here: choose among {', '.join(PRESENT)}.")
     if "doubly_robust" in options.estimators and "fqe" not in options.estimators:
         raise SystemExit("doubly_robust takes its Q from fqe: name both in --estimators.")
-    if min(options.num_updates, options.folds, options.resamples) < 1 or options.eval_episodes < 0:
-        raise SystemExit("--num-updates, --folds and --resamples must be at least 1, and --eval-episodes at least 0.")
+    if (
+        min(options.num_updates, options.folds, options.resamples) < 1
+        or min(options.eval_episodes, options.horizon) < 0
+    ):
+        raise SystemExit(
+            "--num-updates, --folds and --resamples must be at least 1, --eval-episodes and --horizon at least 0."
+        )
     if len({path.resolve().name for path in options.runs}) < len(options.runs):
         raise SystemExit("Two of these folders have the same name: rename one of them.")
     dataset = options.dataset or read_dataset(options.runs[0])
