@@ -351,7 +351,7 @@ class Estimates:
                 f"  seed {run['seed']} {run['grid'] or ''}{grid or ''}: {estimate:.5g} ({low:.5g} to {high:.5g})"
             )
             rows[-1] += f", true value {true:.5g}; ratios add up to {norm:.3g}, {size:,.0f} effective rows\n"
-        return "".join(rows) + " "
+        return "".join(rows) + f"  {len(rows) - 1} estimates"
 
 
 # --- Training: the same in every file, and a test keeps it so -----------------------------------------------

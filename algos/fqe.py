@@ -323,7 +323,7 @@ class Estimates:
                 f"  seed {run['seed']} {run['grid'] or ''}{grid or ''}: {estimate:.5g} ({low:.5g} to {high:.5g})"
             )
             rows[-1] += f", true value {true:.5g}{'' if possible else '; REJECTED'}\n"
-        return "".join(rows) + " "
+        return "".join(rows) + f"  {len(rows) - 1} estimates"
 
 
 # --- Training: the same in every file, and a test keeps it so -----------------------------------------------

@@ -62,8 +62,9 @@ class Options:
     resamples: int = 200  # of the episodes, for the intervals of the estimators with weights, where they cost most
     folds: int = 1  # of FQE's critics, for cross-fitting
     horizon: int = 0  # steps of an episode in a fitted model; 0: as many as the longest one of the data has
-    num_updates: int = 6_000  # of the estimators that train
+    num_updates: int = 6_000  # of the estimators that train, and of the clone
     hidden: tuple[int, ...] = (256, 256)  # of their networks
+    tau: float = 0.05  # Polyak step of FQE's target: short runs need a larger one
     out: Path | None = None  # by default the folder of the runs with -ope after its name
 
 
@@ -114,7 +115,7 @@ def of_training(name, folder, count, options, out):
     wanted = dict(policy=str(folder), dataset=options.dataset, act=options.act, discount=options.discount, folds=folds)
     wanted |= dict(num_seeds=count * folds, num_updates=options.num_updates, eval_interval=options.num_updates)
     wanted |= dict(log_interval=math.gcd(options.num_updates, 250), eval_episodes=0, hidden=options.hidden)
-    wanted |= dict(prepare_interval=wanted["log_interval"], horizon=options.horizon)
+    wanted |= dict(prepare_interval=wanted["log_interval"], horizon=options.horizon, tau=options.tau)
     config = module.Config(**{key: value for key, value in wanted.items() if key in fields}, out=str(out))
     summary = module.main(config)
     rows = [summary[column] for column in ("estimate", "estimate_low", "estimate_high")]
@@ -125,17 +126,17 @@ def of_training(name, folder, count, options, out):
 def estimates_of(folder, count, options, out):
     """For each run of a folder {estimator: (value, low, high)}, and {file: why it refused}."""
     found, refused = [{} for _ in range(count)], {}
+    weights = dict(behaviour=options.behaviour, resamples=options.resamples, hidden=options.hidden)
+    weights |= dict(clone_updates=options.num_updates)
     for name in options.estimators:
         try:
             if name == "importance_sampling":
                 fields = dict(dataset=options.dataset, act=options.act, discount=options.discount, eval_episodes=0)
-                fields |= dict(resamples=options.resamples)
-                config = importance_sampling.Config(policy=str(folder), behaviour=options.behaviour, **fields)
+                config = importance_sampling.Config(policy=str(folder), **fields, **weights)
                 rows = importance_sampling.evaluate(config)
             elif name == "doubly_robust":
                 doubly_robust = importlib.import_module("algos.doubly_robust")
-                fields = dict(behaviour=options.behaviour, resamples=options.resamples)
-                config = doubly_robust.Config(fqe=str(out / "fqe" / folder.name), **fields)
+                config = doubly_robust.Config(fqe=str(out / "fqe" / folder.name), **weights)
                 rows = doubly_robust.evaluate(config)
             else:
                 rows = of_training(name, folder, count, options, out / name / folder.name)
@@ -180,7 +181,8 @@ def pool(options, out):
         for run, true, row, line, believed in zip(runs.runs, truth, rows, last, own, strict=True):
             about = {"folder": folder.name, "updates": runs.step, **run, "true_value": float(true)}
             row = {"constant": (constant,) * 3, "own Q": (believed,) * 3, **row}
-            policies.append(about | {"score": line["score"], "estimates": row})
+            about |= {name: line.get(name) for name in ("score", "returns", "q")}  # of report.py's rules
+            policies.append(about | {"estimates": row})
     return policies, {folder: said for folder, said in refusals.items() if said}
 
 

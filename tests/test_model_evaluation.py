@@ -53,6 +53,7 @@ def test_the_chain():
     assert value(unseen, chain.PI, 5) == pytest.approx(0.6, abs=1e-6)
     nothing = unseen._replace(reward=np.zeros(3, np.float32))
     assert value(nothing, chain.PI, 5, 1.0, unseen=1.0) == pytest.approx(0.48, abs=1e-6)
+    assert value(nothing, chain.PI, 1, 1.0, unseen=1.0) == 0  # one step: what would be done in s1 is not done
     assert value(nothing, chain.PI, 5, 1.0) == 0
 
 
@@ -92,15 +93,16 @@ def test_every_run_of_a_folder_is_counted(policy, tmp_path, capsys):
 ONE = Spec(1, 1)
 
 
-def by_hand(cfg, bias, obs_kernel=(0.0, 0.0, 0.0), limits=(-9.0, 9.0)):
+def by_hand(cfg, bias, obs_kernel=(0.0, 0.0, 0.0), limits=9.0, log_var=-1e3):
     """(agent, state) of members that are one linear layer: outputs are change, reward, two log-variances and end.
 
-    bias: (members, 3) of change, reward and end's logit; obs_kernel: how these depend on the observation.
+    bias: (members, 3) of change, reward and end's logit; obs_kernel: how these depend on the observation; limits: the
+    largest observation and reward, and less 0 the smallest; log_var: by default as low as the bound, -10, lets it be.
     """
     agent = ope.make_agent(cfg, ONE)
     state = agent.init(jax.random.key(0))
     bias = np.array(bias, np.float32)
-    outputs = np.full((cfg.num_members, 5), -1e3, np.float32)  # log-variances: as low as the bound, e^-10, lets them be
+    outputs = np.full((cfg.num_members, 5), log_var, np.float32)
     outputs[:, [0, 1, 4]] = bias
     kernel = np.zeros((cfg.num_members, 2, 5), np.float32)
     kernel[:, 0, [0, 1, 4]] = obs_kernel
@@ -110,7 +112,7 @@ def by_hand(cfg, bias, obs_kernel=(0.0, 0.0, 0.0), limits=(-9.0, 9.0)):
         return jnp.array(kernel if "kernel" in name else outputs if "bias" in name else old)
 
     params = jax.tree_util.tree_map_with_path(weights, state.model.params)
-    limits = tuple(jnp.full(2, x) for x in limits)
+    limits = tuple(sign * jnp.broadcast_to(jnp.array(limits), (2,)) for sign in (-1, 1))
     return agent, state._replace(model=state.model._replace(params=params), snapshot=params, limits=limits)
 
 
@@ -124,13 +126,38 @@ def test_a_roll_out_pays_for_every_step_that_it_takes():
 
 
 def test_what_the_model_says_stays_within_the_data():
-    # A reward of the observation, which goes 1, 2, 3 and no further, and of at most 3
+    # A reward of the observation, which goes 1, 2, 3 and no further
     cfg = ope.Config(hidden=(), num_members=1, horizon=4, discount=0.9)
-    agent, state = by_hand(cfg, [[1.0, 0.0, -50.0]], (0.0, 1.0, 0.0), limits=(-3.0, 3.0))
+    agent, state = by_hand(cfg, [[1.0, 0.0, -50.0]], (0.0, 1.0, 0.0), limits=(3.0, 1e6))
     found = agent.q(state, jnp.ones((3, 1)), jnp.zeros((3, 1)))
     np.testing.assert_allclose(found, 1 + 0.9 * 2 + 0.81 * 3 + 0.729 * 3, atol=0.1)  # with a noise of e^-5
+    # A reward of at most 3 in states that go from 100 to 103
+    agent, state = by_hand(cfg, [[1.0, 0.0, -50.0]], (0.0, 1.0, 0.0), limits=(1e6, 3.0))
     found = agent.q(state, jnp.full((3, 1), 100.0), jnp.zeros((3, 1)))
     np.testing.assert_allclose(found, 3 * (1 + 0.9 + 0.81 + 0.729), rtol=1e-3)
+
+
+def test_the_next_state_is_drawn_with_the_members_deviation():
+    # log sigma^2 = 0.5 - log(1 + e^(0.5 + 1)) = -1.2014 below the upper bound: sigma = 0.5484. The reward is the state
+    cfg = ope.Config(hidden=(), num_members=1, horizon=2, discount=0.9)
+    agent, state = by_hand(cfg, [[0.0, 0.0, -50.0]], (0.0, 1.0, 0.0), log_var=-1.0)
+    found = jax.jit(agent.q)(state, jnp.zeros((4000, 1)), jnp.zeros((4000, 1)))
+    assert found.mean() == pytest.approx(0, abs=0.03) and found.std() == pytest.approx(0.9 * 0.5484, rel=0.05)
+
+
+def test_a_roll_out_takes_the_policys_actions_in_the_snapshot(monkeypatch):
+    # The reward is the action: 3 at first, then the policy's, 5. A newer model, which is no snapshot, is not asked
+    cfg = ope.Config(hidden=(), num_members=1, horizon=3, discount=0.5)
+    monkeypatch.setattr(ope, "evaluated", lambda cfg, spec: ((), type("Pi", (), {"act": staticmethod(five)})))
+    agent, state = by_hand(cfg, [[0.0, 0.0, -50.0]])
+    kernel = jnp.zeros((1, 2, 5)).at[0, 1, 1].set(1.0)
+    state = state._replace(snapshot=jax.tree.map(lambda x: kernel if x.shape == kernel.shape else x, state.snapshot))
+    found = agent.q(state, jnp.zeros((2, 1)), jnp.full((2, 1), 3.0))
+    np.testing.assert_allclose(found, 3 + 0.5 * 5 + 0.25 * 5, rtol=1e-5)
+
+
+def five(state, obs, key):
+    return jnp.full((len(obs), 1), 5.0)
 
 
 def test_members_share_the_rows_out_in_blocks():
@@ -168,6 +195,33 @@ def test_snapshots_are_of_the_smallest_errors_on_episodes_held_out():
     bias = next(x for path, x in jax.tree_util.tree_leaves_with_path(state.snapshot) if path[-1].key == "bias")
     np.testing.assert_allclose(bias[:, 0], [1, 2, 0])
     np.testing.assert_allclose(np.stack(state.limits), [[2, 5], [100, 5]])
+    # Of few episodes none is held out: there is no error, and the newest parameters are played
+    few = next(k for k in range(100) if not ope.bootstrap(cfg, np.arange(k, k + 2))[0].any())
+    data = jax.tree.map(lambda x: x[:2], data)._replace(episode=np.arange(few, few + 2))
+    state, _ = agent.prepare(state._replace(snapshot=old), data)
+    bias = next(x for path, x in jax.tree_util.tree_leaves_with_path(state.snapshot) if path[-1].key == "bias")
+    np.testing.assert_allclose(bias[:, 0], [1, 2, 3])
+    assert np.isfinite(state.error).all()
+
+
+def test_the_loss_of_a_row_is_its_likelihood():
+    """One member with the change 1, the reward 2, the end's logit log 3 and variances e^v, on two rows. Row 0 goes to 4
+    from 0 and has the reward 5; row 1 ends, so that its change, to 9, counts for nothing.
+
+    v is 0 below the upper bound: 0.5 - log(1 + e^0.5) = -0.4741. Row 0: ((1 - 4)^2 + (2 - 5)^2) / 2 e^-v + v, and
+    log 4 for no end. Row 1: ((2 - 5)^2 / 2) e^-v + v / 2, and log(4 / 3) for the end."""
+    cfg = ope.Config(hidden=(), num_members=1, bound_weight=0.01, weight_decay=0.0)
+    agent, state = by_hand(cfg, [[1.0, 2.0, np.log(3)]], log_var=0.0)
+    n = np.zeros((2, 1), np.float32)
+    episode = next(k for k in range(100) if not ope.bootstrap(cfg, np.array([k]))[0].any())  # that is not held out
+    rows = Transition(n, n, np.array([5, 5.0]), np.array([[4], [9.0]]), np.array([0, 1.0]), episode=np.full(2, episode))
+    weight = float(ope.bootstrap(cfg, rows.episode)[1][0, 0])
+    v = 0.5 - np.log(1 + np.exp(0.5))
+    v = -10 + np.log(1 + np.exp(v + 10))
+    right = (9 * np.exp(-v) + v + np.log(4) + 4.5 * np.exp(-v) + v / 2 + np.log(4 / 3)) / 2
+    _, info = agent.update(state, rows)
+    assert info["model_nll"] == pytest.approx(weight * right, rel=1e-4)
+    assert info["model_loss"] == pytest.approx(weight * right + 0.01 * 2 * 10.5, rel=1e-4)  # bounds from -10 to 0.5
 
 
 def test_the_estimate_of_members_and_its_interval():
@@ -176,6 +230,8 @@ def test_the_estimate_of_members_and_its_interval():
     assert (value, low, high) == (2, 1, 3)  # both members, or one of them twice
     value, low, high, _ = estimates.of_members(np.array([[0.0, 6.0]]))
     assert (value, low, high) == (3, 0, 6)  # both starts, or one of them twice
+    value, low, high, _ = estimates.of_members(np.arange(2.0)[None].repeat(200, axis=1))  # 400 starts, of 0 and 1
+    np.testing.assert_allclose([low, value, high], [0.5 - 1.96 * 0.025, 0.5, 0.5 + 1.96 * 0.025], atol=0.004)
 
 
 def test_networks_find_the_value_of_the_chain(policy, tmp_path, monkeypatch, optimised):
