@@ -48,6 +48,21 @@ def test_a_policy_without_an_estimate_cannot_be_chosen_and_counts_in_nothing_els
     assert ope.cell(nothing["regret@1"]) == "–" == ope.cell([None, None, None])
 
 
+def test_intervals_that_hold_the_truth_are_counted():
+    intervals = [(1.5, 1.0, 1.8), (1.0, 0.5, 1.5), (4.0, 2.5, 5.0), (3.0, 1.0, 3.5)]  # of truths 1, 2, 3, 4
+    policies = [
+        {"true_value": true, "estimates": {"FQE": row, "constant": (2.0,) * 3, "ESS": row}}
+        for true, row in zip(TRUTH, intervals, strict=True)
+    ]
+    policies[0]["estimates"]["WIS"] = (1.2, 1.1, 1.3)  # which refused the others
+    found = ope.judge([*policies, {"true_value": np.nan, "estimates": {"FQE": (0.0, -9.0, 9.0)}}])
+    assert found.keys() == {"FQE", "constant", "WIS"}
+    assert found["FQE"]["held"] == 2 and found["FQE"]["policies"] == 4 and found["FQE"]["regret@1"][0] == 1 / 3
+    assert found["WIS"]["held"] == 0 and "held" not in found["constant"]
+    ends = {line.split(" | ")[0]: line.split(" | ")[-1] for line in ope.table({"measures": found}).splitlines()}
+    assert [ends[name] for name in ("| FQE", "| constant", "| WIS")] == ["2 |", "– |", "0 |"]
+
+
 def test_importance_sampling_ranks_the_chains_policies():
     """pi(go|s0) in 0, .25, .5, .75, 1 and pi(go|s1) = .6: V = 1 + 0.58 pi(go|s0). D1 has mu's very frequencies."""
     truth, found = 1 + 0.58 * np.linspace(0, 1, 5), []
@@ -80,7 +95,9 @@ def test_every_estimator_is_asked_by_its_files_name(judged):
     folder, result, _ = judged
     assert tuple(result["options"]["estimators"]) == ope.PRESENT
     first, second = result["policies"]
-    assert {"constant", "FQE", "IS", "PDIS", "WIS", "PDWIS", "DR", "WDR", "MAGIC"} <= first["estimates"].keys()
+    names = {"constant", "FQE", "DICE", "model", "IS", "PDIS", "WIS", "PDWIS", "DR", "WDR", "MAGIC"}
+    assert names <= first["estimates"].keys()
+    assert first["estimates"]["model"][0] == pytest.approx(1.464, abs=1e-3)  # the data's two steps, if none are named
     # D1's own frequencies: MU's value is the data's mean return, and all weights of MU are 1
     assert first["estimates"]["PDIS"][0] == pytest.approx(1.464, abs=1e-3)
     for name in ("constant", "IS", "WIS", "PDWIS"):
@@ -109,6 +126,7 @@ def test_a_refusal_costs_only_that_estimator(judged, monkeypatch):
         ({"estimators": ("nonsense",)}, "no estimator here"),
         ({"estimators": ("doubly_robust",)}, "takes its Q from fqe"),
         ({"num_updates": 0}, "at least 1"),
+        ({"horizon": -1}, "at least 0"),
         ({"runs": (pathlib.Path("none"),)}, "holds no run"),
         ({"runs": (pathlib.Path("a/x"), pathlib.Path("b/x"))}, "same name"),
     ],
