@@ -98,6 +98,8 @@ def frozen(folder: str, act: str):
         module = importlib.import_module(f"algos.{config['algo']}")
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise SystemExit(f"{folder} holds no run of a file in algos/ ({error!r}): choose another folder.") from error
+    if "policy" in config:
+        raise SystemExit(f"{folder} is itself an evaluation: name the folder of its policy, {config['policy']}.")
     with jax.ensure_compile_time_eval():  # it may be asked for while a program is traced
         runs = module.restore(folder, run=None)
         if hasattr(runs.cfg, "act"):

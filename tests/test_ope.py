@@ -1,5 +1,6 @@
 """benchmarks/ope.py: its measures have known answers, and it ranks the chain's policies as they are."""
 
+import importlib
 import json
 import pathlib
 import sys
@@ -117,6 +118,15 @@ def test_a_refusal_costs_only_that_estimator(judged, monkeypatch):
     assert set(result["refused"]["chain"]) == {"importance_sampling"}
     assert str(folder) not in json.dumps(result["refused"])
     assert all("FQE" in policy["estimates"] and "IS" not in policy["estimates"] for policy in result["policies"])
+
+
+@pytest.mark.parametrize("name", ["fqe", "dice", "model_evaluation", "importance_sampling"])
+def test_an_evaluation_is_no_policy(name, tmp_path):
+    module, config = importlib.import_module(f"algos.{name}"), {"algo": "fqe", "policy": "runs/iql"}
+    (tmp_path / "config.json").write_text(json.dumps({"config": config}))
+    load = module.load_policy if name == "importance_sampling" else module.frozen
+    with pytest.raises(SystemExit, match="is itself an evaluation: name the folder of its policy, runs/iql"):
+        load(str(tmp_path), "mode")
 
 
 @pytest.mark.parametrize(
