@@ -11,7 +11,8 @@ sums of raw rewards.
 
 Measures   Absolute error: the mean of |estimate - truth|. Rank correlation: Spearman's. Regret@k: the best true value
            less the best among the k policies of the highest estimates, of the range of true values (DOPE divides by
-           the largest one). A policy that an estimator refuses is one that it cannot choose.
+           the largest one). A policy that an estimator refuses is one that it cannot choose. So is one with an
+           estimate that the data's rewards do not allow, max |r| / (1 - discount): FQE, say, has diverged.
 Intervals  95 % of 1,000 bootstrap resamples of the policies. Runs of one method resemble each other, which it ignores.
 Own Q      What the run's own critic believes of its policy where the episodes begin, if it learned from raw rewards.
 Constant   The mean return of the data's episodes, as the estimate of every policy: an error to beat. Its regret is that
@@ -181,9 +182,15 @@ def pool(options, out):
         for run, true, row, line, believed in zip(runs.runs, truth, rows, last, own, strict=True):
             about = {"folder": folder.name, "updates": runs.step, **run, "true_value": float(true)}
             row = {"constant": (constant,) * 3, "own Q": (believed,) * 3, **row}
+            row = {k: x if k == "ESS" or possible(x[0], data, options) else (math.nan,) * 3 for k, x in row.items()}
             about |= {name: line.get(name) for name in ("score", "returns", "q")}  # of report.py's rules
             policies.append(about | {"estimates": row})
     return policies, {folder: said for folder, said in refusals.items() if said}
+
+
+def possible(value, data, options):
+    """Whether the data's rewards can sum up to it: as fqe.py rejects a critic that has diverged."""
+    return not abs(value) * (1 - options.discount) > 1.001 * np.abs(data.reward).max()
 
 
 def judge(policies):

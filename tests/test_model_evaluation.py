@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from chain import D1
 
+from algos import iql
 from algos import model_evaluation as ope
 from common.datasets import Transition
 from common.environments import Interface, Spec
@@ -185,7 +186,8 @@ def test_snapshots_are_of_the_smallest_errors_on_episodes_held_out():
     cfg = ope.Config(hidden=(), num_members=3)
     agent, state = by_hand(cfg, [[i, 5.0, -50.0] for i in (1.0, 2.0, 3.0)])
     n = np.zeros((40, 1), np.float32)
-    data = Transition(n, n, n[:, 0] + 5, n + 2, n[:, 0], episode=np.arange(40))
+    action = np.arange(40)[:, None] % 2 * 1.0  # of which the model knows nothing
+    data = Transition(n, action, n[:, 0] + 5, n + 2, n[:, 0], episode=np.arange(40))
     held, _ = ope.bootstrap(cfg, data.episode)
     assert 0 < held.sum() < 40
     data = data._replace(next_obs=jnp.where(held[:, None], data.next_obs, 100.0))  # which the others do not change
@@ -195,6 +197,7 @@ def test_snapshots_are_of_the_smallest_errors_on_episodes_held_out():
     bias = next(x for path, x in jax.tree_util.tree_leaves_with_path(state.snapshot) if path[-1].key == "bias")
     np.testing.assert_allclose(bias[:, 0], [1, 2, 0])
     np.testing.assert_allclose(np.stack(state.limits), [[2, 5], [100, 5]])
+    np.testing.assert_allclose(np.stack(state.scale), [[0, 0.5], [1, 0.5]], atol=1e-6)  # a constant is not stretched
     # Of few episodes none is held out: there is no error, and the newest parameters are played
     few = next(k for k in range(100) if not ope.bootstrap(cfg, np.arange(k, k + 2))[0].any())
     data = jax.tree.map(lambda x: x[:2], data)._replace(episode=np.arange(few, few + 2))
@@ -205,16 +208,17 @@ def test_snapshots_are_of_the_smallest_errors_on_episodes_held_out():
 
 
 def test_the_loss_of_a_row_is_its_likelihood():
-    """One member with the change 1, the reward 2, the end's logit log 3 and variances e^v, on two rows. Row 0 goes to 4
-    from 0 and has the reward 5; row 1 ends, so that its change, to 9, counts for nothing.
+    """One member with the change 1, the reward 2, the end's logit log 3 and variances e^v, on two rows. Row 0 goes from
+    3 to 7 and has the reward 5; row 1 ends, so that its change, to 9, counts for nothing.
 
     v is 0 below the upper bound: 0.5 - log(1 + e^0.5) = -0.4741. Row 0: ((1 - 4)^2 + (2 - 5)^2) / 2 e^-v + v, and
     log 4 for no end. Row 1: ((2 - 5)^2 / 2) e^-v + v / 2, and log(4 / 3) for the end."""
     cfg = ope.Config(hidden=(), num_members=1, bound_weight=0.01, weight_decay=0.0)
     agent, state = by_hand(cfg, [[1.0, 2.0, np.log(3)]], log_var=0.0)
-    n = np.zeros((2, 1), np.float32)
+    n, obs = np.zeros((2, 1), np.float32), np.array([[3.0], [0.0]], np.float32)
     episode = next(k for k in range(100) if not ope.bootstrap(cfg, np.array([k]))[0].any())  # that is not held out
-    rows = Transition(n, n, np.array([5, 5.0]), np.array([[4], [9.0]]), np.array([0, 1.0]), episode=np.full(2, episode))
+    rows = Transition(obs, n, np.array([5, 5.0]), np.array([[7], [9.0]]), np.array([0, 1.0]))
+    rows = rows._replace(episode=np.full(2, episode))
     weight = float(ope.bootstrap(cfg, rows.episode)[1][0, 0])
     v = 0.5 - np.log(1 + np.exp(0.5))
     v = -10 + np.log(1 + np.exp(v + 10))
@@ -270,6 +274,68 @@ def test_the_true_value_has_as_many_steps_as_the_model():
     assert asked[0]["max_steps"] == 30 and found["true_value"] == [7] and found["estimate"] == [1.5]
     env.measure(None, lambda obs, action: np.zeros((1, 4)), [0], 1, max_steps=12)
     assert asked[1]["max_steps"] == 12
+
+
+def test_the_policy_sees_its_own_observations_and_the_data_its_own_actions(monkeypatch):
+    """A policy of data with another normalisation and other bounds, on the data as they are."""
+    own = Interface([1], {"low": [0.0], "high": [4.0], "dtype": "float32"}, [5.0], [2.0], [True, []])
+    theirs = Interface([1], {"low": [-10.0], "high": [10.0], "dtype": "float32"}, [0.0], [1.0])
+    runs = iql.Runs(iql.Config(hidden=(4,), num_seeds=1, act="sample"), own, {})
+    runs.states, runs.digest = runs.init(), "of the policy"
+    raw, action = np.array([[3.0], [6.0], [9.0], [5.0]], np.float32), np.array([[-0.2], [0.1], [0.9], [0]], np.float32)
+    data = Transition(raw, action, np.ones(4, np.float32), raw + 1, np.zeros(4), episode=np.array([0, 0, 1, 2]))
+
+    class Env:
+        interface, dataset_id, fingerprint = theirs, "some/data-v0", {"hash": "of the data"}
+
+        def measure(self, policy, q, seeds, num_episodes, **options):
+            acted, _ = policy(raw[None], 0, None, np.zeros((1, 4), np.float32))
+            return {"acted": acted, "true_value": np.zeros(1)}
+
+    monkeypatch.setattr(ope, "frozen", lambda folder, act: (runs, iql.make_agent, None))
+    started = data._replace(start=np.array([1.0, 0, 1, 1]))
+    monkeypatch.setattr(ope, "load_dataset", lambda *args, **options: (started, Env()))
+    cfg = ope.Config(policy="x", num_seeds=1, num_members=3, max_starts=2)
+    dataset, env = ope.load_data(cfg)
+    np.testing.assert_allclose(dataset.obs[:, 0], [-1, 0.5, 2, 0])
+    np.testing.assert_allclose(dataset.next_obs[:, 0], [-0.5, 1, 2.5, 0.5])
+    np.testing.assert_allclose(dataset.action[:, 0], [-2, -0.5, 3.5, -1])  # -2, 1, 9 and 0 where the bounds are 0 and 4
+    assert env.fingerprint == {"hash": "of the data", "policy": "of the policy"}
+    np.testing.assert_allclose(env.first[:, 0], [-1, 0])  # two of the three starts, of all of the data
+    assert env.actions.shape == (1, 3, 2, 1) and len(np.unique(env.actions)) == 6  # each member draws its own
+    asked = []
+    columns = env.measure(runs.act, lambda *at: asked.append(at) or np.arange(6.0)[None], [0], 2)
+    mean = np.asarray(runs.act((raw[None] - 5) / 2, 0, None, np.zeros((1, 4), np.float32))[0])
+    np.testing.assert_allclose(10 * columns["acted"], 2 + 2 * mean, rtol=1e-4)
+    ((obs, actions),) = asked  # members are blocks
+    np.testing.assert_allclose(obs[0, :, 0], [-1, 0] * 3)
+    np.testing.assert_allclose(actions[0], env.actions[0].reshape(6, 1))
+    assert columns["estimate"] == [2.5] == columns["believed_value"]
+    with pytest.raises(SystemExit, match="other observations or actions"):
+        Env.interface = theirs._replace(observation=[2])
+        ope.load_data(cfg)
+
+
+def test_a_policy_with_a_memory_has_no_value_of_a_state(monkeypatch):
+    own = Interface([1], {"low": [0.0], "high": [4.0], "dtype": "float32"}, [5.0], [2.0])
+    runs = iql.Runs(iql.Config(hidden=(4,), num_seeds=1), own, {})
+    rows = runs.init()._replace(key=np.zeros((1, 2), np.uint32)), runs.fields
+    remembers = type("Agent", (), {"act_with_memory": None})
+    monkeypatch.setattr(ope, "frozen", lambda folder, act: (runs, lambda cfg, spec: remembers, rows))
+    with pytest.raises(SystemExit, match="has a memory"):
+        ope.make_agent(ope.Config(policy="x"), own.spec)
+
+
+def test_what_is_unseen_and_the_interval_of_counts():
+    """Two episodes: one stops in s0, the other goes to s1 and stops there. PI would go on there: 0.8 * 0.6 = 0.48."""
+    eye = np.eye(2, dtype=np.float32)
+    data = Transition(eye[[0, 0, 1]], np.array([0, 1, 0]), np.array([1, 0.5, 0]), eye[[0, 1, 0]], np.array([1, 0, 1.0]))
+    estimates = ope.Estimates.__new__(ope.Estimates)
+    estimates.cfg, estimates.dataset = ope.Config(horizon=5), data._replace(start=np.array([1.0, 1, 0]))
+    value, low, high, unseen = estimates.of_counts(jnp.array(chain.PI), 0.9)
+    assert unseen == pytest.approx(0.48)  # whatever the discount is
+    # The first episode twice: 0.2; the second twice: 0.8 * 0.5 = 0.4; both: 0.6
+    np.testing.assert_allclose([value, low, high], [0.6, 0.2, 0.6], rtol=1e-5)
 
 
 @pytest.mark.parametrize(

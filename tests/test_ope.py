@@ -4,6 +4,7 @@ import importlib
 import json
 import pathlib
 import sys
+import types
 
 import chain
 import jax
@@ -62,6 +63,13 @@ def test_intervals_that_hold_the_truth_are_counted():
     assert found["WIS"]["held"] == 0 and "held" not in found["constant"]
     ends = {line.split(" | ")[0]: line.split(" | ")[-1] for line in ope.table({"measures": found}).splitlines()}
     assert [ends[name] for name in ("| FQE", "| constant", "| WIS")] == ["2 |", "– |", "0 |"]
+
+
+def test_what_the_rewards_do_not_allow_is_no_estimate():
+    data, options = types.SimpleNamespace(reward=np.array([-2.0, 1.0])), ope.Options((), discount=0.9)
+    assert [ope.possible(x, data, options) for x in (20.0, -20.0, 20.1, np.nan)] == [True, True, False, True]
+    endless = ope.Options((), discount=1.0)  # any sum is possible
+    assert ope.possible(1e9, data, endless)
 
 
 def test_importance_sampling_ranks_the_chains_policies():
