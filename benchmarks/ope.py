@@ -198,14 +198,13 @@ def judge(policies):
     policies = [policy for policy in policies if np.isfinite(policy["true_value"])]
     truth = np.array([policy["true_value"] for policy in policies])
     names = list(dict.fromkeys(name for policy in policies for name in policy["estimates"] if name != "ESS"))
-    found = {}
-    for name in names:
-        rows = [policy["estimates"].get(name, (np.nan,) * 3) for policy in policies]
-        estimate, low, high = np.array(rows, float).T
-        found[name] = measures(truth, estimate) | {"policies": int(np.isfinite(estimate).sum())}
-        if (low < high).any():
-            found[name]["held"] = int(((low <= truth) & (truth <= high)).sum())
-    return found
+    nothing = (np.nan,) * 3
+    columns = {
+        name: np.array([policy["estimates"].get(name, nothing)[0] for policy in policies], float) for name in names
+    }
+    return {
+        name: measures(truth, column) | {"policies": int(np.isfinite(column).sum())} for name, column in columns.items()
+    }
 
 
 # --- What people read ------------------------------------------------------------------------------------------
@@ -214,8 +213,15 @@ def table(result):
     lines = [f"| estimator | policies | {' | '.join(MEASURES)} | held |", "| --- " * (len(MEASURES) + 3) + "|"]
     for name, found in sorted(result["measures"].items(), key=lambda x: x[1]["absolute error"] or np.inf):
         cells = [cell(found[measure]) for measure in MEASURES]
-        lines.append(f"| {name} | {found['policies']} | {' | '.join(cells)} | {found.get('held', '–')} |")
+        lines.append(f"| {name} | {found['policies']} | {' | '.join(cells)} | {held(result['policies'], name)} |")
     return "\n".join(lines)
+
+
+def held(policies, name):
+    """In how many policies the estimator's interval holds the truth; – where it has none."""
+    rows = [(*policy["estimates"].get(name, (None,) * 3)[1:], policy["true_value"]) for policy in policies]
+    low, high, truth = np.array(rows, float).T  # None, JSON's NaN, is NaN again
+    return int(((low <= truth) & (truth <= high)).sum()) if (low < high).any() else "–"
 
 
 def estimates_table(result):

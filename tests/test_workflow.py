@@ -96,6 +96,8 @@ def test_tables_of_the_pages_are_those_of_the_result_files(file):
         assert marked("workflow.md", "workflow") == ope.estimates_table(result)
         return
     assert marked("ope.md", file.stem) == ope.table(result)
+    if "returns" in result["policies"][0]:
+        assert marked("ope.md", f"choices-{file.stem}") == rules.choices_table(result["policies"])
     text = (ROOT / "benchmarks" / "ope.md").read_text()
     truth = [policy["true_value"] for policy in result["policies"]]
     assert f"from {min(truth):.3f} to {max(truth):.3f}" in text
