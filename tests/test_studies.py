@@ -523,3 +523,18 @@ def test_the_text_on_intervals_has_the_numbers_of_its_result(monkeypatch):
     study, result = importlib.import_module("ope_intervals"), json.loads((STUDIES / "ope_intervals.json").read_text())
     page = (STUDIES / "README.md").read_text()
     assert f"<!-- ope_intervals:begin -->\n{study.table(result)}\n<!-- ope_intervals:end -->" in page
+    text = " ".join(page.partition("<!-- ope_intervals:end -->")[2].split())
+
+    def span(name, *distances, sizes=study.SIZES):
+        found = [result["coverage"][d][str(n)][name]["held"] for d in distances or ("0.2", "0.8") for n in sizes]
+        return f"{min(found)} to {max(found)} %"
+
+    assert result["repetitions"] == 100  # a count is a percentage
+    assert f"it holds the truth in {span('FQE')} of the cases" in text and f"FQE's** ({span('MAGIC')})" in text
+    assert f"{span('counted model', sizes=(100, 300))} from 100 episodes on" in text
+    assert f"nearly right** ({span('DICE')})" in text and f"({span('IS', '0.2', sizes=(100, 300))} for IS)" in text
+    assert f"{span('DR', '0.2')} and {span('WDR', '0.2')} near the data, {span('DR', '0.8')} and" in text
+    assert f"{span('IS', '0.8')} for IS, {span('PDWIS', '0.8')} for PDWIS" in text
+    for name, of in (("fqe", span("FQE")), ("dice", span("DICE")), ("doubly_robust", span("MAGIC"))):
+        own = " ".join((STUDIES.parents[1] / "algos" / f"{name}.md").read_text().split())
+        assert f"{of} of 100 data sets" in own or f"MAGIC's holds it in {of}" in own

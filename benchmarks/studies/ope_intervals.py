@@ -201,9 +201,10 @@ def draw(result, path):
         axis.axhline(0.95, color="0.6", linewidth=1, linestyle="--")
         for i, name in enumerate(result["estimators"]):
             shares = [row[name]["held"] / result["repetitions"] for row in by_size.values()]
-            axis.semilogx(
-                list(map(int, by_size)), shares, color=f"C{i % 10}", marker="osD^vPX*hd<"[i], markersize=5, label=name
-            )
+            style = {"color": [*(f"C{k}" for k in range(10)), "k"][i], "marker": "osD^vPX*hd<"[i], "markersize": 5}
+            axis.semilogx(list(map(int, by_size)), shares, label=name, **style)
+        axis.set_xticks(list(map(int, by_size)), list(by_size))
+        axis.minorticks_off()
         axis.set(title=f"d = {d}", xlabel="episodes", ylim=(0, 1.02))
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("share of 95 % intervals that hold the truth")
