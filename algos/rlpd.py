@@ -77,7 +77,7 @@ class Config:
     # RLPD
     num_critics: int = 10  # each with normalised layers
     num_subset: int = 2  # of these, drawn anew for each update, of which the smaller makes the target
-    policy_delay: int = 4  # critic updates for each update of the actor and of alpha (the reference: 20)
+    policy_delay: int = 5  # critic updates for each update of the actor and of alpha (the reference: 20)
     backup_entropy: bool = False  # y with the entropy of the next action, as in SAC (the reference: on locomotion)
     target_entropy: float = -0.5  # H in L_alpha, for each dimension of the action
     reward_shift: float = -1.0  # added to every reward: -1 for tasks with reward 1 at a goal and 0 elsewhere
@@ -87,7 +87,7 @@ class Config:
     online_steps: int = 0  # steps of each seed in an environment of its own, after num_updates; 0: offline only
     online_start: int = 500  # of these, how many before the first update; until then actions are uniform (there: 5,000)
     online_block: int = 10  # steps between two turns of the updates; the policy that acts is as many steps old at most
-    updates_per_step: int = 4  # critic updates for each of these steps (the reference: 20)
+    updates_per_step: int = 5  # critic updates for each of these steps (the reference: 20)
     buffer_size: int = 1_000_000  # rows of its own that a seed keeps, the newest
     init: str = ""  # folder of a finished offline run of this file, to begin as; its updates count as num_updates
 

@@ -21,17 +21,20 @@ Deviations            1. PyTorch's initialisation of every layer, and two hidden
                       4. The target critics start as copies; those of the reference are draws of their own.
                       5. log pi is exact; the reference adds 1e-6 to 1 - a^2, so that its logarithm stays finite.
                       6. Batches are drawn on the device, with replacement.
+On-line               The union of data and own rows, samples of the policy; the paper has none of it. See rlpd.py.
 Run                   python algos/sac_n.py --dataset stitch/pointmaze-umaze-v0
 """
 
 import contextlib
 import dataclasses
+import hashlib
 import inspect
 import itertools
 import json
 import math
 import os
 import time
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -50,9 +53,10 @@ from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
-from common.datasets import load_dataset
+from common.datasets import Transition, load_dataset
 from common.environments import Interface, Spec, provenance
 from common.networks import Critic, TanhGaussianActor
+from common.stepper import Stepper, time_limit
 
 
 # --- Configuration -------------------------------------------------------------------------------------
@@ -79,6 +83,13 @@ class Config:
     target_entropy: float = -1.0  # H in L_alpha, for each dimension of the action
     reward_shift: float = -1.0  # added to every reward: -1 for tasks with reward 1 at a goal and 0 elsewhere
     act: Literal["mode", "sample"] = "mode"  # what evaluations take: the most likely action of the policy, or a draw
+    # Online
+    online_steps: int = 0  # steps of each seed in an environment of its own, after num_updates; 0: offline only
+    online_start: int = 0  # of these, how many before the first update
+    online_block: int = 10  # steps between two turns of the updates; the policy that acts is as many steps old at most
+    updates_per_step: int = 1  # gradient steps for each of these steps
+    buffer_size: int = 1_000_000  # rows of its own that a seed keeps, the newest
+    init: str = ""  # folder of a finished offline run of this file, to begin as; its updates count as num_updates
 
 
 def load_data(cfg: Config):
@@ -135,6 +146,7 @@ class Agent(NamedTuple):
     act: Callable  # (State, obs, key) -> action
     policy: Callable  # (State, obs) -> distribution; act is its mode, or a draw
     q: Callable  # (State, obs, action) -> value, as the algorithm believes it
+    explore: Callable  # (State, obs, key, step) -> action, of a run that learns on-line
 
 
 # --- Algorithm -----------------------------------------------------------------------------------------
@@ -142,6 +154,16 @@ def draw(key, dataset, state, cfg: Config):
     """A batch: rows of the dataset, uniformly and with replacement."""
     index = jax.random.randint(key, (cfg.batch_size,), 0, len(dataset.reward))
     return jax.tree.map(lambda x: x[index], dataset)
+
+
+def draw_online(key, rows, state, cfg: Config):
+    """A batch of the union of the dataset and of what the run has seen itself: all rows are equally likely."""
+    dataset, ring = rows
+    number = len(dataset.reward)
+    index = jax.random.randint(key, (cfg.batch_size,), 0, number + ring.size)
+    from_dataset = jax.tree.map(lambda x: x[jnp.minimum(index, number - 1)], dataset)
+    own = jax.tree.map(lambda x: x[jnp.maximum(index - number, 0)], ring.rows)
+    return jax.tree.map(lambda x, y: jax.vmap(jnp.where)(index < number, x, y), from_dataset, own)
 
 
 def descend(tx, loss_fn, trainable, *args):
@@ -212,7 +234,10 @@ def make_agent(cfg: Config, spec: Spec) -> Agent:
     def q(state, obs, action):
         return critic.apply(state.critic.params, obs, action).min(axis=0)
 
-    return Agent(init, update, act, policy, q)
+    def explore(state, obs, key, step):
+        return policy(state, obs).sample(key)
+
+    return Agent(init, update, act, policy, q, explore)
 
 
 # --- Training: the same in every file, and a test keeps it so -----------------------------------------------
@@ -425,6 +450,105 @@ def main(cfg: Config, grid: dict[str, list[float]] | None = None):
         write(out / "summary.json", summary)
     print(f"{algo} on {env.sentence(summary)}, {speed:.0f} updates/s\nTo draw it: python benchmarks/plot.py {out}")
     return read(out / "summary.json")
+
+
+# --- Online: the same in every file that has it, and a test keeps it so --------------------------------------
+class Ring(NamedTuple):
+    """The newest rows that a run has seen itself: its row i is in place i % capacity."""
+
+    rows: Transition  # (capacity, ...)
+    count: jax.Array  # of all that it has seen
+
+    @property
+    def size(self):
+        return jnp.minimum(self.count, len(self.rows.reward))
+
+
+def insert(ring: Ring, rows: Transition, number) -> Ring:
+    """The ring with the first `number` of `rows` in the places of its oldest: one program for any number."""
+    i, capacity = jnp.arange(len(rows.reward)), len(ring.rows.reward)
+    place = jnp.where(i < number, (ring.count + i) % capacity, capacity)  # what is past the end is dropped
+    return Ring(jax.tree.map(lambda x, new: x.at[place].set(new, mode="drop"), ring.rows, rows), ring.count + number)
+
+
+def fill(cfg: Config, agent: Agent, state, ring, rows, number, dataset):
+    return (state, insert(ring, rows, number), rows, number), {}  # all that is donated is given back
+
+
+def learn(cfg: Config, agent: Agent, state, ring, rows, number, dataset):
+    """Inserts a block of rows and makes its updates, for which the ring is as constant as the dataset."""
+    ring, length = insert(ring, rows, number), cfg.online_block * cfg.updates_per_step
+    cycle = getattr(agent, "online_cycle", getattr(agent, "cycle", [agent.update]))
+    online = types.SimpleNamespace(update=agent.update, cycle=cycle, draw=draw_online)
+    state, info = make_train(dataclasses.replace(cfg, log_interval=length), online)(state, (dataset, ring))
+    return (state, ring, rows, number), info
+
+
+def explore_at(cfg: Config, agent: Agent, state, obs, t):
+    key = jax.random.fold_in(jax.random.key(~cfg.seed), 2**31 - 1)  # below it is what act_at has
+    return agent.explore(state, obs, jax.random.fold_in(key, t), t)
+
+
+class Online:
+    """What follows `num_updates`: each run steps an environment of its own, and learns from that and the dataset."""
+
+    def __init__(self, cfg: Config, grid: dict[str, list[float]], env):
+        """Ends with one sentence where that cannot be, before any compilation."""
+        if not env.probe():
+            raise SystemExit(f"Learning on-line needs the environment of {cfg.dataset}, which is {env.score_kind}.")
+        self.label = getattr(make_agent(cfg, env.spec), "label", None)  # of rows that wait for the end of their episode
+        self.height = cfg.online_block + (time_limit(env) if self.label else 0)  # of a block
+        if cfg.buffer_size < (least := cfg.online_block + time_limit(env)):
+            raise SystemExit(f"buffer_size must be at least {least}, an episode of {cfg.dataset} and an online_block.")
+        if cfg.eval_interval % cfg.online_block:
+            raise SystemExit(f"eval_interval must be a multiple of online_block, which is {cfg.online_block}.")
+        if cfg.online_block * cfg.updates_per_step % (delay := getattr(cfg, "policy_delay", 1)):
+            raise SystemExit(f"online_block * updates_per_step must be a multiple of policy_delay, which is {delay}.")
+        if cfg.init:
+            about, finished = (read(Path(cfg.init) / f"{name}.json") for name in ("config", "summary"))
+            theirs = {"online_steps": 0, **about.get("config", {}), "interface": about.get("interface")}
+            ours = {"algo": Path(__file__).stem, "seed": cfg.seed, "num_seeds": cfg.num_seeds, "grid": grid}
+            ours = orjson.loads(orjson.dumps({**ours, "online_steps": 0, "interface": list(env.interface)}))
+            if not finished or (wrong := [name for name in ours if theirs.get(name) != ours[name]]):
+                why = f"it has another {wrong[0]}" if finished else "it is none"
+                raise SystemExit(f"init must be a finished run that is like this one but offline: {cfg.init}: {why}.")
+            begin = hashlib.sha256((Path(cfg.init) / "checkpoint.msgpack").read_bytes()).hexdigest()
+            env.fingerprint = {**env.fingerprint, "init": begin[:32]}  # for config.json
+
+    def train(self, runs: Runs, shared, env, out: Path, bar):
+        """Steps and learns in turn, to the end; evaluates and saves like `main`."""
+        cfg, kept, seeds = runs.cfg, runs.online, runs.fields["seed"]
+        capacity = min(cfg.buffer_size, cfg.online_steps)
+        ring = jax.tree.map(lambda x: np.zeros((len(seeds), capacity, *x.shape[1:]), x.dtype), shared["dataset"])
+        ring = Ring(ring, np.zeros(len(seeds), np.int32))
+        ring = flax.serialization.from_state_dict(ring, kept.get("ring", flax.serialization.to_state_dict(ring)))
+        ring = jax.device_put(ring, NamedSharding(runs.mesh, P("run")))
+        explore, *programs = runs.every(explore_at), runs.every(fill, donate=1), runs.every(learn, donate=1)
+
+        def act(obs, t):
+            return explore(runs.fields, (runs.states, obs[:, None]), {"t": t})[:, 0]
+
+        with contextlib.closing(Stepper(env, seeds, self.height, self.label, kept.get("stepper"))) as stepper:
+            bar.reset(cfg.online_steps)
+            bar.update(stepper.steps)
+            while stepper.steps < cfg.online_steps:
+                infos, since = [], [len(returns) for returns in stepper.returns]
+                for _ in range(cfg.eval_interval // cfg.online_block):
+                    begun = stepper.steps >= cfg.online_start
+                    rows, number = stepper.collect(act, cfg.online_block)
+                    started = time.perf_counter()
+                    given = runs.fields, (runs.states, ring, rows, number), shared
+                    (runs.states, ring, *_), info = programs[begun](*given)
+                    infos += [jax.device_get(info)] * begun
+                    runs.seconds["train_seconds"] += time.perf_counter() - started
+                    bar.update(cfg.online_block)
+                runs.step += cfg.eval_interval
+                runs.metrics = {name: np.mean([info[name] for info in infos], axis=0) for name in (infos or [{}])[0]}
+                runs.seconds |= stepper.seconds
+                runs.online = {"columns": stepper.columns(since), "stepper": stepper.save()}
+                runs.online["ring"] = flax.serialization.to_state_dict(jax.device_get(ring))
+                runs.save(out)
+                runs.evaluate(env, out, bar)
 
 
 if __name__ == "__main__":

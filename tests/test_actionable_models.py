@@ -104,6 +104,21 @@ def test_targets_stay_within_zero_and_one(monkeypatch):
         np.testing.assert_allclose(agent.update(high, row)[1]["critic_loss"], 2 * y**2, rtol=1e-5)
 
 
+def test_the_next_action_is_best_by_the_first_slow_critic_and_worth_what_the_smaller_says(monkeypatch):
+    # Qbar_1(1, 1, .) = (0.2, 0.6), Qbar_2 = (0.9, 0.3): action 1, worth 0.3. The online critics, which are 0.9 and 0.1,
+    # would take action 0. y = 0.9 * 0.3, and each of two online critics has 0 for the action in the row: 2 * 0.27^2
+    monkeypatch.setattr(am, "DiscreteCritic", Table)
+    agent = am.make_agent(am.Config(batch_size=1, hidden=(4,), weight=0.0, discount=0.9), walks.spec(2))
+    state = agent.init(KEY)
+    online = state.critic.params["Dense"].at[:, 1, 1].set(jnp.array([0.9, 0.1]))
+    slow = state.target_critic["Dense"].at[:, 1, 1].set(jnp.array([[0.2, 0.6], [0.9, 0.3]]))
+    state = state._replace(critic=state.critic._replace(params={"Dense": online}), target_critic={"Dense": slow})
+    s, t = (walks.one_hot([i, 1], 2).reshape(1, -1) for i in (0, 1))
+    info = agent.update(state, am.Transition(s, jnp.array([0]), jnp.zeros(1), t, jnp.zeros(1)))[1]
+    np.testing.assert_allclose(info["next_q"], 0.3, rtol=1e-5)
+    np.testing.assert_allclose(info["critic_loss"], 2 * 0.27**2, rtol=1e-5)
+
+
 def test_without_negatives_it_is_qt_opt():
     k = jax.random.split(KEY, 3)
     batch = am.Transition(

@@ -96,6 +96,21 @@ def test_the_gap_reaches_the_critics_in_an_update(states, pushed_down):
     np.testing.assert_allclose(info["gap"], np.log(400), atol=0.05)  # 200 uniform ones of density 1/2
 
 
+@pytest.mark.parametrize("obs, next_obs", [(2.0, -2.0), (-2.0, 2.0)])
+def test_proposals_are_of_the_policy_in_this_state_and_in_the_next(obs, next_obs):
+    # Q(s, a) = 200 a, and pi is at tanh(s) exactly, with log density 20 - log(2 pi) / 2 - 1 / 2 - log(1 - tanh(2)^2) on
+    # average. In the state at 2 its action is 0.964: log of exp Q / density = 192.8 - 21.2 = 171.6, which few uniform
+    # actions exceed. The other state's is -0.964, of no weight. The data's action is 0
+    cfg = dataclasses.replace(LINEAR, batch_size=64, num_samples=1)
+    state = as_ours(test_mbpo.linear_state(test_mbpo.LINEAR))
+    slope = lambda at, value: lambda path, x: x.at[at].set(value) if path[-1].key == "kernel" else x  # noqa: E731
+    actor = jax.tree_util.tree_map_with_path(slope((0, 0), 1.0), state.actor.params)
+    critic = jax.tree_util.tree_map_with_path(slope((slice(None), 1, 0), 200.0), state.critic.params)
+    state = state._replace(actor=state.actor._replace(params=actor), critic=state.critic._replace(params=critic))
+    info = jax.jit(combo.make_agent(cfg, KNOWN).update)(state, rows(np.full(64, obs), next_obs=next_obs))[1]
+    np.testing.assert_allclose(info["gap"], 172.7, atol=4)
+
+
 def test_rows_of_the_data_come_first():
     np.testing.assert_array_equal(combo.real_rows(8, 0.3), np.arange(8) < 2)
 

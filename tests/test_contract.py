@@ -40,8 +40,8 @@ ROOMS = ("datasets", "environments", "networks", "stepper")  # of common/; the f
 N, B = 64, 16  # rows of the data and of a batch
 # What papers do on purpose, and a test would take for a defect
 # Weights relative to the batch's own scale
-RELATIVE = {"marwil", "reps", "td3_bc", "td3_awr", "rebrac", "gc_td3_bc", "gciql", "qrl", "crl"}
-PROPOSES = dict.fromkeys(("cql", "cal_ql", "combo"), {"weight": 0.0})  # pi(.|s') proposes in every row
+RELATIVE = {"marwil", "reps", "td3_bc", "td3_awr", "rebrac", "spot", "gc_td3_bc", "gciql", "qrl", "crl"}
+PROPOSES = dict.fromkeys(("cql", "cal_ql", "wsrl", "combo"), {"weight": 0.0})  # pi(.|s') proposes in every row
 PROPOSES["mobile"] = {"penalty": 0.0}  # its doubt asks a model that is measured on these rows before
 # Pushes values up, or doubts them, in a part of the rows alone. This makes it all of them, or none
 ALL_REAL = dict.fromkeys(("combo", "mobile"), {"real_ratio": 1.0})
@@ -59,7 +59,7 @@ NONE_BELOW_0 = {"actionable_models"}  # its targets are at least 0, and so is wh
 SHARES = {"hiql": "v"}  # this part of the network alone has a slow copy: both read the same goals
 SUCCESS = {"gciql": lambda c: (1 - c.discount) / c.discount, "gc_td3_bc": lambda c: 1 - c.discount}  # q's unit: see q
 GAUSSIAN = {"epsilon_std", "init_std"}  # floats of a Gaussian: discrete actions have no use for them
-ONLINE = {"exploration_noise", "offline_ratio", "online_weight"}  # floats that are read on-line alone: test_online.py
+ONLINE = {"exploration_noise", "offline_ratio", "online_weight", "end_weight"}  # read on-line alone: test_online.py
 MOVES_TARGETS = {"rlpd"}  # with each of its critic updates
 
 
@@ -851,6 +851,16 @@ def test_help_shows_every_field_and_a_misspelt_option_is_an_error(name, capsys, 
     with pytest.raises(SystemExit) as error:
         tyro.cli(config, args=["--lerning-rate", "1"])
     assert error.value.code not in (None, 0) and "lerning" in "".join(capsys.readouterr())
+
+
+@pytest.mark.parametrize("name", ALGOS)
+def test_the_defaults_and_the_command_of_the_docstring_pass_its_own_check(name):
+    """No other test trains with a file's defaults: counts that do not divide each other would be found by users."""
+    algo = load(name)
+    algo.check(algo.Config(), {})
+    _, command, options = ast.get_docstring(ast.parse(source(name))).rpartition(f"python algos/{name}.py")
+    assert command
+    algo.check(tyro.cli(algo.Config, args=options.split()), {})
 
 
 @pytest.mark.parametrize("name", ALGOS)

@@ -119,6 +119,22 @@ def test_limits_are_cloning():
     chex.assert_trees_all_close(clone.actor.params, much.actor.params, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("random_goals", [True, False])
+def test_walks_that_never_met_are_joined_by_random_goals(monkeypatch, random_goals, optimised):
+    """0-1-2-(3) and 2-3-4-(5): only goals of other episodes ask how 4 is reached from 0. Q is V, where each state has
+    one action: -(1 - 0.9^d) / 0.1 at d steps."""
+    monkeypatch.setattr(gciql, "GoalValue", walks.Table)
+    cfg = gciql.Config(batch_size=64, hidden=(4,), discount=0.9, tau=0.2, learning_rate=0.01, extraction="awr")
+    cfg = gciql.dataclasses.replace(cfg, p_future=0.5 if random_goals else 0.8)
+    _, state = walks.train(gciql, cfg, walks.spec(), walks.rows(walks.STITCH), 4000)
+    v, q = state.value.params["params"]["table"][0, :5, 4], state.critic.params["params"]["table"][0, :5, 4, 0]
+    if random_goals:
+        np.testing.assert_allclose(v, [-3.439, -2.71, -1.9, -1, 0], atol=0.25)
+        np.testing.assert_allclose(q, [-3.439, -2.71, -1.9, -1, 0], atol=0.25)
+    else:
+        assert v[0] == v[1] == q[0] == q[1] == 0 and abs(v[2] + 1.9) < 0.25  # never trained
+
+
 def test_discrete_actions_need_awr():
     with pytest.raises(SystemExit, match="use --extraction awr"):
         gciql.make_agent(gciql.Config(**SMALL), walks.spec())

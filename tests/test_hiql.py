@@ -151,3 +151,22 @@ def test_only_the_direction_of_a_subgoal_counts():
     z = z / np.linalg.norm(z, axis=-1, keepdims=True) * 10**0.5
     expected = hiql.GoalActor(2, (8,)).apply(state.actor.params, obs[:, :3], z).mean
     np.testing.assert_allclose(a, np.clip(expected, -1, 1), rtol=1e-4, atol=1e-6)
+
+
+# --- Training ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("random_goals", [True, False])
+def test_walks_that_never_met_are_joined_by_random_goals(monkeypatch, random_goals, optimised):
+    """0-1-2-(3) and 2-3-4-(5): only goals of other episodes ask how 4 is reached from 0. The values, of which both
+    levels take differences, are -(1 - 0.9^d) / 0.1 at d steps."""
+    monkeypatch.setattr(hiql, "GoalValue", walks.Table)
+    monkeypatch.setattr(hiql, "GoalEncoder", Itself)
+    cfg = hiql.Config(batch_size=64, hidden=(4,), rep_dim=6, discount=0.9, tau=0.2, learning_rate=0.01, subgoal_steps=2)
+    cfg = hiql.dataclasses.replace(cfg, p_future=0.5 if random_goals else 0.8)
+    _, state = walks.train(hiql, cfg, walks.spec(), walks.rows(walks.STITCH), 3000)
+    v = state.value.params["v"]["params"]["table"][0, :5, 4]
+    if random_goals:
+        np.testing.assert_allclose(v, [-3.439, -2.71, -1.9, -1, 0], atol=0.25)
+    else:
+        assert v[0] == v[1] == 0 and abs(v[2] + 1.9) < 0.25  # never trained

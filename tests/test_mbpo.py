@@ -1,7 +1,11 @@
 """MBPO against numbers worked out by hand. With hidden=() every network is linear, so that they can be."""
 
+import ast
 import dataclasses
 import functools
+import importlib
+import inspect
+import re
 
 import chex
 import jax
@@ -292,19 +296,25 @@ def test_a_learned_termination_is_the_sign_of_the_logit_of_the_member_that_imagi
     assert len(rest) == (first < 5).sum() > 10  # one more step of those that go on
 
 
-def test_each_step_is_imagined_by_a_member_drawn_from_the_elites():
-    # Member i gives the reward i; the errors of 0, 2 and 3 are the smallest. Over 4,000 steps each has a third
+@pytest.mark.parametrize("algo", [mbpo, mopo, morel, rambo], ids=lambda algo: algo.__name__.removeprefix("algos."))
+def test_each_step_is_imagined_by_a_member_drawn_from_the_elites(algo):
+    # Member i gives the reward i; the errors of 0, 2 and 3 are the smallest. Over 4,000 steps each has a third, and so
+    # it has in each place of a batch. These files have an `imagine` of their own
     cfg = dataclasses.replace(
         LINEAR, num_members=4, num_elites=3, horizon=4, rollout_batch_size=1_000, buffer_size=4_000
     )
     bias = np.zeros((4, 4)) + [[0, 0, -1e3, -1e3]]
     bias[:, 1] = np.arange(4)
     state = linear_state(cfg, bias=bias)._replace(error=jnp.array([0.2, 0.9, 0.1, 0.3]))
-    state = prepare(cfg, KNOWN, state, rows(np.zeros(20)))
+    if algo != mbpo:
+        state = importlib.import_module(algo.__name__.replace("algos.", "test_")).as_ours(state)
+    agent = algo.make_agent(algo.Config(**dataclasses.asdict(cfg)), KNOWN)
+    state = jax.jit(agent.prepare)(state, rows(np.zeros(20)))[0]
     np.testing.assert_allclose(state.error, [0.2, 0.9, 0.1, 0.3])
     member = np.round(state.buffer.rows.reward).astype(int).reshape(4, 1_000)
     np.testing.assert_allclose(np.bincount(member.ravel(), minlength=4) / 4_000, [1 / 3, 0, 1 / 3, 1 / 3], atol=0.03)
     np.testing.assert_allclose((member[1:] == member[:-1]).mean(), 1 / 3, atol=0.03)  # drawn anew at each step
+    np.testing.assert_allclose((member[:, 3:] == member[:, :-3]).mean(), 1 / 3, atol=0.03)  # and for each row
 
 
 def test_a_step_is_a_draw_with_the_models_deviation():
@@ -411,6 +421,44 @@ def test_without_real_rows_the_datas_rewards_are_not_read():
     chex.assert_trees_all_equal(one.critic, other.critic)
     assert (info["data_reward"], there["data_reward"]) == (1.0, -50.0)
     np.testing.assert_allclose([info["model_reward"], there["model_reward"]], 1.0)
+
+
+# --- The family --------------------------------------------------------------------------------------------
+
+
+def functions(algo):
+    """{name: text} of the functions above the training text."""
+    text = inspect.getsource(algo).partition("# --- Training: the same")[0]
+    defined = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)]
+    return {node.name: ast.get_source_segment(text, node) for node in defined}
+
+
+@pytest.mark.parametrize(
+    "algo, own",
+    [
+        (mopo, {"imagine", "roll_out", "prepare"}),
+        (morel, {"imagine", "roll_out", "prepare", "init"}),
+        (combo, {"critic_loss", "init", "update"}),
+        (rambo, {"imagine", "roll_out", "prepare", "init", "update", "keep_best", "pretrain"}),
+        (mobile, {"roll_out", "init", "update"}),
+    ],
+    ids=lambda x: getattr(x, "__name__", "").removeprefix("algos."),
+)
+def test_the_family_differs_only_where_it_should(algo, own):
+    """So what is tested here holds for all of them; what is their own has tests of its own."""
+    ours, theirs = functions(mbpo), functions(algo)
+    for name, written, here in (
+        ("step", r"rows, \w+ = ", "rows = "),  # of a roll-out
+        ("step", r"\(rows, alive, \w+\)", "(rows, alive)"),
+        ("step", r"elites\(state\)", "elites"),
+        ("mix", r"real_rows\(cfg\.batch_size, cfg\.real_ratio\)",
+         "jnp.arange(cfg.batch_size) < jnp.floor(cfg.real_ratio * cfg.batch_size)"),
+    ):  # fmt: skip
+        theirs[name] = re.sub(written, here, theirs[name])
+    assert {name for name in ours if theirs[name] != ours[name]} == own | {"make_agent"}
+    for name in own & {"imagine", "keep_best"}:  # but for two of their lines
+        here = theirs[name].replace("snapshot.params", "snapshot").splitlines()
+        assert len([line for line in ours[name].splitlines() if line not in here]) <= 2
 
 
 # --- Bad input ---------------------------------------------------------------------------------------------

@@ -83,6 +83,24 @@ def test_what_the_members_disagree_on_does_not_count_where_it_is_worth_the_same(
         assert update(LINEAR, state, rows(np.zeros(8)))["inconsistency"] == 0
 
 
+def test_next_values_are_of_the_policys_actions_there():
+    # Q' = a and pi = tanh(s), without noise. The members lead to 0, 1, 2, 3 and 4; the row's own action is 0
+    state = split_state(slopes=(0.0, 0.0))
+    slope = lambda at: lambda path, x: x.at[at].set(1.0) if path[-1].key == "kernel" else x  # noqa: E731
+    actor = jax.tree_util.tree_map_with_path(slope((0, 0)), state.actor.params)
+    target = jax.tree_util.tree_map_with_path(slope((slice(None), 1, 0)), state.target_critic)
+    state = state._replace(actor=state.actor._replace(params=actor), target_critic=target)
+    cfg = dataclasses.replace(LINEAR, real_ratio=0.0)
+    expect = np.tanh(np.arange(5)).std(ddof=1)
+    np.testing.assert_allclose(update(cfg, state, rows(np.zeros(8)))["inconsistency"], expect, rtol=1e-4)
+
+
+def test_the_temperature_has_no_upper_bound():
+    state = split_state()
+    state = state._replace(log_alpha=state.log_alpha._replace(params=jnp.float32(2.0)))
+    np.testing.assert_allclose(update(LINEAR, state, rows(np.zeros(8)))["alpha"], np.exp(2), rtol=1e-5)
+
+
 def test_only_elites_are_asked():
     cfg = dataclasses.replace(LINEAR, num_elites=2, real_ratio=0.0)
     state = split_state()._replace(error=jnp.array([5.0, 1.0, 4.0, 3.0, 2.0]))  # members 1 and 4: 3 apart

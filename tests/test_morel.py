@@ -73,9 +73,11 @@ def test_every_row_of_the_data_counts_for_the_threshold(largest_at):
     np.testing.assert_allclose(state.largest, [2.0, 70.0])
 
 
-def test_the_threshold_is_taken_once():
-    state = prepare(LINEAR, split_state(LINEAR, largest=70.0), rows(np.full(20, 4.0)))
-    assert state.largest == 70.0 and state.report["unknown"] == 0.0
+@pytest.mark.parametrize("largest, unknown", [(70.0, 0.0), (0.5, 1.0)])
+def test_the_threshold_is_taken_once(largest, unknown):
+    # The members are 2 apart in all of the data; the threshold is a third of what was measured before
+    state = prepare(LINEAR, split_state(LINEAR, largest=largest), rows(np.full(20, 4.0)))
+    assert state.largest == largest and state.report["unknown"] == unknown
 
 
 def test_what_the_members_agree_on_is_known_and_a_pessimism_without_bound_makes_all_unknown():

@@ -523,7 +523,7 @@ def test_actions_that_are_no_numbers_do_not_reach_the_environment(tmp_path):
 
 
 LEARN_ON_LINE = [path.stem for path in (ROOT / "algos").glob("*.py") if "# --- Online: the same" in path.read_text()]
-UNION = {"iql", "awac", "cql", "td3_bc", "qt_opt"}  # the others draw a share of `offline_ratio` from the data
+UNION = {"iql", "awac", "cql", "td3_bc", "qt_opt", "sac_n", "spot"}  # others: a share of the data
 
 
 def test_every_file_draws_the_union_or_equal_shares_and_the_texts_of_either_are_the_same():

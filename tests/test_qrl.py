@@ -138,6 +138,16 @@ def test_a_ring_is_longer_one_way(optimised):
     assert 3 < there < 6 and back < 2
 
 
+def test_walks_that_never_met_are_joined_by_the_triangle(optimised):
+    """0-1-2-(3) and 2-3-4-(5): no walk has 0 and 4, but each step has a length. Nothing leads back: that is far."""
+    cfg = qrl.Config(batch_size=64, hidden=(32,), latent_dim=32, extraction="awr", learning_rate=3e-3)
+    _, state = walks.train(qrl, cfg, Spec(6, 2, True, goal_dim=6), walks.rows(walks.STITCH), 1500)
+    d = jax.jit(qrl.Quasimetric((32,), 32).apply)
+    there = np.array([d(state.distance.params["d"], *walks.one_hot([i, 4])) for i in range(4)])
+    np.testing.assert_allclose(there, [4, 3, 2, 1], rtol=0.35)
+    assert np.all(np.diff(there) < -0.5) and d(state.distance.params["d"], *walks.one_hot([4, 0])) > 20
+
+
 def test_parts_of_observations_are_no_goals():
     with pytest.raises(SystemExit, match="whole observations as goals"):
         qrl.make_agent(qrl.Config(**SMALL), Spec(3, 2, goal_dim=2))

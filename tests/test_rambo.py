@@ -95,6 +95,22 @@ def test_advantage_of_a_path_in_the_model(updates, expect, reach, lost):
     np.testing.assert_allclose(state.report["advantage"], value, rtol=1e-5)
 
 
+def test_what_follows_is_valued_at_the_mode_of_the_policy():
+    # Q(s, a) = a, r = 5, pi = tanh(N(arctanh 0.5, 1)): A = 5 + 0.9 * 0.5 - a on average, with a drawn as in a roll-out
+    cfg = dataclasses.replace(LINEAR, batch_size=8_192, discount=0.9)
+    state = adversary_state(cfg, bias=[1.0, 5.0, -1e3, -1e3], action=0.5)
+    wide = lambda path, x: x.at[1].set(0.0) if path[-1].key == "bias" else x  # noqa: E731
+    of_action = lambda path, x: x.at[:, :, 0].set(jnp.array([0.0, 1.0])) if path[-1].key == "kernel" else x  # noqa: E731
+    state = state._replace(
+        actor=state.actor._replace(params=jax.tree_util.tree_map_with_path(wide, state.actor.params)),
+        critic=state.critic._replace(params=jax.tree_util.tree_map_with_path(of_action, state.critic.params)),
+    )
+    points, weights = np.polynomial.hermite_e.hermegauss(40)
+    drawn = np.tanh(np.arctanh(0.5) + points) @ weights / weights.sum()  # 0.32
+    state = prepare(cfg, state, rows(np.ones(20), reward=5.0, next_obs=2.0))
+    np.testing.assert_allclose(state.report["advantage"], 5 + 0.9 * 0.5 - drawn, atol=0.03)
+
+
 def test_how_often_the_adversary_moves():
     # Not before the first roll-out, which is of the model as it was fitted; and never with lambda 0
     data = rows(np.arange(20.0), reward=1.0)
@@ -111,6 +127,15 @@ def test_members_that_are_no_elites_learn_from_the_data_alone():
     slope = test_mbpo.gradient(prepare(cfg, state, rows(np.zeros(20), reward=5.0, next_obs=1.0)).snapshot)["bias"]
     np.testing.assert_allclose(slope[0, :2], 0, atol=1e-5)  # the data are at its means
     assert np.abs(slope[1, :2]).max() > 10
+
+
+def test_the_adversarys_members_have_rows_of_the_data_of_their_own():
+    # Equal members, and a game of no weight: on the same rows their gradients would be equal
+    cfg = dataclasses.replace(LINEAR, num_members=2, adversary_weight=1e-30)
+    state = adversary_state(cfg, bias=[1.0, 5.0, -1.0, -1.0])
+    data = rows(np.zeros(20), reward=np.arange(20.0), next_obs=1.0)
+    slope = test_mbpo.gradient(prepare(cfg, state, data).snapshot)["bias"]
+    assert np.abs(slope[0, 1] - slope[1, 1]) > 0.01 * np.abs(slope[0, 1])
 
 
 def test_the_first_phase_clones_the_data():

@@ -270,6 +270,42 @@ def test_what_cqls_page_says_of_medium_expert(quick):
     assert f"({', '.join(f'{score:.1f}' for score in weight_5.scores)})" in text
 
 
+def test_what_the_pages_say_of_policies_that_train_in_a_model(quick):
+    """Means of scores over the seeds, and ranges of the last evaluation's metrics."""
+    names = ("mbpo", "mopo", "combo", "morel")
+    texts = {name: " ".join((ROOT / "algos" / f"{name}.md").read_text().split()) for name in names}
+    runs = {name: quick[HOPPER[1], name] for name in (*names, "bc", "cql")}
+    mean = {name: f"{run.scores.mean():.1f}" for name, run in runs.items()}
+    last = {}
+    for name in names:
+        lines = (RESULTS / "quick" / HOPPER[1] / name / "metrics.jsonl").read_text().splitlines()
+        last[name] = [line for line in map(json.loads, lines) if line["step"] == 6000]
+
+    def range_of(name, metric, form=",.0f", times=1):
+        values = [times * line[metric] for line in last[name]]
+        return f"{min(values):{form}} to {max(values):{form}}"
+
+    for name in names:
+        believed, true = (range_of(name, f"{which}_value") for which in ("believed", "true"))
+        assert f"in {believed}" in texts[name] and f"where {true} is true" in texts[name], (name, believed, true)
+    says = f"MBPO has {mean['mbpo']}, [COMBO](combo.md) {mean['combo']}, [MOPO](mopo.md) {mean['mopo']} and"
+    assert f"{says} [MOReL](morel.md) {mean['morel']}, where [cloning](bc.md) has {mean['bc']}" in texts["mbpo"]
+    errors = [line[f"holdout_{which}"] for name in names for line in last[name] for which in ("min", "max")]
+    assert f"between {min(errors):.3f} and {max(errors):.3f}" in texts["mbpo"]
+    assert all(line["zero_rows"] == 0 for name in names for line in last[name])
+    assert f"pays {range_of('mbpo', 'model_reward', '.1f')} on average" in texts["mbpo"]
+    assert f"at most {max(line['model_reward'] for line in last['mbpo']) / (1 - 0.99):.0f}" in texts["mbpo"]
+    assert f"MOPO has {mean['mopo']}, MBPO {mean['mbpo']} and [cloning](bc.md) {mean['bc']}" in texts["mopo"]
+    taken, left = range_of("mopo", "mean_penalty", ".1f"), range_of("mopo", "model_reward", ".1f")
+    assert f"takes {taken} from each imagined reward, of which {left} are left" in texts["mopo"]
+    assert f"MOReL has {mean['morel']}, more" in texts["morel"] and f"({mean['bc']})" in texts["morel"]
+    assert f"only {range_of('morel', 'unknown', '.1f', 100)} %" in texts["morel"]
+    assert max(runs[name].scores.max() for name in names) < runs["bc"].scores.min()
+    assert runs["morel"].scores.min() > max(runs[name].scores.max() for name in ("mbpo", "mopo", "combo"))
+    assert f"COMBO has {mean['combo']}, [MBPO](mbpo.md#results) {mean['mbpo']}" in texts["combo"]
+    assert f"ends at {range_of('combo', 'gap')} " in texts["combo"] and f"here, and {mean['cql']}." in texts["combo"]
+
+
 def test_trials_on_the_pages_are_those_of_the_result_files():
     """A page's cell [SCORE, believes B, true T](.../trials/...): means over the seeds of the last evaluation."""
     runs = {run.place: run for run in read_runs(RESULTS / "trials")}

@@ -170,6 +170,39 @@ def test_a_page_shows_what_the_critic_believes_and_what_is_true(root):
     assert all("believe" not in text for text in (tables.table(found, [], "."), tables.table(found, [], ".", "bc")))
 
 
+def test_runs_that_go_on_on_line_have_a_table_of_their_scores_along_the_way(root):
+    """Two seeds: 1,000 updates and 20,000 steps of one method; no updates and 5,000 steps of the other."""
+    folder = root / "benchmarks" / "results" / "finetune"
+
+    def make(method, switch, steps, scores):
+        run = folder / "maze-v0" / method
+        make_run(run, "stitch/maze-v0", [scores(steps), scores(steps) + 10.0], method)
+        config = {"algo": method, "dataset": "stitch/maze-v0", "num_updates": switch, "online_steps": steps}
+        (run / "config.json").write_text(json.dumps({"config": config}))
+        lines = []
+        for step in range(1000, switch + steps + 1, 1000):
+            for seed in (0, 1):
+                line = {"step": step, "seed": seed, "score": scores(step - switch) + 10.0 * seed, "returns": [0.0]}
+                lines.append(json.dumps(line | {"online_steps": step - switch, "regret": 50.0 + 2 * seed}))
+        (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+
+    make("iql", 1000, 20_000, lambda n: 40.0 + n / 1000)
+    make("bc", 0, 5000, lambda n: 80.0 + n / 1000)
+    found = runs.read_results(folder)
+    marked = "<!-- report:finetune:begin -->\n<!-- report:finetune:end -->\n"
+    (root / "benchmarks" / "online.md").write_text(marked)
+    (root / "algos" / "iql.md").write_text(marked)
+    tables.write_tables(root, "finetune", found.runs, found.failures, check=False)
+    rows = [line for line in (root / "benchmarks" / "online.md").read_text().splitlines() if line.startswith("| maze")]
+    cells = [[cell.split("](")[0].partition(" (")[0].strip("[ ") for cell in row.split("|")[2:-1]] for row in rows]
+    assert cells[0] == ["bc", "–", "86.0", "90.0", "–", "51"], "85 + 5 after 5,000 steps: first"
+    assert cells[1] == ["iql", "45.0", "46.0", "50.0", "65.0", "51"]
+    page = (root / "algos" / "iql.md").read_text()
+    assert "[iql](../algos/iql.md)" in page and "| [bc]" not in page and "after 1,000 updates on the data" in page
+    report.draw(found, folder)
+    assert not report.stale_pictures(found, folder)
+
+
 def test_numbers_have_three_digits_or_are_whole():
     shown = {1.23456: "1.23", -1.23456: "-1.23", 123.4: "123", -499999.4: "-499,999", 1e6: "1e+06", 99.96: "100"}
     assert {x: tables.number(x) for x in shown} == shown and tables.number(2.0, "+") == "+2"
@@ -256,8 +289,20 @@ def test_published_scores_are_shown_only_beside_the_data_they_are_of(tmp_path):
 def test_published_scores_are_of_methods_and_normalisations_that_are_ours():
     protocols = tomllib.loads((ROOT / "benchmarks" / "protocols.toml").read_text())
     for dataset, scores in tables.PUBLISHED["scores"].items():
+        if "source" in scores:  # made anew by the source's own script: it must say what differs
+            assert "script" in scores["source"] and dataset in protocols["goals"]["datasets"]
+            assert scores.keys() - {"source"} <= protocols["goals"]["methods"].keys()
+            continue
         assert any(dataset.startswith(prefix) for prefix in D4RL_REFERENCE_SCORES), dataset
         assert scores.keys() <= protocols["full"]["methods"].keys()
+
+
+def test_a_dataset_s_own_source_stands_in_the_place_of_the_general_one(tmp_path):
+    dataset = "stitch/ogbench-pointmaze-medium-stitch-200k-v0"
+    make_run(tmp_path / dataset / "qrl", dataset, [60.0, 70.0], "qrl", kind="success, %, mean over 5 tasks")
+    shown = tables.table(runs.read_runs(tmp_path), [], ".")
+    assert "; published 80.0 |" in shown and shown.count("Published: OGBench") == 1 and "CORL" not in shown
+    assert "not comparable, and not shown" not in shown
 
 
 def fail(folder, dataset, reason, algo="cql"):

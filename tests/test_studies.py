@@ -15,8 +15,10 @@ from common.recipes import tabular
 STUDIES = pathlib.Path(__file__).parents[1] / "benchmarks" / "studies"
 NAMES = (
     "deadly_triad",
+    "fine_tuning",
     "ladder",
     "lower_bound",
+    "model_exploitation",
     "ope_bias_variance",
     "ope_intervals",
     "overestimation",
@@ -275,6 +277,48 @@ def test_the_error_of_a_counted_model_bounds_what_it_believes(study):
     assert true >= result["best_right_side"] - 1e-6
 
 
+def test_the_text_on_a_models_errors_has_the_numbers_of_its_result():
+    result = json.loads((STUDIES / "model_exploitation.json").read_text())
+    text = section("A model's errors").replace("−", "-")
+
+    def ends(name, penalty, *horizons):
+        rows = [x for x in result["returns"] if x["penalty"] == penalty and x["horizon"] in horizons]
+        last = [row[name][-1] for row in rows]
+        assert len(rows) == 2 * len(horizons) and {len(row[name]) for row in rows} == {3}  # two seeds, 3,000 updates
+        return f"{min(last):.0f} to {max(last):.0f}"
+
+    short, model, critic = ends("true", 0, 1, 5), ends("model", 0, 1, 5), ends("critic", 0, 1, 5)
+    assert f"true return of {short}. In the model it has {model}, but its critics believe in {critic}" in text
+    critic, true = ends("critic", 2.5, 1, 5), ends("true", 2.5, 1, 5)
+    assert f"belief to {critic}, and the true return rises to {true}" in text
+    critic, model, true = (ends(name, 0, 20) for name in ("critic", "model", "true"))
+    assert f"believe in {critic}, the model has {model}, and the true return is {true}." in text
+    assert f"(true: {ends('true', 2.5, 20)})" in text
+    errors = result["errors"]
+    assert max(result["simulator_off"].values()) < 1e-6 and {row["penalty"] for row in result["returns"]} == {0, 2.5}
+    kinds = "held-out rows", "random actions", "lambda 0, after 20 steps", "lambda 2.5, after 20 steps"
+    shares = [f"{100 * errors[kind]['bounded']:.0f} %" for kind in kinds]
+    assert f"in {shares[0]} of cases" in text and f"same states in {shares[1]}." in text
+    assert f"bounds {shares[2]} and {shares[3]} of the errors" in text
+    data = [errors[kind] for kind in ("held-out rows", "random actions")]
+    assert "= {:.1f} and {:.1f}.".format(*(x["lambda_90"] for x in data)) in text
+    assert "correlations {:.2f} and {:.2f})".format(*(x["rank_correlation"] for x in data)) in text
+    assert all(9 < errors[f"lambda {x}, after 20 steps"]["lambda_90"] < 11 for x in ("0", "2.5"))
+    sizes = result["tabular"].values()
+
+    def listed(numbers):
+        *first, last = (f"{x:.3f}" for x in numbers)
+        return f"{', '.join(first)} and {last}"
+
+    policies = [x["policies"] for x in sizes]
+    assert f"$\\hat\\pi$ are {listed(x['pi_hat'][0] for x in policies)}." in text
+    assert f"promises {listed(x['best_right_side'] for x in sizes)}," in text
+    assert f"without it has {listed(x['best in the model'][0] for x in policies)}." in text
+    assert f"it has {listed(x['best in the model'][1] for x in policies)}." in text
+    assert {f"{x['best in the world'][0]:.3f}" for x in policies} == {"0.801"} and "policies has 0.801." in text
+    assert f"true returns of {listed(max(x['sweep']['true']) for x in sizes)}." in text
+
+
 @pytest.mark.parametrize("study", ["overestimation"], indirect=True)
 def test_the_committed_table_of_over_estimation_is_that_of_the_quick_results(study):
     """report.py reads the values, and test_report.py tests that."""
@@ -303,6 +347,42 @@ def test_what_the_text_says_of_sac_is_in_its_result():
     assert f"{small.min():,.0f} to {small.max():,.0f} on 1k, and {large.min():,.0f} to {large.max():,.0f} on" in text
     assert f"{true.min():.0f} to {true.max():.0f}.".replace("-", "−") in text
     assert 45 < np.median(small) / np.median(believed["10k"]) < 55  # README's "some 50 times"
+
+
+@pytest.mark.parametrize("study", ["fine_tuning"], indirect=True)
+def test_failures_are_halved_where_they_stay_so(study):
+    # 40 % fail at the switch; 15 %, 30 %, 20 %, 10 % after 1,000 steps each: at most 20 % from 3,000 on
+    steps = np.array([-1000, 0, 1000, 2000, 3000, 4000])
+    assert study.halved(steps, [10, 60, 85, 70, 80, 90]) == (40.0, 3000)
+    assert study.halved(steps, [10, 60, 85, 70, 80, 70]) == (40.0, None)
+    assert study.halved(steps, [10, 100, 85, 70, 80, 70]) == (0.0, None), "there is nothing to halve"
+
+
+@pytest.mark.parametrize("study", ["fine_tuning"], indirect=True)
+def test_the_committed_result_on_fine_tuning_is_that_of_the_committed_runs(study):
+    result = json.loads((STUDIES / "fine_tuning.json").read_text())
+    assert result["failures"] == json.loads(json.dumps(study.failures()))
+    assert result["values"] == {label: study.values(*where) for label, where in study.SHOWN.items()}
+    for found in result["failures"].values():
+        assert found["at_switch"] == found["failures"][found["steps"].index(0)]
+
+
+def test_the_text_on_fine_tuning_has_the_numbers_of_its_result():
+    result = json.loads((STUDIES / "fine_tuning.json").read_text())
+    text = section("Fine-tuning").replace("−", "-")
+    for method, name in (("cql", "CQL"), ("cal_ql", "Cal-QL")):
+        found = result["failures"][method]
+        assert f"{name}: {found['at_switch']:.0f} %" in text and f"{found['failures'][-1]:.0f} % after 5,000" in text
+    cql, cal_ql, offline = result["values"].values()
+    for found, steps in ((cql, 1000), (cal_ql, 1000), (offline, 2000)):
+        i = found["steps"].index(steps)
+        for column in ("believed_value", "true_value"):
+            assert f"{np.mean(found[column], axis=0)[i]:.0f}" in text, (steps, column)
+    assert np.max(np.array(cql["score"])[:, 2:4]) == 0 and "to 0 after 2,000 and 3,000 steps, in all seeds" in text
+    middle = np.mean(offline["score"], axis=0)
+    assert f"{middle[0]:.0f}, {middle[1]:.0f} and {middle[2]:.0f}" in text
+    assert np.max(cal_ql["held"]) < 0.06 and "at most 5 %" in text
+    assert min(np.min(found["believed_value"]) for found in result["values"].values()) > -100
 
 
 @pytest.mark.parametrize("study", ["when_rl_beats_cloning"], indirect=True)
@@ -507,6 +587,69 @@ def test_the_text_on_evaluation_has_the_numbers_of_its_result():
     far = rmse["33000"]["1"]
     assert f"340k WDR has {far['WDR']:.3f} and FQE {far['FQE']:.3f}" in text and min(far, key=far.get) == "WDR"
     assert f"({rmse['110']['1']['FQE']:.2f} with 1k)" in text
+
+
+@pytest.mark.parametrize("study", ["distances"], indirect=True)
+def test_true_distances_go_round_the_walls(study):
+    """Centres of cells lie 4 apart, which takes 20 steps of 0.2. Round a corner the point keeps its radius, 0.7: it
+    passes the corner 0.5 away in both coordinates, 2 + 0.5 of its way in each, 25 steps; diagonals cost what sides do.
+    """
+    cells = np.zeros((4, 5), bool)
+    cells[1, 1] = cells[1, 2] = cells[2, 2] = cells[1, 3] = True
+    centres = (np.array([(1, 1), (1, 2), (2, 2), (1, 3)]) + 0.5) * study.UNIT
+    steps = study.steps_between(cells, centres, centres)
+    np.testing.assert_allclose(steps, [[0, 20, 25, 40], [20, 0, 20, 20], [25, 20, 0, 25], [40, 20, 25, 0]])
+    maze = study.make_maze(cells)
+    assert study.free(cells, maze.places).all() and not study.free(cells, np.array([5.3, 6.0]) - [0.7, 0])
+    truth = study.measure(maze, maze.steps > 20, maze.steps, True)
+    assert truth == {name: {"rank": 1, "nearer": 1, "ratio": 1} for name in ("met", "never met")}
+    turned = study.measure(maze, maze.steps > 20, -maze.steps, False)["met"]
+    assert turned["rank"] == -1 and turned["nearer"] < 0.2 and turned["ratio"] is None
+
+
+@pytest.mark.parametrize("study", ["distances"], indirect=True)
+def test_pairs_meet_in_the_order_of_a_walk(study):
+    cells = np.ones((1, 4), bool)
+    walks = [np.array([[2, 1], [2, 3], [2, 5], [2, 9]]), np.array([[2, 13], [2, 10]])]  # cells 0, 0, 1, 2 and 3, 2
+    met = study.meetings(cells, walks)[0, :, 0, :]
+    np.testing.assert_array_equal(met.astype(int), [[1, 1, 1, 0], [0, 1, 1, 0], [0, 0, 1, 0], [0, 0, 1, 1]])
+    maze = study.Maze(cells, np.array([[2.0, 5.0]]), np.array([[2.0, 2.0], [2.0, 10.0]]), None)
+    np.testing.assert_array_equal(study.pairs_that_met(maze, walks), [[False, True]])
+
+
+@pytest.mark.parametrize("study", ["distances"], indirect=True)
+def test_values_are_read_as_steps_where_they_say_so(study, monkeypatch):
+    """V = -(1 - 0.9^3) / 0.1 = -2.71 and Q = 0.9^2 are three steps; beyond EDGE a value says no more."""
+    from algos import actionable_models, gcivl
+    from common.environments import Spec
+
+    monkeypatch.setattr(gcivl, "GoalValue", lambda *_: argparse.Namespace(apply=lambda p, *_: np.full((2, 1), p)))
+    monkeypatch.setattr(gcivl, "make_agent", lambda *_: None)
+    agent = argparse.Namespace(act=lambda *_: None, q=lambda state, *_: np.full(1, state))
+    monkeypatch.setattr(actionable_models, "make_agent", lambda *_: agent)
+    here = np.zeros((1, 2))
+
+    def steps(algo, value):
+        state = argparse.Namespace(value=argparse.Namespace(params=value)) if algo is gcivl else value
+        name = algo.__name__.split(".")[1]
+        return study.make_belief(name, algo.Config(discount=0.9), Spec(2, 2, goal_dim=2))(state, here, here)
+
+    np.testing.assert_allclose(steps(gcivl, -2.71), [3], rtol=1e-5)
+    np.testing.assert_allclose(steps(actionable_models, 0.81), [3], rtol=1e-5)
+    most = np.log(study.EDGE) / np.log(0.9)
+    np.testing.assert_allclose(steps(gcivl, -12.0), [most], rtol=1e-5)
+    np.testing.assert_allclose(steps(gcivl, 0.3), [0], atol=1e-6)
+
+
+@pytest.mark.parametrize("study", ["distances"], indirect=True)
+def test_places_are_those_of_ogbench(study):
+    pytest.importorskip("ogbench")
+    import gymnasium
+
+    maze = gymnasium.make("pointmaze-medium-v0").unwrapped
+    for cell in ((1, 1), (2, 6), (6, 3)):
+        np.testing.assert_allclose(study.to_ogbench((np.array(cell) + 0.5) * study.UNIT), maze.ij_to_xy(cell))
+    assert study.UNIT == maze._maze_unit and study.RADIUS == maze.model.geom("pointbody").size[0]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -12,6 +12,7 @@ from plot import COLOURS, caption, save  # benchmarks/plot.py
 
 from report import sweeps
 from report.estimators import NARROW, improvement, interval, iqm, mean, profile
+from report.online import is_online, since_switch
 from report.runs import Failure, Results, Run, comparable, short, spread
 
 
@@ -40,6 +41,9 @@ def draw(found: Results, folder: Path):
         curves = {run.method: learning_curve(run.steps, run.curve) for run in shown[name]}
         labels = {"title": dataset, "xlabel": "updates of each seed", "ylabel": "score"}
         text = f"Mean of the seeds. Band: {band([run.scores for run in shown[name]])}."
+        if is_online(shown[name]):
+            curves = {run.method: learning_curve(since_switch(run), run.curve) for run in shown[name]}
+            labels["xlabel"] = "steps on-line (up to 0: updates on the data)"
         draw_panels(curves, folder / name, digest(shown[name]), text, **labels)
     datasets, rows = comparable(runs, failures)
     if len(datasets) < 2 or not rows:

@@ -13,6 +13,7 @@ from sweep import write  # benchmarks/sweep.py
 
 from report import sweeps
 from report.estimators import NARROW, iqm, mean, with_interval
+from report.online import is_online, online_table
 from report.pictures import curves_of, pictures
 from report.rules import stopping_table
 from report.runs import Failure, Results, Run, comparable, short, spread
@@ -42,7 +43,12 @@ def write_tables(root: Path, protocol: str, runs: list[Run], failures: list[Fail
         if f"<!-- report:{protocol}:" in text:
             to_root = os.path.relpath(root, page.parent)
             to_results = os.path.relpath(results / protocol, page.parent)
-            new = fill(new, protocol, table(runs, failures, to_results, algo, to_root), page)
+            shown = table(runs, failures, to_results, algo, to_root)
+            if is_online(runs):
+                own = [run for run in runs if algo in (None, run.algo)]
+                links = [(join(to_results, run.place), join(to_root, f"algos/{run.algo}.md")) for run in own]
+                shown = online_table(own, links, [results / protocol / run.place for run in own])
+            new = fill(new, protocol, shown, page)
             whole += algo is None
         for name in re.findall("<!-- report:speed:(.*):begin -->", text):
             measured = json.loads((results / f"speed-{name}.json").read_text())
@@ -163,9 +169,9 @@ def table(runs: list[Run], failures: list[Failure], results: str, algo: str | No
     if any(failure.refused for failure in failures):
         foot.append("A dash: the method does not take that dataset's actions.")
     foot += [f"Failed: {failure.method} on {short(failure.dataset)} ({failure.reason})." for failure in failed]
-    if published:
-        foot.append(f"Published: {PUBLISHED['source']}.")
-    if all(dataset.startswith("stitch/") for dataset in kinds):
+    for source in dict.fromkeys(scores.get("source", PUBLISHED["source"]) for scores in published.values()):
+        foot.append(f"Published: {source}.")
+    if all(dataset.startswith("stitch/") for dataset in kinds) and not published:
         foot.append(
             "The data are rebuilt by recipes: published scores are on other data, not comparable, and not shown."
         )
