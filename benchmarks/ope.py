@@ -190,7 +190,7 @@ def pool(options, out):
 
 def possible(value, data, options):
     """Whether the data's rewards can sum up to it: as fqe.py rejects a critic that has diverged."""
-    return not abs(value) * (1 - options.discount) > 1.001 * np.abs(data.reward).max()
+    return not abs(value) * (1 - options.discount) > 1.001 * float(np.abs(data.reward).max())
 
 
 def judge(policies):
