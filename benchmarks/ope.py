@@ -211,7 +211,9 @@ def judge(policies):
 def table(result):
     """Markdown: a row for each estimator, the smallest absolute error first."""
     lines = [f"| estimator | policies | {' | '.join(MEASURES)} | held |", "| --- " * (len(MEASURES) + 3) + "|"]
-    for name, found in sorted(result["measures"].items(), key=lambda x: x[1]["absolute error"] or np.inf):
+    errors = {name: np.array(found["absolute error"], float)[0] for name, found in result["measures"].items()}
+    for name in sorted(errors, key=lambda name: np.nan_to_num(errors[name], nan=np.inf)):  # without an estimate: last
+        found = result["measures"][name]
         cells = [cell(found[measure]) for measure in MEASURES]
         lines.append(f"| {name} | {found['policies']} | {' | '.join(cells)} | {held(result['policies'], name)} |")
     return "\n".join(lines)

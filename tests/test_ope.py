@@ -60,9 +60,10 @@ def test_intervals_that_hold_the_truth_are_counted():
     policies.append({"true_value": None, "estimates": {"FQE": (0.0, -9.0, 9.0)}})
     assert [ope.held(policies, name) for name in ("FQE", "WIS", "constant")] == [2, 0, "–"]
     number = {measure: (1.0, 1.0, 1.0) for measure in ope.MEASURES}
-    measures = {name: number | {"policies": 4} for name in ("FQE", "constant")}
+    measures = {name: number | {"policies": 4} for name in ("WIS", "FQE", "constant")}
+    measures["WIS"] = {measure: (None,) * 3 for measure in ope.MEASURES} | {"policies": 0}  # no estimate: it is last
     ends = [line.split(" | ")[-1] for line in ope.table({"measures": measures, "policies": policies}).splitlines()]
-    assert ends[0] == "held |" and ends[2:] == ["2 |", "– |"]
+    assert ends[0] == "held |" and ends[2:] == ["2 |", "– |", "0 |"]
 
 
 def test_what_the_rewards_do_not_allow_is_no_estimate():
