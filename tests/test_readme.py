@@ -239,6 +239,26 @@ def test_what_the_scores_page_says_of_imitation_and_of_naive_methods(quick):
         assert quick[dataset, "bc-top-10"].scores.min() > quick[dataset, "bc"].scores.max()
 
 
+def test_what_the_scores_page_says_of_goals():
+    runs = {tuple(run.place.split("/")): run for run in read_runs(RESULTS / "goals")}
+    text = page("scores.md").partition("### What a few updates show")[2].partition("\n## ")[0]
+    means = {f"{run.scores.mean():.1f}" for run in runs.values()}
+    assert set(re.findall(r"(?<![\d.])-?\d+\.\d(?!\d)", text)) <= means
+    stitch = {method: run for (dataset, method), run in runs.items() if "-stitch-" in dataset}
+    assert all(stitch[method].scores.min() > stitch["gcbc"].scores.max() for method in ("hiql", "qrl"))
+    assert stitch["crl"].scores.mean() < stitch["gcbc"].scores.mean() and stitch["gciql"].scores.max() == 0
+    logs = {}
+    for method, name, sign in (("gciql", "log_prob", 1), ("gcbc", "actor_loss", -1)):
+        path = RESULTS / "goals" / stitch[method].place / "metrics.jsonl"
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        logs[method] = sign * np.mean([line[name] for line in lines if line["step"] == lines[-1]["step"]])
+    ratio = (logs["gciql"] + np.log(2 * np.pi)) / (logs["gcbc"] + np.log(2 * np.pi))
+    text = (ROOT / "algos" / "gciql.md").read_text().rpartition("report:goals:end")[2]
+    assert all(f"−{-x:.2f}" in text for x in logs.values()) and f"{ratio:.1f} times" in text
+    tasks = np.array([np.mean(run.summary["success_per_task"], axis=0) for run in stitch.values()])
+    assert np.all(tasks[:, 2:4] == 0)
+
+
 @pytest.mark.parametrize(
     "method, baseline, dataset, margin",
     [("cql_discrete", "dqn", "cartpole-mixed-v0", 40), *(("cql", "sac", dataset, 20) for dataset in [*HOPPER, MAZE])],

@@ -15,6 +15,7 @@ from common.recipes import tabular
 STUDIES = pathlib.Path(__file__).parents[1] / "benchmarks" / "studies"
 NAMES = (
     "deadly_triad",
+    "distances",
     "fine_tuning",
     "ladder",
     "lower_bound",
@@ -639,6 +640,25 @@ def test_values_are_read_as_steps_where_they_say_so(study, monkeypatch):
     most = np.log(study.EDGE) / np.log(0.9)
     np.testing.assert_allclose(steps(gcivl, -12.0), [most], rtol=1e-5)
     np.testing.assert_allclose(steps(gcivl, 0.3), [0], atol=1e-6)
+
+
+@pytest.mark.parametrize("study", ["distances"], indirect=True)
+def test_the_page_has_the_table_of_distances(study):
+    result = json.loads((STUDIES / "distances.json").read_text())
+    assert study.table(result) in (STUDIES / "README.md").read_text()
+    for data in result["data"].values():
+        assert all(len(found["run_commit"]) == 40 for found in data["methods"].values())  # no "-dirty"
+    text, stitch = section("Distances"), result["data"]["stitch"]
+    assert f"*stitch* {stitch['met']:.0%} of".replace("%", " %") in text and result["data"]["navigate"]["met"] == 1
+    assert f"more than {stitch['farthest_met']:.0f} steps apart, and the maze has 140" in text
+    assert result["data"]["navigate"]["farthest_met"] == 140
+
+    def median(algo, pairs, measure):
+        return np.median([seed[pairs][measure] for seed in stitch["methods"][algo]["seeds"]])
+
+    for measure in ("rank", "nearer"):
+        order = sorted(stitch["methods"], key=lambda algo: -median(algo, "never met", measure))
+        assert order[0] == "qrl" and order[-1] == "crl"
 
 
 @pytest.mark.parametrize("study", ["distances"], indirect=True)
