@@ -144,6 +144,9 @@ def test_a_recording_may_say_that_it_goes_on_after_a_termination(root):
     np.testing.assert_array_equal(data.terminal, [0, 1, 0, 0])
     np.testing.assert_array_equal(data.next_obs, labels(0, 5)[1:])
     np.testing.assert_array_equal(data.return_to_go, [1, 1, 5, 3])  # a terminal row ends the sum
+    write([episode(0, 4, None, truncations=np.array([False, True, False, False]))], "test/cut-v0")
+    edit_metadata(root, "test/cut-v0", goes_on_after_termination=True)
+    assert "truncations of episode 0 are set in row 1" in message("test/cut-v0")  # what follows is another episode
 
 
 def test_terminal_rows_are_kept_with_their_reward():
@@ -865,6 +868,22 @@ def test_missing_reader_of_the_format(root, monkeypatch):
 def test_empty_dataset():
     write([])
     assert "no transitions" in message()
+
+
+@pytest.mark.parametrize("observations", [1, 3])
+def test_a_reset_without_a_step_is_left_out_and_the_episodes_keep_their_numbers(root, observations):
+    """An episode of one observation. With more of them, its steps have been lost."""
+    write([episode(0, 2), episode(1, 2, actions=np.array([[1.0, 1], [9000, 1]], np.float32))])
+    with h5py.File(root / NAME / "data" / "main_data.hdf5", "a") as file:
+        for name in ("observations", "actions", "rewards", "terminations", "truncations"):
+            rows = file["episode_0"][name][:]
+            del file["episode_0"][name]
+            file["episode_0"][name] = rows[: observations if name == "observations" else 0]
+    edit_metadata(root, total_steps=2)
+    if observations == 1:
+        assert "first in episode 1, row 1" in message()
+    else:
+        assert "episode 0 holds 3 observations, 0 actions" in message()
 
 
 @pytest.mark.parametrize(
