@@ -93,6 +93,8 @@ def frozen(folder: str, act: str):
         module = importlib.import_module(f"algos.{config['algo']}")
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise SystemExit(f"{folder} holds no run of a file in algos/ ({error!r}): choose another folder.") from error
+    if "policy" in config:
+        raise SystemExit(f"{folder} is itself an evaluation: name the folder of its policy, {config['policy']}.")
     with jax.ensure_compile_time_eval():  # it may be asked for while a program is traced
         runs = module.restore(folder, run=None)
         if hasattr(runs.cfg, "act"):
@@ -351,7 +353,7 @@ class Estimates:
                 f"  seed {run['seed']} {run['grid'] or ''}{grid or ''}: {estimate:.5g} ({low:.5g} to {high:.5g})"
             )
             rows[-1] += f", true value {true:.5g}; ratios add up to {norm:.3g}, {size:,.0f} effective rows\n"
-        return "".join(rows) + " "
+        return "".join(rows) + f"  {len(rows) - 1} estimates"
 
 
 # --- Training: the same in every file, and a test keeps it so -----------------------------------------------

@@ -171,10 +171,12 @@ def load_policy(folder, act):
             "python algos/iql.py --dataset stitch/icu-sepsis-v0 --num-updates 2000 --out runs/policy"
         )
     try:
-        algo = json.loads((Path(folder) / "config.json").read_text())["config"]["algo"]
-        module = importlib.import_module(f"algos.{algo}")
+        config = json.loads((Path(folder) / "config.json").read_text())["config"]
+        module = importlib.import_module(f"algos.{config['algo']}")
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise SystemExit(f"{folder} holds no run of a file in algos/ ({error!r}): choose another folder.") from error
+    if "policy" in config:
+        raise SystemExit(f"{folder} is itself an evaluation: name the folder of its policy, {config['policy']}.")
     runs = module.restore(folder, run=None)
     if hasattr(runs.cfg, "act"):
         runs.cfg = dataclasses.replace(runs.cfg, act=act)

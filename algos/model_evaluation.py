@@ -98,6 +98,8 @@ def frozen(folder: str, act: str):
         module = importlib.import_module(f"algos.{config['algo']}")
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise SystemExit(f"{folder} holds no run of a file in algos/ ({error!r}): choose another folder.") from error
+    if "policy" in config:
+        raise SystemExit(f"{folder} is itself an evaluation: name the folder of its policy, {config['policy']}.")
     with jax.ensure_compile_time_eval():  # it may be asked for while a program is traced
         runs = module.restore(folder, run=None)
         if hasattr(runs.cfg, "act"):
@@ -215,7 +217,7 @@ def counted(data, weight, pi, discount, horizon, unseen=0.0):
         total = jnp.zeros(pi.shape).at[state, data.action].add(weight * target)
         return jnp.where(number > 0, total / jnp.where(number > 0, number, 1), unseen)
 
-    return jax.lax.fori_loop(0, horizon, sweep, jnp.where(number > 0, 0.0, unseen))
+    return jax.lax.fori_loop(0, horizon, sweep, jnp.zeros(pi.shape))
 
 
 def at_starts(data, weight, pi, q):
@@ -315,10 +317,8 @@ def of_networks(cfg: Config, spec: Spec, policy_state, pi):
     def init(key):
         key, key_model = jax.random.split(key)
         size = spec.obs_dim + spec.action_dim
-        scale, limits = (
-            (jnp.zeros(size), jnp.ones(size)),
-            tuple(jnp.full(spec.obs_dim + 1, x, float) for x in (-jnp.inf, jnp.inf)),
-        )
+        scale = jnp.zeros(size), jnp.ones(size)
+        limits = tuple(jnp.full(spec.obs_dim + 1, x, float) for x in (-jnp.inf, jnp.inf))
         params = dynamics.init(key_model, jnp.zeros((1, spec.obs_dim)), jnp.zeros((1, spec.action_dim)), *scale)
         error = jnp.full(cfg.num_members, jnp.inf, float)
         return State(key, Trainable(params, adam.init(params)), params, error, scale, limits, policy_state)
@@ -332,7 +332,7 @@ def of_networks(cfg: Config, spec: Spec, policy_state, pi):
         held, _ = bootstrap(cfg, dataset.episode)
         index = jnp.flatnonzero(held, size=min(cfg.holdout, len(held)), fill_value=0)
         rows, valid = jax.tree.map(lambda x: x[index], dataset), (jnp.arange(len(index)) < held.sum())[None]
-        error = losses(state.model.params, rows, scale).mean(axis=1, where=valid)
+        error = (losses(state.model.params, rows, scale) * valid).sum(axis=1) / jnp.maximum(valid.sum(), 1)
         better = (error < state.error) | ~valid.any()  # nothing is held out of a few episodes
         choose = jax.vmap(jnp.where)  # member by member
         snapshot = jax.tree.map(lambda new, old: choose(better, new, old), state.model.params, state.snapshot)
@@ -345,14 +345,15 @@ def of_networks(cfg: Config, spec: Spec, policy_state, pi):
 
     def q(state, obs, action):
         """The return of one roll-out for each row (n,), in one member: they share the rows out in blocks."""
-        row = jnp.arange(len(obs))
-        at = row * cfg.num_members // len(obs), row
+        blocks = cfg.num_members, -(-len(obs) // cfg.num_members)
         (low, low_reward), (high, high_reward) = ((x[None, :-1], x[-1]) for x in state.limits)
 
         def step(carry, key):
             obs, action, factor, total = carry
             key_noise, key_action = jax.random.split(key)
-            mean, log_var, logit = (x[at] for x in predict(state.snapshot, obs, action, state.scale))
+            each = (jnp.resize(x, (*blocks, *x.shape[1:])) for x in (obs, action))
+            found = predict(state.snapshot, *each, state.scale)
+            mean, log_var, logit = (x.reshape(-1, *x.shape[2:])[: len(obs)] for x in found)
             total += factor * jnp.clip(mean[:, -1], low_reward, high_reward)  # that of the last step, too
             factor *= cfg.discount * jax.nn.sigmoid(-logit)
             obs = jnp.clip(obs + Normal(mean, log_var / 2).sample(key_noise)[:, :-1], low, high)
@@ -465,7 +466,7 @@ class Estimates:
                 f"  seed {run['seed']} {run['grid'] or ''}{grid or ''}: {estimate:.5g} ({low:.5g} to {high:.5g})"
             )
             rows[-1] += f", true value {true:.5g}{'' if np.isnan(unseen) else f', {unseen:.0%} leave the data'}\n"
-        return "".join(rows) + " "
+        return "".join(rows) + f"  {len(rows) - 1} estimates"
 
 
 # --- Training: the same in every file, and a test keeps it so -----------------------------------------------

@@ -95,6 +95,7 @@ def main(options: Options):
     out = Path(options.out or HERE / "results" / f"kernels-{options.target}.json")
     old = json.loads(out.read_text()) if out.exists() else {"results": []}
     rows = {(row["algo"], row["seeds"]): row for row in old["results"] if old["versions"] == versions}
+    commit = subprocess.getoutput(f"git -C {HERE} describe --always --dirty --abbrev=40")  # not with our own file in it
     for algo, seeds in itertools.product(options.algos, options.seeds):
         started = time.perf_counter()
         program, *about = lowered(algo, seeds, target)
@@ -107,7 +108,7 @@ def main(options: Options):
         print(f"{algo}, {seeds}: {row['kernels']:g} kernels, {time.perf_counter() - started:.0f} s", file=sys.stderr)
         report = {
             "command": " ".join(sys.argv),
-            "commit": subprocess.getoutput(f"git -C {HERE} describe --always --dirty --abbrev=40"),
+            "commit": commit,
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "device": target.name,
             "versions": versions,

@@ -11,11 +11,13 @@ sums of raw rewards.
 
 Measures   Absolute error: the mean of |estimate - truth|. Rank correlation: Spearman's. Regret@k: the best true value
            less the best among the k policies of the highest estimates, of the range of true values (DOPE divides by
-           the largest one). A policy that an estimator refuses is one that it cannot choose.
+           the largest one). A policy that an estimator refuses is one that it cannot choose. So is one with an
+           estimate that the data's rewards do not allow, max |r| / (1 - discount): FQE, say, has diverged.
 Intervals  95 % of 1,000 bootstrap resamples of the policies. Runs of one method resemble each other, which it ignores.
 Own Q      What the run's own critic believes of its policy where the episodes begin, if it learned from raw rewards.
 Constant   The mean return of the data's episodes, as the estimate of every policy: an error to beat. Its regret is that
            of a choice at random.
+Held       In how many policies the estimator's own 95 % interval holds the truth.
 
 The folder --out has ope.json (all estimates, truths and measures), ope.png, and the runs of the estimators that train.
 """
@@ -60,8 +62,10 @@ class Options:
     eval_episodes: int = 100  # of each policy, for the truth; draws in each state where it is exact; 0: none is known
     resamples: int = 200  # of the episodes, for the intervals of the estimators with weights, where they cost most
     folds: int = 1  # of FQE's critics, for cross-fitting
-    num_updates: int = 6_000  # of the estimators that train
+    horizon: int = 0  # steps of an episode in a fitted model; 0: as many as the longest one of the data has
+    num_updates: int = 6_000  # of the estimators that train, and of the clone
     hidden: tuple[int, ...] = (256, 256)  # of their networks
+    tau: float = 0.05  # Polyak step of FQE's target: short runs need a larger one
     out: Path | None = None  # by default the folder of the runs with -ope after its name
 
 
@@ -112,6 +116,7 @@ def of_training(name, folder, count, options, out):
     wanted = dict(policy=str(folder), dataset=options.dataset, act=options.act, discount=options.discount, folds=folds)
     wanted |= dict(num_seeds=count * folds, num_updates=options.num_updates, eval_interval=options.num_updates)
     wanted |= dict(log_interval=math.gcd(options.num_updates, 250), eval_episodes=0, hidden=options.hidden)
+    wanted |= dict(prepare_interval=wanted["log_interval"], horizon=options.horizon, tau=options.tau)
     config = module.Config(**{key: value for key, value in wanted.items() if key in fields}, out=str(out))
     summary = module.main(config)
     rows = [summary[column] for column in ("estimate", "estimate_low", "estimate_high")]
@@ -122,17 +127,17 @@ def of_training(name, folder, count, options, out):
 def estimates_of(folder, count, options, out):
     """For each run of a folder {estimator: (value, low, high)}, and {file: why it refused}."""
     found, refused = [{} for _ in range(count)], {}
+    weights = dict(behaviour=options.behaviour, resamples=options.resamples, hidden=options.hidden)
+    weights |= dict(clone_updates=options.num_updates)
     for name in options.estimators:
         try:
             if name == "importance_sampling":
                 fields = dict(dataset=options.dataset, act=options.act, discount=options.discount, eval_episodes=0)
-                fields |= dict(resamples=options.resamples)
-                config = importance_sampling.Config(policy=str(folder), behaviour=options.behaviour, **fields)
+                config = importance_sampling.Config(policy=str(folder), **fields, **weights)
                 rows = importance_sampling.evaluate(config)
             elif name == "doubly_robust":
                 doubly_robust = importlib.import_module("algos.doubly_robust")
-                fields = dict(behaviour=options.behaviour, resamples=options.resamples)
-                config = doubly_robust.Config(fqe=str(out / "fqe" / folder.name), **fields)
+                config = doubly_robust.Config(fqe=str(out / "fqe" / folder.name), **weights)
                 rows = doubly_robust.evaluate(config)
             else:
                 rows = of_training(name, folder, count, options, out / name / folder.name)
@@ -165,6 +170,7 @@ def pool(options, out):
     first = data.obs[np.diff(data.episode, prepend=-1) != 0]
     step = np.arange(len(data.reward)) - np.searchsorted(data.episode, data.episode)
     constant = (options.discount**step * data.reward.astype(np.float64)).sum() / (data.episode[-1] + 1)
+    options = dataclasses.replace(options, horizon=options.horizon or int(step.max()) + 1)
     policies, refusals = [], {}
     for folder in options.runs:
         runs = importance_sampling.load_policy(str(folder), options.act)
@@ -176,8 +182,15 @@ def pool(options, out):
         for run, true, row, line, believed in zip(runs.runs, truth, rows, last, own, strict=True):
             about = {"folder": folder.name, "updates": runs.step, **run, "true_value": float(true)}
             row = {"constant": (constant,) * 3, "own Q": (believed,) * 3, **row}
-            policies.append(about | {"score": line["score"], "estimates": row})
+            row = {k: x if k == "ESS" or possible(x[0], data, options) else (math.nan,) * 3 for k, x in row.items()}
+            about |= {name: line.get(name) for name in ("score", "returns", "q")}  # of report.py's rules
+            policies.append(about | {"estimates": row})
     return policies, {folder: said for folder, said in refusals.items() if said}
+
+
+def possible(value, data, options):
+    """Whether the data's rewards can sum up to it: as fqe.py rejects a critic that has diverged."""
+    return not abs(value) * (1 - options.discount) > 1.001 * float(np.abs(data.reward).max())
 
 
 def judge(policies):
@@ -197,11 +210,20 @@ def judge(policies):
 # --- What people read ------------------------------------------------------------------------------------------
 def table(result):
     """Markdown: a row for each estimator, the smallest absolute error first."""
-    lines = [f"| estimator | policies | {' | '.join(MEASURES)} |", "| --- " * (len(MEASURES) + 2) + "|"]
-    for name, found in sorted(result["measures"].items(), key=lambda x: x[1]["absolute error"] or np.inf):
+    lines = [f"| estimator | policies | {' | '.join(MEASURES)} | held |", "| --- " * (len(MEASURES) + 3) + "|"]
+    errors = {name: np.array(found["absolute error"], float)[0] for name, found in result["measures"].items()}
+    for name in sorted(errors, key=lambda name: np.nan_to_num(errors[name], nan=np.inf)):  # without an estimate: last
+        found = result["measures"][name]
         cells = [cell(found[measure]) for measure in MEASURES]
-        lines.append(f"| {name} | {found['policies']} | {' | '.join(cells)} |")
+        lines.append(f"| {name} | {found['policies']} | {' | '.join(cells)} | {held(result['policies'], name)} |")
     return "\n".join(lines)
+
+
+def held(policies, name):
+    """In how many policies the estimator's interval holds the truth; – where it has none."""
+    rows = [(*policy["estimates"].get(name, (None,) * 3)[1:], policy["true_value"]) for policy in policies]
+    low, high, truth = np.array(rows, float).T  # None, JSON's NaN, is NaN again
+    return int(((low <= truth) & (truth <= high)).sum()) if (low < high).any() else "–"
 
 
 def estimates_table(result):
@@ -275,8 +297,13 @@ def main(options: Options):
         raise SystemExit(f"{unknown[0]} is no estimator here: choose among {', '.join(PRESENT)}.")
     if "doubly_robust" in options.estimators and "fqe" not in options.estimators:
         raise SystemExit("doubly_robust takes its Q from fqe: name both in --estimators.")
-    if min(options.num_updates, options.folds, options.resamples) < 1 or options.eval_episodes < 0:
-        raise SystemExit("--num-updates, --folds and --resamples must be at least 1, and --eval-episodes at least 0.")
+    if (
+        min(options.num_updates, options.folds, options.resamples) < 1
+        or min(options.eval_episodes, options.horizon) < 0
+    ):
+        raise SystemExit(
+            "--num-updates, --folds and --resamples must be at least 1, --eval-episodes and --horizon at least 0."
+        )
     if len({path.resolve().name for path in options.runs}) < len(options.runs):
         raise SystemExit("Two of these folders have the same name: rename one of them.")
     dataset = options.dataset or read_dataset(options.runs[0])

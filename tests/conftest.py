@@ -1,3 +1,4 @@
+import gc
 import os
 import pathlib
 import subprocess
@@ -7,6 +8,7 @@ import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")  # (n,) against (n, 1) is an error, not a matrix
 jax.config.update("jax_disable_most_optimizations", True)  # tiny networks: nearly all time is compilation
+gc.set_threshold(100_000)  # tracing makes many small objects: to look for cycles among them took a tenth of the time
 if jax.__version_info__[:2] == (0, 10):  # XLA ends the process at a flag that it does not know, and versions differ
     # A fourth of the compilation; it must be said before the first one. Processes that tests start inherit it
     quick = "--xla_cpu_use_fusion_emitters=false --xla_cpu_opt_preset=CPU_OPT_PRESET_FAST_COMPILE"

@@ -1,7 +1,7 @@
 """The data contract of common/datasets.py, on tiny Minari datasets whose every number says where it comes from.
 
 In a labelled dataset the observation of episode k at step t is (k, t), its action (k, t) too and its reward 100 k + t,
-so that each row can be checked by itself. `Echo` is the environment: it records what it is given.
+so that each row can be checked by itself. The environment is `Echo` of echo.py.
 """
 
 import collections
@@ -22,6 +22,7 @@ import jax
 import minari
 import numpy as np
 import pytest
+from echo import LABELS, OBSERVATIONS
 from gymnasium import spaces
 from minari.data_collector import EpisodeBuffer
 
@@ -34,62 +35,14 @@ from common.recipes import rollouts
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # Minari's, of missing authors and descriptions
 
-LABELS = spaces.Box(-np.inf, np.inf, (2,), np.float64)
 LABEL_ACTIONS = spaces.Box(0, 2048, (2,), np.float32)  # a power of two: labels are scaled without rounding
 NAME = "test/labelled-v0"
-
-OBSERVATIONS = {
-    "labels": LABELS,
-    "dict": spaces.Dict(
-        {"z": spaces.Discrete(3, start=-1), "a": spaces.Dict({"y": LABELS, "x": spaces.Box(-1, 1, ())})}
-    ),
-    "discrete": spaces.Discrete(4, start=2),
-}
-
-
-class Echo(gymnasium.Env):
-    """Starts at a number drawn from its seed, ends after 3 to 6 steps, pays start + 0.1 sum(action) per step."""
-
-    log = []  # ("reset", observation) and ("step", action) of all instances
-
-    def __init__(
-        self, observation="labels", low=0.0, high=2048.0, num_actions=0, start=0, dtype="float32", endless=False
-    ):
-        self.observation_space = OBSERVATIONS[observation]
-        self.kind, self.endless = observation, endless
-        self.action_space = spaces.Box(low, high, (2,), np.dtype(dtype).type)
-        if num_actions:
-            self.action_space = spaces.Discrete(num_actions, start=start)
-
-    def _observation(self):
-        labels = np.array([self.start, self.t])
-        if self.kind == "dict":
-            return {"a": {"x": np.float32(self.start), "y": labels}, "z": self.t % 3 - 1}
-        return 2 + self.t % 4 if self.kind == "discrete" else labels
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        self.start, self.t = self.np_random.uniform(), 0
-        self.length = np.inf if self.endless else 3 + int(self.np_random.integers(4))
-        self.log.append(("reset", self._observation()))
-        return self._observation(), {}
-
-    def step(self, action):
-        assert self.t < self.length, "stepped after its end"
-        self.log.append(("step", action))
-        self.t += 1
-        return self._observation(), self.start + 0.1 * float(np.sum(action)), self.t == self.length, False, {}
-
-
-gymnasium.register("stitch-test/Echo-v0", entry_point=f"{__name__}:Echo", max_episode_steps=5)
-gymnasium.register("stitch-test/EchoWithoutLimit-v0", entry_point=f"{__name__}:Echo")
 
 
 @pytest.fixture(autouse=True)
 def root(tmp_path, monkeypatch):
     """An empty Minari root."""
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
-    Echo.log.clear()
     return tmp_path
 
 
@@ -191,6 +144,9 @@ def test_a_recording_may_say_that_it_goes_on_after_a_termination(root):
     np.testing.assert_array_equal(data.terminal, [0, 1, 0, 0])
     np.testing.assert_array_equal(data.next_obs, labels(0, 5)[1:])
     np.testing.assert_array_equal(data.return_to_go, [1, 1, 5, 3])  # a terminal row ends the sum
+    write([episode(0, 4, None, truncations=np.array([False, True, False, False]))], "test/cut-v0")
+    edit_metadata(root, "test/cut-v0", goes_on_after_termination=True)
+    assert "truncations of episode 0 are set in row 1" in message("test/cut-v0")  # what follows is another episode
 
 
 def test_terminal_rows_are_kept_with_their_reward():
@@ -912,6 +868,22 @@ def test_missing_reader_of_the_format(root, monkeypatch):
 def test_empty_dataset():
     write([])
     assert "no transitions" in message()
+
+
+@pytest.mark.parametrize("observations", [1, 3])
+def test_a_reset_without_a_step_is_left_out_and_the_episodes_keep_their_numbers(root, observations):
+    """An episode of one observation. With more of them, its steps have been lost."""
+    write([episode(0, 2), episode(1, 2, actions=np.array([[1.0, 1], [9000, 1]], np.float32))])
+    with h5py.File(root / NAME / "data" / "main_data.hdf5", "a") as file:
+        for name in ("observations", "actions", "rewards", "terminations", "truncations"):
+            rows = file["episode_0"][name][:]
+            del file["episode_0"][name]
+            file["episode_0"][name] = rows[: observations if name == "observations" else 0]
+    edit_metadata(root, total_steps=2)
+    if observations == 1:
+        assert "first in episode 1, row 1" in message()
+    else:
+        assert "episode 0 holds 3 observations, 0 actions" in message()
 
 
 @pytest.mark.parametrize(

@@ -658,6 +658,12 @@ def test_a_fault_in_a_later_episode(root, capsys, fault, at):
         assert "not scored" in env.score_kind and capsys.readouterr().out == ""  # said once
 
 
+def test_an_observation_of_another_shape_is_seen_where_a_worker_steps_one_environment_alone(root):
+    env = load(root, "stitch-test/Clock-v0", fault="matrix", at=3, of=2)
+    env.measure(zeros, None, [0], 1)
+    assert "not 2 finite numbers" in env.score_kind
+
+
 @pytest.mark.parametrize("fault, at", [("abort", 1), ("four", 1), ("nan", 1), *((fault, 0) for fault in OF_A_RESET)])
 def test_a_fault_in_the_first_reset_or_step(root, capsys, fault, at):
     env = load(root, "stitch-test/Clock-v0", fault=fault, at=at, of=1)

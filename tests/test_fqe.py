@@ -180,6 +180,57 @@ def test_the_policy_sees_its_own_observations_and_the_data_its_own_actions(monke
         fqe.load_data(fqe.Config(policy="x", num_seeds=1))
 
 
+class Runs:
+    """Of a policy of two actions that always takes the first."""
+
+    interface, runs, digest = Interface([1], {"n": 2, "start": 0}, [0.0], [1.0]), [{"seed": 0, "grid": {}}], ""
+    fields, states = {}, ()
+
+    def every(self, function):
+        def of_runs(fields, rows, shared):
+            n = len(shared["obs"])
+            return np.zeros((1, 1, n), int), np.ones((1, 1, n))
+
+        return of_runs
+
+
+def test_a_resample_has_as_many_episodes_as_the_data():
+    # 100 episodes, half of which begin where V is 1: a mean of 0.5, of deviation 0.05
+    n = np.arange(100.0, dtype=np.float32)
+    data = Transition(n[:, None] % 2, n.astype(int), n, n[:, None], np.ones(100), episode=np.arange(100))
+    env = type("Env", (), {"fingerprint": {}, "interface": Runs.interface})()
+    env.measure = lambda policy, q, **options: {}
+    found = fqe.Estimates(fqe.Config(), env, Runs(), data).measure(None, lambda obs, action: obs[..., 0], [0], 1)
+    ends = [found["estimate_low"][0], found["estimate"][0], found["estimate_high"][0]]
+    np.testing.assert_allclose(ends, [0.4, 0.5, 0.6], atol=0.011)
+    with pytest.raises(SystemExit, match="use --discount below 1"):
+        fqe.Estimates(fqe.Config(discount=1.0), env, Runs(), data._replace(terminal=np.zeros(100)))
+    fqe.Estimates(fqe.Config(discount=1.0), env, Runs(), data)
+
+
+def test_folds_are_of_whole_episodes_at_random(monkeypatch):
+    episode = np.repeat(np.arange(300), 2)
+    n = np.zeros((600, 1), np.float32)
+    data, env = Transition(n, n[:, 0].astype(int), n[:, 0], n, n[:, 0], episode=episode), type("Env", (), {})()
+    env.interface, env.fingerprint = Runs.interface, {}
+    monkeypatch.setattr(fqe, "frozen", lambda folder, act: (Runs(), None, None))
+    monkeypatch.setattr(fqe, "load_dataset", lambda *args, **options: (data, env))
+    number = fqe.load_data(fqe.Config(policy="x", num_seeds=2, folds=2))[0].episode
+    np.testing.assert_array_equal(number[::2], number[1::2])
+    assert sorted(number[::2]) == list(range(300))
+    assert abs(np.corrcoef(number[::2] % 2, np.arange(300) % 2)[0, 1]) < 0.2
+
+
+def test_a_policy_with_a_memory_has_no_value_of_a_state(monkeypatch):
+    own = Interface([1], {"n": 2, "start": 0}, [0.0], [1.0])
+    runs = iql.Runs(iql.Config(hidden=(4,), num_seeds=1), own, {})
+    rows = runs.init()._replace(key=np.zeros((1, 2), np.uint32)), runs.fields
+    remembers = type("Agent", (), {"act_with_memory": None})
+    monkeypatch.setattr(fqe, "frozen", lambda folder, act: (runs, lambda cfg, spec: remembers, rows))
+    with pytest.raises(SystemExit, match="has a memory"):
+        fqe.make_agent(fqe.Config(policy="x"), own.spec)
+
+
 @pytest.mark.parametrize(
     "changes, sentence",
     [

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from chain import D1
 
+from algos import iql
 from algos import model_evaluation as ope
 from common.datasets import Transition
 from common.environments import Interface, Spec
@@ -53,6 +54,7 @@ def test_the_chain():
     assert value(unseen, chain.PI, 5) == pytest.approx(0.6, abs=1e-6)
     nothing = unseen._replace(reward=np.zeros(3, np.float32))
     assert value(nothing, chain.PI, 5, 1.0, unseen=1.0) == pytest.approx(0.48, abs=1e-6)
+    assert value(nothing, chain.PI, 1, 1.0, unseen=1.0) == 0  # one step: what would be done in s1 is not done
     assert value(nothing, chain.PI, 5, 1.0) == 0
 
 
@@ -92,15 +94,16 @@ def test_every_run_of_a_folder_is_counted(policy, tmp_path, capsys):
 ONE = Spec(1, 1)
 
 
-def by_hand(cfg, bias, obs_kernel=(0.0, 0.0, 0.0), limits=(-9.0, 9.0)):
+def by_hand(cfg, bias, obs_kernel=(0.0, 0.0, 0.0), limits=9.0, log_var=-1e3):
     """(agent, state) of members that are one linear layer: outputs are change, reward, two log-variances and end.
 
-    bias: (members, 3) of change, reward and end's logit; obs_kernel: how these depend on the observation.
+    bias: (members, 3) of change, reward and end's logit; obs_kernel: how these depend on the observation; limits: the
+    largest observation and reward, and less 0 the smallest; log_var: by default as low as the bound, -10, lets it be.
     """
     agent = ope.make_agent(cfg, ONE)
     state = agent.init(jax.random.key(0))
     bias = np.array(bias, np.float32)
-    outputs = np.full((cfg.num_members, 5), -1e3, np.float32)  # log-variances: as low as the bound, e^-10, lets them be
+    outputs = np.full((cfg.num_members, 5), log_var, np.float32)
     outputs[:, [0, 1, 4]] = bias
     kernel = np.zeros((cfg.num_members, 2, 5), np.float32)
     kernel[:, 0, [0, 1, 4]] = obs_kernel
@@ -110,7 +113,7 @@ def by_hand(cfg, bias, obs_kernel=(0.0, 0.0, 0.0), limits=(-9.0, 9.0)):
         return jnp.array(kernel if "kernel" in name else outputs if "bias" in name else old)
 
     params = jax.tree_util.tree_map_with_path(weights, state.model.params)
-    limits = tuple(jnp.full(2, x) for x in limits)
+    limits = tuple(sign * jnp.broadcast_to(jnp.array(limits), (2,)) for sign in (-1, 1))
     return agent, state._replace(model=state.model._replace(params=params), snapshot=params, limits=limits)
 
 
@@ -124,13 +127,38 @@ def test_a_roll_out_pays_for_every_step_that_it_takes():
 
 
 def test_what_the_model_says_stays_within_the_data():
-    # A reward of the observation, which goes 1, 2, 3 and no further, and of at most 3
+    # A reward of the observation, which goes 1, 2, 3 and no further
     cfg = ope.Config(hidden=(), num_members=1, horizon=4, discount=0.9)
-    agent, state = by_hand(cfg, [[1.0, 0.0, -50.0]], (0.0, 1.0, 0.0), limits=(-3.0, 3.0))
+    agent, state = by_hand(cfg, [[1.0, 0.0, -50.0]], (0.0, 1.0, 0.0), limits=(3.0, 1e6))
     found = agent.q(state, jnp.ones((3, 1)), jnp.zeros((3, 1)))
     np.testing.assert_allclose(found, 1 + 0.9 * 2 + 0.81 * 3 + 0.729 * 3, atol=0.1)  # with a noise of e^-5
+    # A reward of at most 3 in states that go from 100 to 103
+    agent, state = by_hand(cfg, [[1.0, 0.0, -50.0]], (0.0, 1.0, 0.0), limits=(1e6, 3.0))
     found = agent.q(state, jnp.full((3, 1), 100.0), jnp.zeros((3, 1)))
     np.testing.assert_allclose(found, 3 * (1 + 0.9 + 0.81 + 0.729), rtol=1e-3)
+
+
+def test_the_next_state_is_drawn_with_the_members_deviation():
+    # log sigma^2 = 0.5 - log(1 + e^(0.5 + 1)) = -1.2014 below the upper bound: sigma = 0.5484. The reward is the state
+    cfg = ope.Config(hidden=(), num_members=1, horizon=2, discount=0.9)
+    agent, state = by_hand(cfg, [[0.0, 0.0, -50.0]], (0.0, 1.0, 0.0), log_var=-1.0)
+    found = jax.jit(agent.q)(state, jnp.zeros((4000, 1)), jnp.zeros((4000, 1)))
+    assert found.mean() == pytest.approx(0, abs=0.03) and found.std() == pytest.approx(0.9 * 0.5484, rel=0.05)
+
+
+def test_a_roll_out_takes_the_policys_actions_in_the_snapshot(monkeypatch):
+    # The reward is the action: 3 at first, then the policy's, 5. A newer model, which is no snapshot, is not asked
+    cfg = ope.Config(hidden=(), num_members=1, horizon=3, discount=0.5)
+    monkeypatch.setattr(ope, "evaluated", lambda cfg, spec: ((), type("Pi", (), {"act": staticmethod(five)})))
+    agent, state = by_hand(cfg, [[0.0, 0.0, -50.0]])
+    kernel = jnp.zeros((1, 2, 5)).at[0, 1, 1].set(1.0)
+    state = state._replace(snapshot=jax.tree.map(lambda x: kernel if x.shape == kernel.shape else x, state.snapshot))
+    found = agent.q(state, jnp.zeros((2, 1)), jnp.full((2, 1), 3.0))
+    np.testing.assert_allclose(found, 3 + 0.5 * 5 + 0.25 * 5, rtol=1e-5)
+
+
+def five(state, obs, key):
+    return jnp.full((len(obs), 1), 5.0)
 
 
 def test_members_share_the_rows_out_in_blocks():
@@ -158,7 +186,8 @@ def test_snapshots_are_of_the_smallest_errors_on_episodes_held_out():
     cfg = ope.Config(hidden=(), num_members=3)
     agent, state = by_hand(cfg, [[i, 5.0, -50.0] for i in (1.0, 2.0, 3.0)])
     n = np.zeros((40, 1), np.float32)
-    data = Transition(n, n, n[:, 0] + 5, n + 2, n[:, 0], episode=np.arange(40))
+    action = np.arange(40)[:, None] % 2 * 1.0  # of which the model knows nothing
+    data = Transition(n, action, n[:, 0] + 5, n + 2, n[:, 0], episode=np.arange(40))
     held, _ = ope.bootstrap(cfg, data.episode)
     assert 0 < held.sum() < 40
     data = data._replace(next_obs=jnp.where(held[:, None], data.next_obs, 100.0))  # which the others do not change
@@ -168,6 +197,35 @@ def test_snapshots_are_of_the_smallest_errors_on_episodes_held_out():
     bias = next(x for path, x in jax.tree_util.tree_leaves_with_path(state.snapshot) if path[-1].key == "bias")
     np.testing.assert_allclose(bias[:, 0], [1, 2, 0])
     np.testing.assert_allclose(np.stack(state.limits), [[2, 5], [100, 5]])
+    np.testing.assert_allclose(np.stack(state.scale), [[0, 0.5], [1, 0.5]], atol=1e-6)  # a constant is not stretched
+    # Of few episodes none is held out: there is no error, and the newest parameters are played
+    few = next(k for k in range(100) if not ope.bootstrap(cfg, np.arange(k, k + 2))[0].any())
+    data = jax.tree.map(lambda x: x[:2], data)._replace(episode=np.arange(few, few + 2))
+    state, _ = agent.prepare(state._replace(snapshot=old), data)
+    bias = next(x for path, x in jax.tree_util.tree_leaves_with_path(state.snapshot) if path[-1].key == "bias")
+    np.testing.assert_allclose(bias[:, 0], [1, 2, 3])
+    assert np.isfinite(state.error).all()
+
+
+def test_the_loss_of_a_row_is_its_likelihood():
+    """One member with the change 1, the reward 2, the end's logit log 3 and variances e^v, on two rows. Row 0 goes from
+    3 to 7 and has the reward 5; row 1 ends, so that its change, to 9, counts for nothing.
+
+    v is 0 below the upper bound: 0.5 - log(1 + e^0.5) = -0.4741. Row 0: ((1 - 4)^2 + (2 - 5)^2) / 2 e^-v + v, and
+    log 4 for no end. Row 1: ((2 - 5)^2 / 2) e^-v + v / 2, and log(4 / 3) for the end."""
+    cfg = ope.Config(hidden=(), num_members=1, bound_weight=0.01, weight_decay=0.0)
+    agent, state = by_hand(cfg, [[1.0, 2.0, np.log(3)]], log_var=0.0)
+    n, obs = np.zeros((2, 1), np.float32), np.array([[3.0], [0.0]], np.float32)
+    episode = next(k for k in range(100) if not ope.bootstrap(cfg, np.array([k]))[0].any())  # that is not held out
+    rows = Transition(obs, n, np.array([5, 5.0]), np.array([[7], [9.0]]), np.array([0, 1.0]))
+    rows = rows._replace(episode=np.full(2, episode))
+    weight = float(ope.bootstrap(cfg, rows.episode)[1][0, 0])
+    v = 0.5 - np.log(1 + np.exp(0.5))
+    v = -10 + np.log(1 + np.exp(v + 10))
+    right = (9 * np.exp(-v) + v + np.log(4) + 4.5 * np.exp(-v) + v / 2 + np.log(4 / 3)) / 2
+    _, info = agent.update(state, rows)
+    assert info["model_nll"] == pytest.approx(weight * right, rel=1e-4)
+    assert info["model_loss"] == pytest.approx(weight * right + 0.01 * 2 * 10.5, rel=1e-4)  # bounds from -10 to 0.5
 
 
 def test_the_estimate_of_members_and_its_interval():
@@ -176,6 +234,8 @@ def test_the_estimate_of_members_and_its_interval():
     assert (value, low, high) == (2, 1, 3)  # both members, or one of them twice
     value, low, high, _ = estimates.of_members(np.array([[0.0, 6.0]]))
     assert (value, low, high) == (3, 0, 6)  # both starts, or one of them twice
+    value, low, high, _ = estimates.of_members(np.arange(2.0)[None].repeat(200, axis=1))  # 400 starts, of 0 and 1
+    np.testing.assert_allclose([low, value, high], [0.5 - 1.96 * 0.025, 0.5, 0.5 + 1.96 * 0.025], atol=0.004)
 
 
 def test_networks_find_the_value_of_the_chain(policy, tmp_path, monkeypatch, optimised):
@@ -214,6 +274,68 @@ def test_the_true_value_has_as_many_steps_as_the_model():
     assert asked[0]["max_steps"] == 30 and found["true_value"] == [7] and found["estimate"] == [1.5]
     env.measure(None, lambda obs, action: np.zeros((1, 4)), [0], 1, max_steps=12)
     assert asked[1]["max_steps"] == 12
+
+
+def test_the_policy_sees_its_own_observations_and_the_data_its_own_actions(monkeypatch):
+    """A policy of data with another normalisation and other bounds, on the data as they are."""
+    own = Interface([1], {"low": [0.0], "high": [4.0], "dtype": "float32"}, [5.0], [2.0], [True, []])
+    theirs = Interface([1], {"low": [-10.0], "high": [10.0], "dtype": "float32"}, [0.0], [1.0])
+    runs = iql.Runs(iql.Config(hidden=(4,), num_seeds=1, act="sample"), own, {})
+    runs.states, runs.digest = runs.init(), "of the policy"
+    raw, action = np.array([[3.0], [6.0], [9.0], [5.0]], np.float32), np.array([[-0.2], [0.1], [0.9], [0]], np.float32)
+    data = Transition(raw, action, np.ones(4, np.float32), raw + 1, np.zeros(4), episode=np.array([0, 0, 1, 2]))
+
+    class Env:
+        interface, dataset_id, fingerprint = theirs, "some/data-v0", {"hash": "of the data"}
+
+        def measure(self, policy, q, seeds, num_episodes, **options):
+            acted, _ = policy(raw[None], 0, None, np.zeros((1, 4), np.float32))
+            return {"acted": acted, "true_value": np.zeros(1)}
+
+    monkeypatch.setattr(ope, "frozen", lambda folder, act: (runs, iql.make_agent, None))
+    started = data._replace(start=np.array([1.0, 0, 1, 1]))
+    monkeypatch.setattr(ope, "load_dataset", lambda *args, **options: (started, Env()))
+    cfg = ope.Config(policy="x", num_seeds=1, num_members=3, max_starts=2)
+    dataset, env = ope.load_data(cfg)
+    np.testing.assert_allclose(dataset.obs[:, 0], [-1, 0.5, 2, 0])
+    np.testing.assert_allclose(dataset.next_obs[:, 0], [-0.5, 1, 2.5, 0.5])
+    np.testing.assert_allclose(dataset.action[:, 0], [-2, -0.5, 3.5, -1])  # -2, 1, 9 and 0 where the bounds are 0 and 4
+    assert env.fingerprint == {"hash": "of the data", "policy": "of the policy"}
+    np.testing.assert_allclose(env.first[:, 0], [-1, 0])  # two of the three starts, of all of the data
+    assert env.actions.shape == (1, 3, 2, 1) and len(np.unique(env.actions)) == 6  # each member draws its own
+    asked = []
+    columns = env.measure(runs.act, lambda *at: asked.append(at) or np.arange(6.0)[None], [0], 2)
+    mean = np.asarray(runs.act((raw[None] - 5) / 2, 0, None, np.zeros((1, 4), np.float32))[0])
+    np.testing.assert_allclose(10 * columns["acted"], 2 + 2 * mean, rtol=1e-4)
+    ((obs, actions),) = asked  # members are blocks
+    np.testing.assert_allclose(obs[0, :, 0], [-1, 0] * 3)
+    np.testing.assert_allclose(actions[0], env.actions[0].reshape(6, 1))
+    assert columns["estimate"] == [2.5] == columns["believed_value"]
+    with pytest.raises(SystemExit, match="other observations or actions"):
+        Env.interface = theirs._replace(observation=[2])
+        ope.load_data(cfg)
+
+
+def test_a_policy_with_a_memory_has_no_value_of_a_state(monkeypatch):
+    own = Interface([1], {"low": [0.0], "high": [4.0], "dtype": "float32"}, [5.0], [2.0])
+    runs = iql.Runs(iql.Config(hidden=(4,), num_seeds=1), own, {})
+    rows = runs.init()._replace(key=np.zeros((1, 2), np.uint32)), runs.fields
+    remembers = type("Agent", (), {"act_with_memory": None})
+    monkeypatch.setattr(ope, "frozen", lambda folder, act: (runs, lambda cfg, spec: remembers, rows))
+    with pytest.raises(SystemExit, match="has a memory"):
+        ope.make_agent(ope.Config(policy="x"), own.spec)
+
+
+def test_what_is_unseen_and_the_interval_of_counts():
+    """Two episodes: one stops in s0, the other goes to s1 and stops there. PI would go on there: 0.8 * 0.6 = 0.48."""
+    eye = np.eye(2, dtype=np.float32)
+    data = Transition(eye[[0, 0, 1]], np.array([0, 1, 0]), np.array([1, 0.5, 0]), eye[[0, 1, 0]], np.array([1, 0, 1.0]))
+    estimates = ope.Estimates.__new__(ope.Estimates)
+    estimates.cfg, estimates.dataset = ope.Config(horizon=5), data._replace(start=np.array([1.0, 1, 0]))
+    value, low, high, unseen = estimates.of_counts(jnp.array(chain.PI), 0.9)
+    assert unseen == pytest.approx(0.48)  # whatever the discount is
+    # The first episode twice: 0.2; the second twice: 0.8 * 0.5 = 0.4; both: 0.6
+    np.testing.assert_allclose([value, low, high], [0.6, 0.2, 0.6], rtol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,10 @@
 """benchmarks/ope.py: its measures have known answers, and it ranks the chain's policies as they are."""
 
+import importlib
 import json
 import pathlib
 import sys
+import types
 
 import chain
 import jax
@@ -48,6 +50,29 @@ def test_a_policy_without_an_estimate_cannot_be_chosen_and_counts_in_nothing_els
     assert ope.cell(nothing["regret@1"]) == "–" == ope.cell([None, None, None])
 
 
+def test_intervals_that_hold_the_truth_are_counted():
+    intervals = [(1.5, 1.0, 1.8), (1.0, 0.5, 1.5), (4.0, 2.5, 5.0), (3.0, 1.0, 3.5)]  # of truths 1, 2, 3, 4
+    policies = [
+        {"true_value": true, "estimates": {"FQE": row, "constant": (2.0,) * 3, "ESS": row}}
+        for true, row in zip(TRUTH, intervals, strict=True)
+    ]
+    policies[0]["estimates"]["WIS"] = (1.2, 1.1, 1.3)  # which refused the others
+    policies.append({"true_value": None, "estimates": {"FQE": (0.0, -9.0, 9.0)}})
+    assert [ope.held(policies, name) for name in ("FQE", "WIS", "constant")] == [2, 0, "–"]
+    number = {measure: (1.0, 1.0, 1.0) for measure in ope.MEASURES}
+    measures = {name: number | {"policies": 4} for name in ("WIS", "FQE", "constant")}
+    measures["WIS"] = {measure: (None,) * 3 for measure in ope.MEASURES} | {"policies": 0}  # no estimate: it is last
+    ends = [line.split(" | ")[-1] for line in ope.table({"measures": measures, "policies": policies}).splitlines()]
+    assert ends[0] == "held |" and ends[2:] == ["2 |", "– |", "0 |"]
+
+
+def test_what_the_rewards_do_not_allow_is_no_estimate():
+    data, options = types.SimpleNamespace(reward=np.array([-2.0, 1.0])), ope.Options((), discount=0.9)
+    assert [ope.possible(x, data, options) for x in (20.0, -20.0, 20.1, np.nan)] == [True, True, False, True]
+    endless = ope.Options((), discount=1.0)  # any sum is possible
+    assert ope.possible(1e9, data, endless)
+
+
 def test_importance_sampling_ranks_the_chains_policies():
     """pi(go|s0) in 0, .25, .5, .75, 1 and pi(go|s1) = .6: V = 1 + 0.58 pi(go|s0). D1 has mu's very frequencies."""
     truth, found = 1 + 0.58 * np.linspace(0, 1, 5), []
@@ -80,7 +105,9 @@ def test_every_estimator_is_asked_by_its_files_name(judged):
     folder, result, _ = judged
     assert tuple(result["options"]["estimators"]) == ope.PRESENT
     first, second = result["policies"]
-    assert {"constant", "FQE", "IS", "PDIS", "WIS", "PDWIS", "DR", "WDR", "MAGIC"} <= first["estimates"].keys()
+    names = {"constant", "FQE", "DICE", "model", "IS", "PDIS", "WIS", "PDWIS", "DR", "WDR", "MAGIC"}
+    assert names <= first["estimates"].keys()
+    assert first["estimates"]["model"][0] == pytest.approx(1.464, abs=1e-3)  # the data's two steps, if none are named
     # D1's own frequencies: MU's value is the data's mean return, and all weights of MU are 1
     assert first["estimates"]["PDIS"][0] == pytest.approx(1.464, abs=1e-3)
     for name in ("constant", "IS", "WIS", "PDWIS"):
@@ -102,6 +129,15 @@ def test_a_refusal_costs_only_that_estimator(judged, monkeypatch):
     assert all("FQE" in policy["estimates"] and "IS" not in policy["estimates"] for policy in result["policies"])
 
 
+@pytest.mark.parametrize("name", ["fqe", "dice", "model_evaluation", "importance_sampling"])
+def test_an_evaluation_is_no_policy(name, tmp_path):
+    module, config = importlib.import_module(f"algos.{name}"), {"algo": "fqe", "policy": "runs/iql"}
+    (tmp_path / "config.json").write_text(json.dumps({"config": config}))
+    load = module.load_policy if name == "importance_sampling" else module.frozen
+    with pytest.raises(SystemExit, match="is itself an evaluation: name the folder of its policy, runs/iql"):
+        load(str(tmp_path), "mode")
+
+
 @pytest.mark.parametrize(
     "wrong, sentence",
     [
@@ -109,6 +145,7 @@ def test_a_refusal_costs_only_that_estimator(judged, monkeypatch):
         ({"estimators": ("nonsense",)}, "no estimator here"),
         ({"estimators": ("doubly_robust",)}, "takes its Q from fqe"),
         ({"num_updates": 0}, "at least 1"),
+        ({"horizon": -1}, "at least 0"),
         ({"runs": (pathlib.Path("none"),)}, "holds no run"),
         ({"runs": (pathlib.Path("a/x"), pathlib.Path("b/x"))}, "same name"),
     ],

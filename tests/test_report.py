@@ -1061,30 +1061,36 @@ def test_rules_that_stop_a_run_cost_what_the_best_evaluation_has_more(tmp_path, 
 
 
 def left_by_ope(folder, estimates):
-    """What benchmarks/ope.py leaves beside the run folders of `folder`: {folder: [(updates, {name: estimate})]}."""
+    """What benchmarks/ope.py leaves beside the runs of `folder`: {folder: [(updates, mean Q, {name: value})]}."""
     rows = [
-        {"folder": name, "seed": seed, "grid": {}, "updates": updates, "true_value": None, "score": None}
+        {"folder": name, "seed": seed, "grid": {}, "updates": updates, "true_value": None, "score": None, "q": q}
         | {"estimates": {key: [x, x - 1, x + 1] for key, x in found.items()}}
         for name, runs in estimates.items()
-        for seed, (updates, found) in enumerate(runs)
+        for seed, (updates, q, found) in enumerate(runs)
     ]
     folder.with_name(folder.name + "-ope").mkdir()
     (folder.with_name(folder.name + "-ope") / "ope.json").write_text(json.dumps({"policies": rows}))
 
 
 def test_rules_that_choose_a_policy_stand_beside_the_bandit(tmp_path, capsys):
-    """Scores 0, 40 and 100; FQE prefers the second, and the run with most updates is the third."""
-    pool = tmp_path / "pool"
-    make_run(pool / "iql", "stitch/maze-v0", [0.0, 40.0])
+    """Scores 0 and 40 after 500 updates, 20 and 30 after 3,000, and 100: FQE prefers the second. The last checkpoints
+    are the three others, and the data's Q fell in the first training only."""
+    pool, late = tmp_path / "pool", "iql,num_updates=3000"
+    make_run(pool / "iql,num_updates=500", "stitch/maze-v0", [0.0, 40.0])
+    make_run(pool / late, "stitch/maze-v0", [20.0, 30.0])
     make_run(pool / "bc", "stitch/maze-v0", [100.0], "bc")
-    iql = [(500, {"FQE": 3.0, "ESS": 9.0, "constant": 5.0}), (500, {"FQE": 4.0})]
-    left_by_ope(pool, {"iql": iql, "bc": [(3000, {"FQE": 2.0, "WIS": 1.0})]})
-    found = selection.report_selection([pool / "iql", pool / "bc"], 8, tmp_path)
+    early = [(500, 2.0, {"FQE": 3.0, "ESS": 9.0, "constant": 5.0}), (500, 2.0, {"FQE": 4.0})]
+    rows = {"iql,num_updates=500": early, late: [(3000, 1.0, {"FQE": 1.0}), (3000, 3.0, {"FQE": 1.0})]}
+    left_by_ope(pool, rows | {"bc": [(3000, None, {"FQE": 2.0, "WIS": 1.0})]})
+    found = selection.report_selection(sorted(pool.iterdir()), 8, tmp_path)
     capsys.readouterr()
     rules.report_choices(found)
     said = capsys.readouterr().out
-    assert "| FQE | iql, seed 1 | 40.0 | 60.0 |" in said and "| FQE, lower bound | iql, seed 1 | 40.0 | 60.0 |" in said
-    assert "| WIS | bc, seed 0 | 100.0 | 0.0 |" in said and "| the last checkpoint | bc, seed 0 | 100.0 | 0.0 |" in said
+    chosen = "iql,num_updates=500, seed 1"
+    assert f"| FQE | {chosen} | 40.0 | 60.0 |" in said and f"| FQE, lower bound | {chosen} | 40.0 | 60.0 |" in said
+    assert "| WIS | bc, seed 0 | 100.0 | 0.0 |" in said
+    assert "| the last checkpoint | any of 3 | 50.0 | 50.0 |" in said  # 20, 30 and 100
+    assert "| peak of the data's Q | any of 3 | 43.3 | 56.7 |" in said  # 0, 30 and 100
     assert "| a bandit, 100 episodes |  | 100.0 | 0.0 |" in said  # nothing varies: it finds the best
     assert "constant" not in said and "ESS" not in said
 
@@ -1092,7 +1098,7 @@ def test_rules_that_choose_a_policy_stand_beside_the_bandit(tmp_path, capsys):
 def test_policies_that_were_never_played_are_chosen_by_their_estimates(tmp_path, capsys):
     pool = tmp_path / "pool"
     make_run(pool / "iql", "stitch/maze-v0", [float("nan")] * 2, returns=[[], []])
-    left_by_ope(pool, {"iql": [(500, {"FQE": 3.0}), (500, {"FQE": 4.0})]})
+    left_by_ope(pool, {"iql": [(500, None, {"FQE": 3.0}), (500, None, {"FQE": 4.0})]})
     report.main(report.Options(selection=(pool / "iql",), out=tmp_path))
     said = capsys.readouterr().out
     assert "| FQE | iql, seed 1 | – | – |" in said and "| the last checkpoint | any of 2 | – | – |" in said

@@ -21,6 +21,7 @@ NAMES = (
     "lower_bound",
     "model_exploitation",
     "ope_bias_variance",
+    "ope_intervals",
     "overestimation",
     "support",
     "when_rl_beats_cloning",
@@ -527,6 +528,40 @@ def test_the_committed_errors_are_repeated(study):
             assert numbers == pytest.approx(kept, rel=1e-4, abs=1e-9, nan_ok=True), (d, name)
 
 
+@pytest.mark.parametrize("study", ["ope_intervals"], indirect=True)
+def test_the_task_of_the_intervals_is_played_as_it_is_solved(study):
+    # One state, one action, a reward in half of the steps: 0.5 / (1 - 0.95 * 0.85)
+    one = np.ones((1, 1, 1)), np.full((1, 1), 0.5), np.ones(1), np.ones((1, 1)), np.ones((1, 1))
+    assert study.truth(one, np.ones((1, 1))) == pytest.approx(0.5 / 0.1925)
+    task = study.make()
+    assert task[3].min() > 1 / 6 and np.allclose(task[3].sum(axis=1), 1)
+    state, action, reward, following, end, mask = study.sample(task, 4_000, np.random.default_rng(0))
+    assert mask[:, 0].all() and not (mask[:, 1:] & (end | ~mask)[:, :-1]).any()
+    assert (state[:, 1:] == following[:, :-1])[mask[:, 1:]].all()
+    returns = (reward * mask * study.DISCOUNT ** np.arange(study.STEPS)).sum(axis=1)
+    assert returns.mean() == pytest.approx(study.truth(task, task[3]), abs=4 * returns.std() / 4_000**0.5)
+    # The model that these episodes count is nearly the right one, for another policy, too
+    q = study.counted(*(x.sum(axis=0) for x in study.counts((state, action, reward, following, end, mask))), task[4])
+    found = (task[4] * q).sum(axis=1)[state[:, 0]].mean()
+    assert found == pytest.approx(study.truth(task, task[4]), abs=0.1)
+
+
+@pytest.mark.parametrize("study", ["ope_intervals"], indirect=True)
+def test_estimates_of_the_study_agree_where_they_must(study, optimised):
+    """The ratios of the counted MDP give its value; so does MAGIC of that Q, whose intervals know no error of it."""
+    task, rng = study.make(), np.random.default_rng(1)
+    *_, mu, other = task
+    rows = study.sample(task, 100, rng)
+    assert (study.counts(rows)[0].sum(axis=0) > 0).all()
+    found = study.intervals(rows, 0.5 * mu + 0.5 * other, mu, rng)
+    assert found.keys() == set(study.ESTIMATORS)
+    assert found["DICE"][0] == pytest.approx(found["FQE"][0]) == pytest.approx(found["counted model"][0])
+    assert all(low < high for _, low, high in found.values())
+    same = study.intervals(rows, mu, mu, rng)  # of mu itself all weights are 1
+    for name in ("IS", "PDIS", "WIS", "PDWIS"):
+        assert same[name] == pytest.approx(same["IS"])
+
+
 def test_the_text_on_evaluation_has_the_numbers_of_its_result():
     result, text = (
         json.loads((STUDIES / "ope_bias_variance.json").read_text()),
@@ -644,3 +679,25 @@ def test_a_committed_result_says_what_made_it(name):
     assert len(result["commit"]) == 40 and result["versions"].keys() >= {"jax", "numpy"}  # no "-dirty"
     page = (STUDIES / "README.md").read_text()
     assert f"[`{name}.py`]({name}.py)" in page and f"]({name}.png)" in page and (STUDIES / f"{name}.png").exists()
+
+
+def test_the_text_on_intervals_has_the_numbers_of_its_result(monkeypatch):
+    monkeypatch.syspath_prepend(str(STUDIES))
+    study, result = importlib.import_module("ope_intervals"), json.loads((STUDIES / "ope_intervals.json").read_text())
+    page = (STUDIES / "README.md").read_text()
+    assert f"<!-- ope_intervals:begin -->\n{study.table(result)}\n<!-- ope_intervals:end -->" in page
+    text = " ".join(page.partition("<!-- ope_intervals:end -->")[2].split())
+
+    def span(name, *distances, sizes=study.SIZES):
+        found = [result["coverage"][d][str(n)][name]["held"] for d in distances or ("0.2", "0.8") for n in sizes]
+        return f"{min(found)} to {max(found)} %"
+
+    assert result["repetitions"] == 100  # a count is a percentage
+    assert f"it holds the truth in {span('FQE')} of the cases" in text and f"FQE's** ({span('MAGIC')})" in text
+    assert f"{span('counted model', sizes=(100, 300))} from 100 episodes on" in text
+    assert f"nearly right** ({span('DICE')})" in text and f"({span('IS', '0.2', sizes=(100, 300))} for IS)" in text
+    assert f"{span('DR', '0.2')} and {span('WDR', '0.2')} near the data, {span('DR', '0.8')} and" in text
+    assert f"{span('IS', '0.8')} for IS, {span('PDWIS', '0.8')} for PDWIS" in text
+    for name, of in (("fqe", span("FQE")), ("dice", span("DICE")), ("doubly_robust", span("MAGIC"))):
+        own = " ".join((STUDIES.parents[1] / "algos" / f"{name}.md").read_text().split())
+        assert f"{of} of 100 data sets" in own or f"MAGIC's holds it in {of}" in own

@@ -96,6 +96,8 @@ def test_tables_of_the_pages_are_those_of_the_result_files(file):
         assert marked("workflow.md", "workflow") == ope.estimates_table(result)
         return
     assert marked("ope.md", file.stem) == ope.table(result)
+    if "returns" in result["policies"][0]:
+        assert marked("ope.md", f"choices-{file.stem}") == rules.choices_table(result["policies"])
     text = (ROOT / "benchmarks" / "ope.md").read_text()
     truth = [policy["true_value"] for policy in result["policies"]]
     assert f"from {min(truth):.3f} to {max(truth):.3f}" in text
@@ -131,3 +133,20 @@ def test_what_the_workflow_says_of_the_choice_is_in_its_result():
     assert best is max(policies, key=lambda row: row["estimates"]["FQE"][0])
     errors = {name: result["measures"][name]["absolute error"][0] for name in ("constant", "FQE")}
     assert 0.45 < errors["constant"] / errors["FQE"] < 0.55
+
+
+def test_what_the_page_says_of_the_pool_on_hopper_is_in_its_result():
+    result = json.loads((RESULTS / "ope-hopper-medium-replay-100k-v0.json").read_text())
+    text, measures = " ".join((ROOT / "benchmarks" / "ope.md").read_text().split()), result["measures"]
+    order = {name: f"{measures[name]['rank correlation'][0]:.2f}" for name in ("WDR", "FQE")}
+    assert f"WDR ({order['WDR']}), FQE ({order['FQE']}) and MAGIC rank" in text
+    assert f"FQE is wrong by {measures['FQE']['absolute error'][0]:.0f}, more than" in text
+    assert measures["constant"]["absolute error"][0] < measures["FQE"]["absolute error"][0]
+    number = {name: (ope.held(result["policies"], name), measures[name]["policies"]) for name in measures}
+    assert number["FQE"] == (0, 16) and number["DICE"] == (3, 15) and number["model"] == (6, 18)
+    assert [number[name][1] for name in ("IS", "PDIS", "DR")] == [3, 1, 0]
+    size = [row["estimates"]["ESS"][0] for row in result["policies"] if "ESS" in row["estimates"]]
+    assert f"is {min(size):.1f} to {max(size):.1f}, of 1,099 episodes" in text
+    bad = [row for row in result["policies"] if row["folder"].startswith("sac")][1:]
+    assert [round(row["estimates"]["model"][0]) for row in bad] == [298, 356]
+    assert [round(row["true_value"]) for row in bad] == [33, 76]

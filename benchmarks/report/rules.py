@@ -1,6 +1,7 @@
 """Which policy would one choose without playing any? Rules that need no environment, and what each of them costs."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -59,12 +60,23 @@ def report_stopping(found: list[tuple[Path, Run]]):
 
 
 def choices(policies: list[dict]) -> dict[str, list[int]]:
-    """{rule: the policies that it cannot tell from the best}. A lower bound is that of the estimator's interval."""
+    """{rule: the policies that it cannot tell from the best}. A lower bound is that of the estimator's interval.
+
+    Of each training, whose snapshots are folders with different num_updates, the last one and the peak of the data's Q
+    take one policy; which training to take they do not say.
+    """
+    trainings = {}
+    for i in sorted(range(len(policies)), key=lambda i: policies[i]["updates"]):
+        name = re.sub(r",num_updates=\d+", "", policies[i]["folder"])
+        trainings.setdefault((name, policies[i]["seed"], json.dumps(policies[i]["grid"])), []).append(i)
+    chosen = {"the last checkpoint": [of[-1] for of in trainings.values()]}
+    data_q = [np.array([policies[i].get("q") for i in of], float) for of in trainings.values()]
+    if any(np.isfinite(q).sum() > 1 for q in data_q):
+        pairs = zip(trainings.values(), data_q, strict=True)
+        chosen["peak of the data's Q"] = [of[peak(q)] for of, q in pairs]
     names = list(dict.fromkeys(name for row in policies for name in row["estimates"]))
     columns = {name: (name, 0) for name in names if name not in ("constant", "ESS")}
     columns |= {f"{name}, lower bound": (name, 1) for name in ("FQE", "PDWIS") if name in names}
-    longest = max(row["updates"] for row in policies)
-    chosen = {"the last checkpoint": [i for i, row in enumerate(policies) if row["updates"] == longest]}
     for rule, (name, i) in columns.items():
         values = np.array([row["estimates"].get(name, (None,) * 3)[i] for row in policies], float)
         if np.isfinite(values).any():
@@ -75,22 +87,25 @@ def choices(policies: list[dict]) -> dict[str, list[int]]:
 def report_choices(found: list[tuple[Path, Run]]):
     """Prints, for each dataset with estimates, which policy each rule chooses, beside a bandit's choice."""
     for dataset in sorted({run.dataset for _, run in found}):
-        policies, returns, scores = [], [], []
+        policies = []
         for folder, run in found:
             beside = estimates_beside(folder) if run.dataset == dataset else {}
             grid = run.summary.get("grid") or [{}] * len(run.scores)
             seeds = run.summary.get("seeds") or range(len(run.scores))
             for i, at in enumerate(zip(seeds, map(json.dumps, grid), strict=True)):
                 if row := beside.get((folder.name, *at)):
-                    policies.append(row)
-                    returns.append(run.summary["returns"][i])
-                    scores.append(run.scores[i])
+                    policies.append(row | {"returns": run.summary["returns"][i], "score": run.scores[i]})
         if policies:
-            print_choices(dataset, policies, returns, np.array(scores, float))
+            print(f"\n{dataset}: which of {len(policies)} policies to take. Regret: score below that of the best one")
+            print(choices_table(policies))
 
 
-def print_choices(dataset, policies, returns, scores):
-    """By the halves of report.selection where the policies were scored: no episode chooses and scores."""
+def choices_table(policies: list[dict]) -> str:
+    """Markdown, of policies as benchmarks/ope.py leaves them, with the score and returns of their last evaluation.
+
+    By the halves of report.selection where the policies were scored: no episode chooses and scores.
+    """
+    returns, scores = [row["returns"] for row in policies], np.array([row["score"] for row in policies], float)
     known = np.isfinite(scores).all() and len({len(x) for x in returns}) == 1 and len(returns[0]) > 1
     lines, best = [], np.nan
     if known:
@@ -101,15 +116,10 @@ def print_choices(dataset, policies, returns, scores):
     for rule, index in choices(policies).items():
         first, one = policies[index[0]], len(index) == 1
         grid = "".join(f", {name} {value:g}" for name, value in first["grid"].items())
-        lines.append(
-            (
-                rule,
-                f"{first['folder']}, seed {first['seed']}{grid}" if one else f"any of {len(index)}",
-                scores[index].mean(),
-            )
-        )
-    print(f"\n{dataset}: which of {len(policies)} policies to take. Regret: score below that of the best one")
-    print("| rule | chosen | score | regret |\n| --- | --- | --- | --- |")
+        policy = f"{first['folder']}, seed {first['seed']}{grid}" if one else f"any of {len(index)}"
+        lines.append((rule, policy, scores[index].mean()))
+    rows = ["| rule | chosen | score | regret |", "| --- | --- | --- | --- |"]
     for rule, policy, score in sorted(lines, key=lambda line: -line[2] if known else 0):
         numbers = (f"{score:.1f}", f"{best - score:.1f}") if known else ("–", "–")
-        print("| " + " | ".join([rule, policy, *numbers]) + " |")
+        rows.append("| " + " | ".join([rule, policy, *numbers]) + " |")
+    return "\n".join(rows)

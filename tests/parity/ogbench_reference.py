@@ -129,9 +129,7 @@ def reference(name):
     agent = agent.replace(network=agent.network.replace(opt_state=agent.network.tx.init(agent.network.params)))
     for _ in range(UPDATES):
         agent, _ = agent.update(exact)
-    act = still.sample_actions(
-        exact["observations"], exact["actor_goals"], seed=jax.random.PRNGKey(0), temperature=0.0
-    )
+    act = still.sample_actions(exact["observations"], exact["actor_goals"], seed=jax.random.PRNGKey(0), temperature=0.0)
     targets = {key: x for key, x in paths(moved.network.params).items() if "target" in key}
     arrays = {f"batch/{key}": value for key, value in batch.items()} | {"act": np.asarray(act, np.float32)}
     learned = {key: x for key, x in paths(grads).items() if "target" not in key}
