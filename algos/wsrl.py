@@ -16,8 +16,8 @@ From equation to code
 
 Order of one update   Q and target, pi (with the new Q), alpha. On-line first Q and target alone, updates_per_step - 1
                       times, each with a batch of its own.
-Hyper-parameters      configs/ and the README of the reference; learning_rate, tau and online_start are those of a short
-                      run, updates_per_step and H are its. AntMaze there: `max_q_backup`, critics of four layers.
+Hyper-parameters      configs/ and the README of the reference; both learning rates, tau, num_samples and online_start
+                      are of a short run, updates_per_step and H its. AntMaze there: `max_q_backup`, four layers.
 Deviations            1. The gap has a fixed weight; on AntMaze the reference learns it, as cal_ql.py with `lagrange`.
                       2. Z is drawn without replacement. 3. pi has no normalised layers. 4. pi and alpha learn on-line
                       from the last batch, there from all batches of the step. 5. Rows wait for their episode's end.
