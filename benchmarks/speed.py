@@ -210,12 +210,16 @@ def prepare_share(seconds, times, updates, rates):
 
 
 def environment_steps(options):
-    """Steps per second of the evaluation of `options.environment`, one number for each repetition."""
-    rates = {}
-    for workers in sorted({1, os.cpu_count()}):
-        job = json.dumps({"dataset": options.environment, "workers": workers})
-        worker = Worker([sys.executable, __file__, "environment", job])
-        rates[str(workers)] = [worker.ask("step") for _ in range(options.repeats)]
+    """Steps per second of the evaluation of `options.environment`, one number for each repetition. The numbers of
+    workers take turns, so that what a machine does besides slows them all."""
+    rates, workers = {str(number): [] for number in sorted({1, os.cpu_count()})}, []
+    for number in rates:
+        job = json.dumps({"dataset": options.environment, "workers": int(number)})
+        workers.append(Worker([sys.executable, __file__, "environment", job]))
+    for _ in range(options.repeats):
+        for number, worker in zip(rates, workers, strict=True):
+            rates[number].append(worker.ask("step"))
+    for worker in workers:
         worker.close()
     return {"dataset": options.environment, "steps_per_second": rates}
 
@@ -287,9 +291,14 @@ def table(report):
         f"A 2048-cubed float32 product: {spread(products)} GFLOP/s."
     )
     if report.get("environment"):
-        rates = report["environment"]["steps_per_second"].items()
-        rates = "; ".join(f"{spread(rate)} with {n} worker{'s' * (n != '1')}" for n, rate in rates)
-        foot += f" Environment steps/s of `{report['environment']['dataset']}`: {rates}."
+        rates = report["environment"]["steps_per_second"]
+        said = "; ".join(f"{spread(rate)} with {n} worker{'s' * (n != '1')}" for n, rate in rates.items())
+        foot += f" Environment steps/s of `{report['environment']['dataset']}`: {said}"
+        alone, *together = rates.values()
+        for rate in together:  # as measured in turn
+            ratios = [one / other for one, other in zip(rate, alone, strict=True)]
+            foot += f", {spread(ratios, '.2f')} times as many"
+        foot += "."
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n\n" + foot
 
 

@@ -199,7 +199,7 @@ def test_a_table_of_known_numbers(row):
     assert shown[0].split("|")[4] == " of it, roll-outs or relabelling " and shown[2].split("|")[4] == " – "
     assert shown[3].startswith("| mopo | 8 | 200 (100 to 300) | 25% (20% to 30%) | 50%")
     report["environment"] = {"dataset": "x-v0", "steps_per_second": {"1": [2000.0] * 3, "16": [9000.0, 8000.0, 9500.0]}}
-    said = "2,000 (2,000 to 2,000) with 1 worker; 9,000 (8,000 to 9,500) with 16 workers."
+    said = "2,000 (2,000 to 2,000) with 1 worker; 9,000 (8,000 to 9,500) with 16 workers, 4.50 (4.00 to 4.75) times as many."
     assert speed.table(report).endswith(f"Environment steps/s of `x-v0`: {said}")
 
 
@@ -211,18 +211,25 @@ def test_the_fastest_is_the_first_of_the_table(row):
 
 
 def test_environment_is_stepped_by_one_worker_and_by_one_for_each_core(monkeypatch):
-    jobs = []
+    """In turn, so that a machine that becomes slower slows both."""
+    jobs, turns = [], []
 
     class Stepper(Stub):
         def __init__(self, command):
             jobs.append((command[2], json.loads(command[3])))
-            self.answers = {"step": [100.0 * jobs[-1][1]["workers"]] * 2}
+            self.workers = jobs[-1][1]["workers"]
+            self.answers = {"step": [100.0 * self.workers] * 2}
+
+        def ask(self, name):
+            turns.append(self.workers)
+            return super().ask(name)
 
     monkeypatch.setattr(speed, "Worker", Stepper)
     monkeypatch.setattr(speed.os, "cpu_count", lambda: 16)
     stepping = speed.environment_steps(speed.Options(environment="x-v0", repeats=2))
     assert stepping == {"dataset": "x-v0", "steps_per_second": {"1": [100, 100], "16": [1600, 1600]}}
     assert jobs == [("environment", {"dataset": "x-v0", "workers": n}) for n in (1, 16)]
+    assert turns == [1, 16, 1, 16]
 
 
 def test_what_is_written_is_whole(tmp_path):
