@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import speed  # benchmarks/speed.py
+import speed_online  # benchmarks/speed_online.py
 from sweep import write  # benchmarks/sweep.py
 
 from report import sweeps
@@ -53,6 +54,9 @@ def write_tables(root: Path, protocol: str, runs: list[Run], failures: list[Fail
         for name in re.findall("<!-- report:speed:(.*):begin -->", text):
             measured = json.loads((results / f"speed-{name}.json").read_text())
             new = fill(new, f"speed:{name}", speed.table(measured), page)
+        if "<!-- report:speed-online:begin -->" in text:
+            measured = json.loads((results / "speed-online.json").read_text())
+            new = fill(new, "speed-online", speed_online.table(measured), page)
         if f"<!-- report:stopping:{protocol}:begin -->" in text:
             found = [(results / protocol / run.place, run) for run in runs]
             new = fill(new, f"stopping:{protocol}", stopping_table(found), page)
