@@ -360,6 +360,7 @@ def problem(algo: str, setting: dict, **counts):
         episode=np.arange(rows, dtype=np.int32) // 1_000,
         return_to_go=rng.standard_normal(rows, np.float32),
         end=np.minimum(np.arange(rows, dtype=np.int32) // 1_000 * 1_000 + 999, rows - 1),
+        timestep=np.arange(rows, dtype=np.int32) % 1_000,
     )
     return module, cfg, interface, dataset
 

@@ -60,6 +60,7 @@ SHARES = {"hiql": "v"}  # this part of the network alone has a slow copy: both r
 SUCCESS = {"gciql": lambda c: (1 - c.discount) / c.discount, "gc_td3_bc": lambda c: 1 - c.discount}  # q's unit: see q
 GAUSSIAN = {"epsilon_std", "init_std"}  # floats of a Gaussian: discrete actions have no use for them
 ONLINE = {"exploration_noise", "offline_ratio", "online_weight", "end_weight"}  # read on-line alone: test_online.py
+ASKS_FOR = {"rvs": {"target"}}  # floats that say what to act for; training does not read them
 MOVES_TARGETS = {"rlpd"}  # with each of its critic updates
 
 
@@ -124,6 +125,7 @@ def random_data(spec, key):
         end=jnp.arange(N) // 8 * 8 + 7,
         return_to_go=jax.random.normal(k[6], (N,)),
         start=(jnp.arange(N) % 8 == 0).astype(jnp.float32),
+        timestep=jnp.arange(N) % 8,
     )
 
 
@@ -268,7 +270,7 @@ def traced_floats(case):
     tree = ast.parse(inspect.getsource(case.algo.load_data))
     read = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and getattr(n.value, "id", "") == "cfg"}
     read |= ONLINE | (GAUSSIAN if case.spec.discrete else set())
-    read |= OF_BELIEFS.get(case.algo.__name__.removeprefix("algos."), set())
+    read |= OF_BELIEFS.get(name_of(case.algo), set()) | ASKS_FOR.get(name_of(case.algo), set())
     extracts_by_weights = getattr(case.cfg, "extraction", "awr") == "awr"
     read |= set() if extracts_by_weights else {"max_weight"}
     fields = {f.name: getattr(case.cfg, f.name) for f in dataclasses.fields(case.cfg)}
@@ -619,7 +621,8 @@ def test_every_option_of_the_data_reaches_them(name, monkeypatch):
     def record(dataset_id, **options):
         calls.append({"dataset_id": dataset_id, **options})
         n = np.zeros(4, np.float32)
-        return Transition(n[:, None], n[:, None], n, n[:, None], n, episode=np.arange(4), return_to_go=n + 1), None
+        columns = dict(episode=np.arange(4), return_to_go=n + np.arange(1, 5), timestep=np.zeros(4, int))
+        return Transition(n[:, None], n[:, None], n, n[:, None], n, **columns), None
 
     monkeypatch.setattr(algo, "load_dataset", record)
     fields = {f.name for f in dataclasses.fields(algo.Config)}

@@ -193,10 +193,11 @@ def test_return_to_go_stops_at_the_end_of_its_episode():
 
 def test_starts_and_ends_of_episodes():
     write([episode(k, length, end) for k, (length, end) in enumerate([(3, "terminal"), (1, "timeout"), (2, None)])])
-    data, _ = load_dataset(NAME, columns=("start", "end"))
+    data, _ = load_dataset(NAME, columns=("start", "end", "timestep"))
     np.testing.assert_array_equal(data.start, [1, 0, 0, 1, 1, 0])
     np.testing.assert_array_equal(data.end, [2, 2, 2, 3, 5, 5])
-    assert data.start.dtype == np.float32 and data.end.dtype == np.int32
+    np.testing.assert_array_equal(data.timestep, [0, 1, 2, 0, 0, 1])
+    assert data.start.dtype == np.float32 and data.end.dtype == data.timestep.dtype == np.int32
 
 
 def test_episode_without_a_step_is_no_episode(root):
@@ -1041,11 +1042,11 @@ def test_any_number_changes_the_fingerprint(root, field):
 
 def test_what_is_handed_out_is_aligned():
     write([episode(k, 7) for k in range(3)])
-    columns = ("next_action", "episode", "return_to_go", "start", "end")
+    columns = ("next_action", "episode", "return_to_go", "start", "end", "timestep")
     for _ in range(5):  # memory may begin there by chance
         data, _ = load_dataset(NAME, columns=columns, normalize_obs=True)
         arrays = [x for x in data if x is not None]  # there are no logged propensities
-        assert [x.ctypes.data % 64 for x in arrays] == [0] * 10
+        assert [x.ctypes.data % 64 for x in arrays] == [0] * 11
         assert all(x.flags.c_contiguous and x.flags.writeable for x in arrays)
 
 
