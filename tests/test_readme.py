@@ -293,12 +293,28 @@ def test_what_cqls_page_says_of_medium_expert(quick):
 def test_what_the_pages_say_of_policies_that_train_in_a_model(quick):
     """Means of scores over the seeds, and ranges of the last evaluation's metrics."""
     names = ("mbpo", "mopo", "combo", "morel")
+    others = ("mbpo", "mopo", "morel", "rambo", "mobile")
     texts = {name: " ".join((ROOT / "algos" / f"{name}.md").read_text().split()) for name in names}
     for name in (*names, "rambo", "mobile"):
         assert quick[HOPPER[1], name].scores.max() < quick[HOPPER[1], "bc"].scores.min()
-    assert all(quick[MAZE, name].scores.max() == 0 for name in ("mbpo", "mopo", "morel", "mobile"))
-    models = {run.method: run.scores for run in read_runs(RESULTS / "models")}
-    assert all(models[name].max() < models["bc"].min() for name in models.keys() - {"bc"})
+    assert all(quick[MAZE, name].scores.max() == 0 for name in others)
+    assert all(quick[HOPPER[0], name].scores.max() < quick[HOPPER[0], "bc"].scores.min() for name in others)
+    means = {name: quick[HOPPER[0], name].scores.mean() for name in (*others, "combo", "bc")}
+    low, high = min(means[name] for name in others), max(means[name] for name in others)
+    assert f"{means['combo']:.1f} on hopper-medium-expert, where the others are between {low:.1f} and {high:.1f}" in texts["mbpo"]
+    assert f"COMBO has {means['combo']:.1f}, and [cloning](bc.md) {means['bc']:.1f}" in texts["combo"]
+    scores = " ".join((ROOT / "benchmarks" / "scores.md").read_text().split())
+    shown = {"mopo": "MOPO", "mbpo": "MBPO", "rambo": "RAMBO", "mobile": "MOBILE", "morel": "MOReL"}
+    assert all(f"{title} ({means[name]:.1f})" in scores for name, title in shown.items())
+    models = {(run.dataset, run.method): run.scores for run in read_runs(RESULTS / "models")}
+    assert all(scores.mean() < models[dataset, "bc"].mean() for (dataset, name), scores in models.items() if name != "bc")
+    walker = "stitch/walker2d-medium-replay-100k-v0"
+    assert all(models[walker, name].max() > models[walker, "bc"].min() for name in ("combo", "mobile"))
+    lines = (RESULTS / "models" / walker.removeprefix("stitch/") / "mopo" / "metrics.jsonl").read_text().splitlines()
+    ends = [line for line in map(json.loads, lines) if line["step"] == 6000]
+    taken = [line["mean_penalty"] for line in ends]
+    assert f"takes {min(taken):.1f} to {max(taken):.1f} from" in texts["mopo"]
+    assert f"and {np.mean([line['model_reward'] for line in ends]):.1f} is left" in texts["mopo"]
     runs = {name: quick[HOPPER[1], name] for name in (*names, "bc", "cql")}
     mean = {name: f"{run.scores.mean():.1f}" for name, run in runs.items()}
     last = {}
