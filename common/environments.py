@@ -295,8 +295,8 @@ class Environment:
 
         Returns:
           Evaluation; NaN returns, value and start where there is no environment, and NaN for an episode in which the
-          policy gives an action that is not finite. In a finite MDP whose model the environment exposes, no episode is
-          played: tabular.evaluate computes what is expected.
+          policy gives an action that is not finite. In a finite MDP whose model the environment exposes, no episode of
+          a policy without a memory is played: tabular.evaluate computes what is expected.
 
         Raises:
           EnvironmentFailure: whatever an environment did. The next evaluation makes them anew.
@@ -311,12 +311,12 @@ class Environment:
         if not (max_steps or self._limit):
             self._say(f"{self.dataset_id}: it has no time limit, so evaluation has the data's longest, {limit} steps.")
         try:
-            if self._model is None:
+            rest = len(seeds), num_episodes, limit, discount, self._reward_scale, self._reward_shift
+            exact = self._model and tabular.evaluate(self._model, policy, self.interface, *rest)
+            if exact is None:  # there is no model, or the policy remembers its episode
+                self._model, self._scored_kind = None, self._scored_kind.removesuffix(", exact")
                 return self._play(policy, seeds, num_episodes, discount, limit)
-            space = self.interface.observation
-            obs = self.interface.observe(np.arange(space["n"]) + space["start"])
-            rewards, shape = (self._reward_scale, self._reward_shift), (len(seeds), num_episodes)
-            return Evaluation(*tabular.evaluate(self._model, policy, obs, *shape, limit, discount, *rewards))
+            return Evaluation(*exact)
         except BaseException:
             self._dismiss()  # the environments are somewhere in an episode, and answers are on their way
             raise

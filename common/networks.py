@@ -240,6 +240,63 @@ class CategoricalActor(nn.Module):
         return Categorical(MLP(self.action_dim, self.hidden, self.initializer)(obs))
 
 
+# --- Sequences: networks that read a part of an episode -----------------------------------------------------
+
+
+class CausalTransformer(nn.Module):
+    """GPT-2's blocks (Radford et al., 2019): (..., n, width) -> the same shape, of which output i reads inputs 0 .. i.
+
+    Each number of `hidden` is a block: attention, then a hidden layer of so many ReLUs, each behind a LayerNorm and
+    added to its input. There is no embedding of positions: the inputs have theirs.
+    """
+
+    hidden: Sequence[int] = (512, 512, 512)
+    num_heads: int = 1
+    dropout: float = 0.0
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        width, kernel = x.shape[-1], {"kernel_init": _alone(nn.initializers.normal(0.02))}
+        options = {"broadcast_dropout": False, "deterministic": not train, **kernel}
+        drop, mask = nn.Dropout(self.dropout, deterministic=not train), nn.make_causal_mask(x[..., 0])
+        x = drop(x)
+        for features in self.hidden:
+            attention = nn.MultiHeadDotProductAttention(self.num_heads, dropout_rate=self.dropout, **options)
+            x = x + drop(attention(nn.LayerNorm(epsilon=1e-5)(x), mask=mask))
+            y = nn.relu(nn.Dense(features, **kernel)(nn.LayerNorm(epsilon=1e-5)(x)))
+            x = x + drop(nn.Dense(width, **kernel)(y))
+        return nn.LayerNorm(epsilon=1e-5)(x)
+
+
+class DecisionTransformer(nn.Module):
+    """Actions of k steps from (return to go, obs, action) of each (https://arxiv.org/abs/2106.01345).
+
+    obs (..., k, obs_dim), action (..., k, action_dim) or (..., k), return_to_go and timestep (..., k) -> actions
+    (..., k, action_dim) in [-1, 1] or, of `discrete` ones, logits. The action of step i reads the returns and the
+    observations of steps 0 .. i and the actions before it. Timesteps from max_timestep on are not told apart.
+    """
+
+    action_dim: int
+    embed_dim: int = 128
+    hidden: Sequence[int] = (512, 512, 512)
+    num_heads: int = 1
+    max_timestep: int = 1000
+    dropout: float = 0.0
+    discrete: bool = False
+
+    @nn.compact
+    def __call__(self, obs, action, return_to_go, timestep, train=False):
+        action = nn.one_hot(action, self.action_dim) if self.discrete else action
+        time = nn.Embed(self.max_timestep, self.embed_dim, embedding_init=_alone(nn.initializers.normal(1.0)))
+        tokens = [Dense(self.embed_dim, "torch")(x) for x in (return_to_go[..., None], obs, action)]
+        x = jnp.stack(tokens, axis=-2) + time(jnp.minimum(timestep, self.max_timestep - 1))[..., None, :]
+        x = nn.LayerNorm(epsilon=1e-5)(x)  # (..., k, 3, embed_dim)
+        flat = x.reshape(*x.shape[:-3], -1, self.embed_dim)
+        flat = CausalTransformer(self.hidden, self.num_heads, self.dropout)(flat, train)
+        outputs = Dense(self.action_dim, "torch")(flat.reshape(x.shape)[..., 1, :])
+        return outputs if self.discrete else jnp.tanh(outputs)
+
+
 # --- Behaviour models: generative models of the data's actions ------------------------------------------------
 
 

@@ -60,7 +60,10 @@ SHARES = {"hiql": "v"}  # this part of the network alone has a slow copy: both r
 SUCCESS = {"gciql": lambda c: (1 - c.discount) / c.discount, "gc_td3_bc": lambda c: 1 - c.discount}  # q's unit: see q
 GAUSSIAN = {"epsilon_std", "init_std"}  # floats of a Gaussian: discrete actions have no use for them
 ONLINE = {"exploration_noise", "offline_ratio", "online_weight", "end_weight"}  # read on-line alone: test_online.py
-ASKS_FOR = {"rvs": {"target"}}  # floats that say what to act for; training does not read them
+ASKS_FOR = {"rvs": {"target"}, "dt": {"target_return"}}  # floats that say what to act for; training does not read them
+STATIC = {"dt": {"dropout"}}  # a float that flax compares with 0, so that no sweep has it: make_agent says so
+WINDOWS = {"dt"}  # `draw` makes a batch of whole windows of rows
+STEPS = {"dt"}  # the loss of a batch is the mean over the steps of its windows, which have no rewards: tests/test_dt.py
 MOVES_TARGETS = {"rlpd"}  # with each of its critic updates
 
 
@@ -86,7 +89,8 @@ def config(algo, **changes):
     fields = {f.name for f in dataclasses.fields(algo.Config)}
     small |= {name: (8,) for name in fields if name.endswith("hidden")}
     counts = dict(prepare_interval=5, num_members=3, num_elites=2, rollout_batch_size=16, horizon=2, buffer_size=64,
-                  real_ratio=0.5, policy_delay=2, latent_dim=16, subgoal_steps=3)  # fmt: skip
+                  real_ratio=0.5, policy_delay=2, latent_dim=16, subgoal_steps=3, context=3, embed_dim=8,
+                  max_timestep=6, warmup_updates=2)  # fmt: skip
     small |= {name: value for name, value in counts.items() if name in fields}
     return algo.Config(**(small | changes))
 
@@ -150,8 +154,10 @@ def case(request):
         pretrain = jax.jit(algo.make_train(cfg, agent, "pretrain"))
     state = lifted(name, agent.init(jax.random.key(0)))
     batch, obs = jax.tree.map(lambda x: x[:B], data), data.obs
+    if name in GOALS | WINDOWS:
+        batch = algo.draw(jax.random.key(1), data, state, cfg)
     if name in GOALS:
-        batch, obs = algo.draw(jax.random.key(1), data, state, cfg), jnp.concatenate([obs, obs[::-1]], axis=-1)
+        obs = jnp.concatenate([obs, obs[::-1]], axis=-1)
     return Case(algo, cfg, spec, agent, train, pretrain, state, data, batch, obs)
 
 
@@ -269,7 +275,7 @@ def traced_floats(case):
     """The float fields that a sweep may vmap: those that `load_data` does not read while it makes the arrays."""
     tree = ast.parse(inspect.getsource(case.algo.load_data))
     read = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and getattr(n.value, "id", "") == "cfg"}
-    read |= ONLINE | (GAUSSIAN if case.spec.discrete else set())
+    read |= ONLINE | STATIC.get(name_of(case.algo), set()) | (GAUSSIAN if case.spec.discrete else set())
     read |= OF_BELIEFS.get(name_of(case.algo), set()) | ASKS_FOR.get(name_of(case.algo), set())
     extracts_by_weights = getattr(case.cfg, "extraction", "awr") == "awr"
     read |= set() if extracts_by_weights else {"max_weight"}
@@ -386,7 +392,9 @@ def test_loss_of_a_batch_is_the_mean_over_its_rows(case, monkeypatch):
     rows = [losses(jax.tree.map(lambda x, i=i: np.stack([x[i]] * B), batch)) for i in range(B)]
     for name in whole:
         relative = (
-            name == "actor_loss" and name_of(case.algo) in RELATIVE and not getattr(case.cfg, "extraction", 0) == "awr"
+            name == "actor_loss"
+            and name_of(case.algo) in RELATIVE | STEPS
+            and not getattr(case.cfg, "extraction", 0) == "awr"
         )
         if not relative and not (name_of(case.algo) in NEGATIVES and name != "actor_loss"):
             np.testing.assert_allclose(whole[name], np.mean([r[name] for r in rows]), rtol=1e-4, err_msg=name)
@@ -581,6 +589,8 @@ def test_the_algorithm_does_not_know_how_often_we_look(name):
 
 def test_batches_are_aligned_and_cover_the_data(algo):
     """The training loop alone, with an agent that only counts what it is shown."""
+    if name_of(algo) in STEPS:
+        pytest.skip("its batches are of windows: tests/test_dt.py")
     ids = jnp.arange(N, dtype=jnp.float32)
     data = Transition(ids[:, None], ids[:, None] + 100, ids + 200, ids[:, None] + 300, ids + 400)
     if name_of(algo) in GOALS:  # these rows are not read, as another test asks, and not handed on

@@ -102,6 +102,17 @@ def test_the_exact_true_value_is_discounted_and_of_likely_starts(two_states):
     np.testing.assert_allclose(play.weight, [0.75, 0.25, 0])
 
 
+def test_a_policy_that_remembers_its_episode_is_played(two_states):
+    """It is no function of the state: this one takes action 1 in its first step alone, 0 after it."""
+
+    def policy(obs, step, memory, rewards):
+        return np.full(obs.shape[:2], int(memory is None)), "an episode"
+
+    returns = two_states.evaluate(policy, [0, 1], 2).returns
+    assert returns.shape == (2, 2) and np.all(returns % 1 == 0)  # of episodes, and not what is expected of them
+    assert not two_states._scored_kind.endswith(", exact")
+
+
 def test_exact_evaluation_equals_roll_outs(two_states):
     policy = policy_of((0, 0, 0))
     exact = two_states.evaluate(policy, [0], 1).returns[0, 0]

@@ -45,17 +45,21 @@ def optimal_return(model: Model, num_steps: int) -> float:
     return float(model.initial @ value)
 
 
-def evaluate(model, policy, obs, num_seeds, num_episodes, num_steps, discount, reward_scale, reward_shift):
+def evaluate(model, policy, interface, num_seeds, num_episodes, num_steps, discount, reward_scale, reward_shift):
     """What environments.Evaluation holds, exactly: each seed's expected return stands for each of its episodes.
 
-    The policy must be a function of the state. It is called on all states, obs (S, obs_dim), in the place of the
-    episodes, at steps 0 .. num_episodes - 1: if it is stochastic, its probabilities are the frequencies of these draws.
-    The starts are all states, with their probabilities. With a reward_shift the value is NaN: the model does not say
-    where the rewards end.
+    The policy is called on all S states in the place of the episodes, at steps 0 .. num_episodes - 1: if it is
+    stochastic, its probabilities are the frequencies of these draws. The starts are all states, with their
+    probabilities. With a reward_shift the value is NaN: the model does not say where the rewards end. None where the
+    policy remembers its episode: then it is no function of the state, and must be played.
     """
+    obs = interface.observe(np.arange(len(model.initial)) + interface.observation["start"])
     obs = np.broadcast_to(obs, (num_seeds, *obs.shape))
     rewards = np.zeros(obs.shape[:2], np.float32)
-    draws = np.stack([policy(obs, step, None, rewards)[0] for step in range(num_episodes)])  # (episodes, seeds, S)
+    answers = [policy(obs, step, None, rewards) for step in range(num_episodes)]
+    if any(memory is not None for _, memory in answers):
+        return None
+    draws = np.stack([action for action, _ in answers])  # (episodes, seeds, S)
     probs = np.eye(model.reward.shape[1])[draws].mean(axis=0)
     returns = np.array([expected_return(model, pi, num_steps) for pi in probs])
     values = [expected_return(model, pi, num_steps, g) for pi, g in zip(probs, discount, strict=True)]

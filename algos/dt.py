@@ -1,0 +1,460 @@
+"""Decision Transformer (DT): cloning that reads the last steps of an episode and how much return it is to get yet.
+
+Returns, states and actions are one sequence. The network learns which action came next; to act, ask for a good return.
+
+Paper      Chen et al. (2021), https://arxiv.org/abs/2106.01345
+Reference  https://github.com/kzl/decision-transformer at e2d82e6, gym/: models/decision_transformer.py, experiment.py
+
+From equation to code
+    R_t = r_t + ... + r_T, a window is rows t .. t + K - 1 of an episode      load_data, draw
+    a_i = f(R_t, s_t, a_t, ..., R_i, s_i) for each i of the window            networks.DecisionTransformer
+    L_pi = mean of |f - a|^2 / m, or of -log softmax(f)[a], over all i        actor_loss
+    R_0 = target_return, R_{t+1} = R_t - r_t                                  act_with_memory
+
+Order of one update   the transformer: clipped gradient, AdamW, a learning rate that rises linearly at first.
+Hyper-parameters      Config: ours for a short run on two cores; the page has the reference's beside each.
+Deviations            1. Windows are padded at their end, not at their beginning. What is causal never reads padding.
+                      2. Observations are (x - mean) / (std + 1e-3); there it is 1e-6.
+                      3. Discrete actions, the most likely one is taken. The Atari code draws one, and has other layers.
+                      4. `dropout` decides what is compiled: it cannot be swept in one program.
+Run                   python algos/dt.py --dataset stitch/hopper-medium-replay-100k-v0 --target-return 1567
+"""
+
+import contextlib
+import dataclasses
+import inspect
+import itertools
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import chex
+import filelock
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orjson
+import tyro
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from tqdm import tqdm
+from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
+
+from common.datasets import load_dataset
+from common.environments import Interface, Spec, provenance
+from common.networks import Categorical, DecisionTransformer
+
+
+# --- Configuration -------------------------------------------------------------------------------------
+@dataclasses.dataclass(frozen=True)
+class Config:
+    # Experiment
+    dataset: str = "stitch/pointmaze-umaze-v0"  # a Minari dataset: local, built, or downloaded
+    seed: int = 0  # of the first run: its networks, batches and evaluation
+    num_seeds: int = 3  # runs trained in one program, with seeds seed, seed + 1, ...
+    num_updates: int = 6_000  # gradient steps (published runs: some 1,000,000)
+    eval_interval: int = 2_000  # gradient steps between two evaluations, each with a checkpoint
+    eval_episodes: int = 20  # episodes of one evaluation, for each seed; 0: none, and no environment is made
+    eval_steps: int = 0  # after as many steps an episode of an evaluation is stopped; 0: the environment's own limit
+    log_interval: int = 250  # gradient steps of one compiled call; the progress line moves after each
+    out: str = ""  # the run folder; by default runs/ALGORITHM/DATASET
+    # Optimisation
+    batch_size: int = 64  # windows of one gradient step
+    learning_rate: float = 1e-3  # of AdamW, after the warm-up (the reference: 1e-4)
+    hidden: tuple[int, ...] = (256, 256)  # units of the hidden layer of each block (the reference: 512, 512, 512)
+    # Decision Transformer
+    target_return: float = 1.0  # the return that evaluations ask for, in the environment's own rewards
+    return_scale: float = 1.0  # the network reads returns divided by it
+    context: int = 20  # steps of an episode that the network reads, each of them three tokens
+    embed_dim: int = 64  # numbers of a token (the reference: 128)
+    num_heads: int = 1  # of attention; it divides embed_dim
+    max_timestep: int = 1000  # steps of an episode that are told apart; those after them are like the last one
+    dropout: float = 0.1  # share of activations and of attention that an update leaves out
+    weight_decay: float = 1e-4  # of AdamW
+    max_norm: float = 0.25  # of the whole gradient; a longer one is scaled down to it
+    warmup_updates: int = 500  # in which the learning rate rises linearly (the reference: 10,000)
+
+
+def load_data(cfg: Config):
+    return load_dataset(cfg.dataset, columns=("return_to_go", "timestep", "end"), normalize_obs=True)
+
+
+def check(cfg: Config, grid: dict[str, list[float]]):
+    """Ends with one sentence where a value cannot be what its field needs."""
+    types = {field.name: field.type for field in dataclasses.fields(cfg)}
+    zero = {"seed", "eval_episodes", "eval_steps", "online_steps", "online_start"}  # what may be 0
+    zero |= {"num_updates"} if getattr(cfg, "online_steps", 0) else set()
+    for name, kind in types.items():
+        value, kind = (grid[name], list[kind]) if name in grid else (getattr(cfg, name), kind)
+        try:
+            check_type(value, kind, collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)
+        except TypeCheckError:
+            raise SystemExit(f"{name} must be {inspect.formatannotation(kind)}, not {value!r}.") from None
+        low = 0 if name in zero else 1
+        if kind in (int, tuple[int, ...]) and not all(low <= x < 2**31 for x in np.ravel(value)):
+            raise SystemExit(f"{name} must be from {low} to {2**31 - 1}, not {value}.")
+        if not all(abs(x) < 1e38 for x in np.ravel(value) if isinstance(x, float | int)):  # nor is NaN
+            raise SystemExit(f"{name} must be a finite number, not {value}.")
+    if cfg.seed + cfg.num_seeds > 2**31:
+        raise SystemExit(f"seed + num_seeds must be at most {2**31}, not {cfg.seed + cfg.num_seeds}.")
+    read = load_data.__code__.co_names  # names in its text: the data are loaded once, for all points of a grid
+    if wrong := [name for name in grid if types.get(name) is not float or name in read or not grid[name]]:
+        raise SystemExit(f"A grid has values of float fields that load_data does not read: not so {wrong[0]}.")
+    counts = {"num_updates": "eval_interval", "pretrain_updates": "eval_interval", "eval_interval": "log_interval"}
+    turn = "prepare_interval" if "prepare_interval" in types else "log_interval"  # which is made of whole cycles
+    counts |= {"log_interval": turn, turn: "policy_delay"}
+    counts |= {"online_steps": "eval_interval", "online_start": "online_block"}
+    for whole, part in counts.items():
+        if getattr(cfg, whole, 0) % getattr(cfg, part, 1):
+            raise SystemExit(f"{whole} must be a multiple of {part}, which is {getattr(cfg, part)}.")
+
+
+# --- State: arrays only, so that a whole run can be vmapped, compared and saved -----------------------------
+class Trainable(NamedTuple):
+    params: Any
+    opt_state: optax.OptState
+
+
+class State(NamedTuple):
+    key: jax.Array
+    actor: Trainable
+
+
+class Window(NamedTuple):
+    obs: jax.Array  # (b, context, obs_dim)
+    action: jax.Array  # (b, context, action_dim), or (b, context)
+    return_to_go: jax.Array  # (b, context)
+    timestep: jax.Array  # (b, context): number of the step in its episode
+    valid: jax.Array  # (b, context) bool: False behind the end of the episode
+
+
+class Memory(NamedTuple):
+    """The last `context` steps of episodes, the oldest first. Slots behind the present step hold anything."""
+
+    obs: jax.Array  # (..., context, obs_dim)
+    action: jax.Array  # (..., context, action_dim), or (..., context)
+    return_to_go: jax.Array  # (..., context): what was asked for in that step and those after it
+    step: jax.Array  # () int32: number of the present step, the same for all episodes, which are played in step
+
+
+class Agent(NamedTuple):
+    init: Callable  # (key) -> State
+    update: Callable  # (State, Window) -> (State, metrics)
+    act: Callable  # (State, obs, key) -> action: that of an episode's first step
+    act_with_memory: Callable  # (State, obs, key, Memory | None, last reward) -> (action, Memory)
+
+
+# --- Algorithm -----------------------------------------------------------------------------------------
+def draw(key, dataset, state, cfg: Config):
+    """Windows that begin at rows of the dataset, uniformly and with replacement; none crosses the end of an episode."""
+    start = jax.random.randint(key, (cfg.batch_size, 1), 0, len(dataset.end))
+    index, end = start + jnp.arange(cfg.context)[None], dataset.end[start]
+    rows = jnp.minimum(index, end)
+    columns = (dataset.obs, dataset.action, dataset.return_to_go, dataset.timestep)
+    return Window(*(x[rows] for x in columns), valid=index <= end)
+
+
+def next_step(memory, obs, reward):
+    """The memory one step later, without an action yet: a full one loses its oldest step.
+
+    The last reward, in the environment's units, is taken from what is asked for.
+    """
+    axis, last_slot = obs.ndim - 1, memory.obs.shape[obs.ndim - 1] - 1
+    slot = jnp.minimum(memory.step, last_slot)
+    asked = jax.lax.dynamic_index_in_dim(memory.return_to_go, slot, axis, keepdims=False) - reward
+    full, step = memory.step >= last_slot, memory.step + 1
+    memory = Memory(*(jnp.where(full, jnp.roll(x, -1, axis), x) for x in memory[:3]), step)
+    slot = jnp.minimum(step, last_slot)
+    return memory._replace(
+        obs=jax.lax.dynamic_update_index_in_dim(memory.obs, obs, slot, axis),
+        return_to_go=jax.lax.dynamic_update_index_in_dim(memory.return_to_go, asked, slot, axis),
+    )
+
+
+def descend(tx, loss_fn, trainable, *args):
+    """One optimiser step on `loss_fn(params, *args) -> (loss, info)`."""
+    (loss, info), grads = jax.value_and_grad(loss_fn, has_aux=True)(trainable.params, *args)
+    updates, opt_state = tx.update(grads, trainable.opt_state, trainable.params)
+    params = optax.apply_updates(trainable.params, updates)
+    return Trainable(params, opt_state), {loss_fn.__name__: loss, **info}
+
+
+def make_agent(cfg: Config, spec: Spec) -> Agent:
+    if not isinstance(cfg.dropout, float):
+        raise SystemExit("dropout decides what is compiled, so a grid cannot have it: train one run for each value.")
+    if cfg.embed_dim % cfg.num_heads:
+        raise SystemExit(f"embed_dim, {cfg.embed_dim}, must be a multiple of num_heads, {cfg.num_heads}.")
+    network = DecisionTransformer(
+        spec.action_dim, cfg.embed_dim, cfg.hidden, cfg.num_heads, cfg.max_timestep, cfg.dropout, spec.discrete
+    )
+    first = cfg.learning_rate / cfg.warmup_updates
+    warmup = optax.linear_schedule(first, cfg.learning_rate, cfg.warmup_updates - 1)
+    adamw = optax.adamw(warmup, weight_decay=cfg.weight_decay)
+    adamw = optax.chain(optax.clip_by_global_norm(cfg.max_norm), adamw)
+
+    def predict(params, obs, action, return_to_go, timestep, **options):
+        return network.apply(params, obs, action, return_to_go / cfg.return_scale, timestep, **options)
+
+    def actor_loss(params, batch, key):
+        window = batch.obs, batch.action, batch.return_to_go, batch.timestep
+        outputs = predict(params, *window, train=True, rngs={"dropout": key})
+        if spec.discrete:
+            error = -Categorical(outputs).log_prob(batch.action)
+        else:
+            error = ((outputs - batch.action) ** 2).mean(axis=-1)
+        chex.assert_equal_shape([error, batch.valid])
+        return jnp.where(batch.valid, error, 0).sum() / batch.valid.sum(), {"valid": batch.valid.mean()}
+
+    def init(key):
+        key, key_actor = jax.random.split(key)
+        nothing = jnp.zeros((1, 1))  # of one window of one step
+        action = nothing.astype(int) if spec.discrete else jnp.zeros((1, 1, spec.action_dim))
+        params = network.init(key_actor, jnp.zeros((1, 1, spec.obs_dim)), action, nothing, nothing.astype(int))
+        return State(key, Trainable(params, adamw.init(params)))
+
+    def update(state, batch):
+        key, key_dropout = jax.random.split(state.key)
+        new_actor, info = descend(adamw, actor_loss, state.actor, batch, key_dropout)
+        return State(key, new_actor), info
+
+    def act_with_memory(state, obs, key, memory, reward):
+        axis, last_slot = obs.ndim - 1, cfg.context - 1  # of the steps
+        if memory is None:
+            action = jnp.zeros(obs.shape[:-1], int) if spec.discrete else jnp.zeros((*obs.shape[:-1], spec.action_dim))
+            now = obs, action, jnp.full(obs.shape[:-1], cfg.target_return, jnp.float32)
+            memory = Memory(*(jnp.stack([x] * cfg.context, axis) for x in now), step=jnp.int32(0))
+        else:
+            memory = next_step(memory, obs, reward)
+        slot = jnp.minimum(memory.step, last_slot)
+        timestep = jnp.broadcast_to(memory.step - slot + jnp.arange(cfg.context), memory.return_to_go.shape)
+        outputs = predict(state.actor.params, *memory[:3], timestep)
+        output = jax.lax.dynamic_index_in_dim(outputs, slot, axis, keepdims=False)
+        action = output.argmax(axis=-1) if spec.discrete else output
+        return action, memory._replace(action=jax.lax.dynamic_update_index_in_dim(memory.action, action, slot, axis))
+
+    def act(state, obs, key):
+        return act_with_memory(state, obs, key, None, jnp.zeros(obs.shape[:-1]))[0]
+
+    return Agent(init, update, act, act_with_memory)
+
+
+# --- Training: the same in every file, and a test keeps it so -----------------------------------------------
+def make_train(cfg: Config, agent: Agent, phase: str = "update"):
+    """`train(state, dataset)`: `cfg.log_interval` updates and the mean of each metric. Pure: jit it, vmap it."""
+    first = "pretrain_" if phase == "pretrain" else ""  # of the two phases that some methods have
+    cycle = getattr(agent, first + "cycle", [getattr(agent, phase)])  # updates in turn; the last has every metric
+    prepare = getattr(agent, first + "prepare", lambda *unchanged: unchanged)
+    draw_batch = getattr(agent, first + "draw", draw)
+    interval = getattr(cfg, "prepare_interval", cfg.log_interval)
+
+    def train(state, dataset):
+        names = []  # of the metrics, once `step` is traced
+
+        def step(state, rows):
+            infos = []
+            for update in cycle:
+                key, key_batch = jax.random.split(state.key)
+                batch = draw_batch(key_batch, rows, state, cfg)
+                state, info = update(state._replace(key=key), batch)
+                infos.append(info)
+            names[:] = info
+            values = ([info[name] for info in infos if name in info] for name in names)
+            return state, jnp.stack([sum(x) / len(x) for x in values])  # in one array: one kernel
+
+        def steps(state, _):
+            state, rows = prepare(state, dataset)
+            return jax.lax.scan(lambda state, _: step(state, rows), state, length=interval // len(cycle))
+
+        state, metrics = jax.lax.scan(steps, state, length=cfg.log_interval // interval)
+        return state, dict(zip(names, metrics.mean(axis=(0, 1)), strict=True))
+
+    return train
+
+
+def act_at(cfg: Config, agent: Agent, state, obs, memory, reward, t):
+    """(actions, memory) at step `t` of episodes; at their start there is no memory, and the last reward is 0."""
+    act = getattr(agent, "act_with_memory", lambda *at: (agent.act(*at[:3]), None))
+    key = jax.random.fold_in(jax.random.key(~cfg.seed), t)  # of no use elsewhere: init splits the seed's own key
+    return act(state, obs, key, memory, reward)
+
+
+class Runs:
+    """The runs of a folder: each seed at each point of a grid has a row in every array of `fields` and `states`."""
+
+    def __init__(self, cfg: Config, interface: Interface, grid: dict[str, list[float]]):
+        self.cfg, self.interface = cfg, interface
+        rows = list(itertools.product(*grid.values(), range(cfg.seed, cfg.seed + cfg.num_seeds)))
+        self.runs = [{"seed": row[-1], "grid": dict(zip(grid, row, strict=False))} for row in rows]
+        self.fields = {name: np.array([run["grid"][name] for run in self.runs], np.float32) for name in grid}
+        self.fields["seed"] = np.array([run["seed"] for run in self.runs], np.int32)
+        self.mesh = Mesh(jax.local_devices()[: math.gcd(len(self.runs), jax.local_device_count())], "run")
+        self.step = -getattr(cfg, "pretrain_updates", 0)  # updates so far; a first phase ends at 0
+        self.seconds = {"train_seconds": 0.0, "eval_seconds": 0.0}
+        self.metrics, self.lines, self.online, self.episode = {}, [], {}, None  # of advance, evaluate, Online, __call__
+        make_agent(cfg, interface.spec)  # refuses what it cannot be, before any compilation
+        init, act = self.every(lambda cfg, agent: agent.init(jax.random.key(cfg.seed))), self.every(act_at)
+        self.init = lambda: init(self.fields, (), {})
+        self.act = lambda obs, t, *episode: act(self.fields, (self.states, obs, *episode), {"t": t})
+        q = self.every(lambda cfg, agent, *at: agent.q(*at))
+        self.q = (lambda *at: q(self.fields, (self.states, *at), {})) if "q" in Agent._fields else None
+
+    def __call__(self, observation, reward=None):  # see Interface.act
+        action, self.episode = self.interface.act(self.act, observation, reward, self.episode)
+        return action
+
+    def every(self, function, donate=()):
+        """`function(cfg, agent, *row, **shared)` of every run, with its row of each array: (fields, rows, shared)."""
+
+        def of_run(fields, row, shared):
+            cfg = dataclasses.replace(self.cfg, **fields)
+            return function(cfg, make_agent(cfg, self.interface.spec), *row, **shared)
+
+        def of_device(fields, rows, shared):
+            if self.mesh.devices[0].platform == "cpu":  # its caches hold the networks of one run: they take turns
+                return jax.lax.map(lambda row: of_run(*row, shared), (fields, rows))
+            return jax.vmap(of_run, in_axes=(0, 0, None))(fields, rows, shared)
+
+        specs = {"in_specs": (P("run"), P("run"), P()), "out_specs": P("run"), "check_vma": False}
+        return jax.jit(jax.shard_map(of_device, mesh=self.mesh, **specs), donate_argnums=donate)
+
+    def lower(self, phase: str, shared):
+        train = self.every(lambda cfg, agent, *row, **shared: make_train(cfg, agent, phase)(*row, **shared), donate=1)
+        return train.lower(self.fields, (self.states,), shared)
+
+    def advance(self, train, shared, bar):
+        infos, started = [], time.perf_counter()
+        for _ in range(self.cfg.eval_interval // self.cfg.log_interval):
+            self.states, info = train(self.fields, (self.states,), shared)
+            infos.append(jax.device_get(info))
+            bar.set_postfix({k: f"{x.mean():.3g}" for k, x in infos[-1].items() if k.endswith("loss")}, refresh=False)
+            bar.update(self.cfg.log_interval)
+        self.step += self.cfg.eval_interval
+        self.seconds["train_seconds"] += time.perf_counter() - started
+        self.metrics = {name: np.mean([info[name] for info in infos], axis=0) for name in info}
+
+    def save(self, folder: Path):
+        states = jax.device_get(self.states._replace(key=jax.random.key_data(self.states.key)))
+        saved = {name: getattr(self, name) for name in ("step", "seconds", "metrics", "lines", "online")}
+        saved["states"] = flax.serialization.to_state_dict(states)
+        write(folder / "checkpoint.msgpack", flax.serialization.msgpack_serialize(saved, in_place=True))  # keeps order
+
+    def evaluate(self, env, folder: Path, bar):
+        cfg, columns, started = self.cfg, {}, time.perf_counter()
+        if self.step > 0:  # a first phase is not played
+            how = {"discount": self.fields.get("discount", getattr(cfg, "discount", 1.0)), "max_steps": cfg.eval_steps}
+            columns = env.measure(self.act, self.q, self.fields["seed"], cfg.eval_episodes, **how)
+            bar.set_description(f"score {columns['score'].mean():.1f}".replace("score nan", "no score"))
+        arrays = self.metrics, jax.device_get([x.params for x in self.states if isinstance(x, Trainable)])
+        finite = [np.isfinite(x).reshape(len(self.runs), -1).all(axis=1) for x in jax.tree.leaves(arrays)]
+        columns |= {**self.metrics, **self.online.get("columns", {}), "diverged": ~np.all(finite, axis=0)}
+        for i, run in enumerate(self.runs):
+            self.lines.append({"step": self.step, **run, **{name: column[i] for name, column in columns.items()}})
+        write(folder / "metrics.jsonl", *self.lines)
+        self.seconds["eval_seconds"] += time.perf_counter() - started
+
+
+def restore(folder: str | Path, run: int | None = 0, cfg: Config | None = None) -> Runs:
+    """A trained policy: `policy = restore("runs/iql/...")`; `env.step(policy(observation))`. run None: all of them."""
+    try:
+        kept = json.loads((Path(folder) / "config.json").read_text())
+        saved = flax.serialization.msgpack_restore((Path(folder) / "checkpoint.msgpack").read_bytes())
+        fields = {name: tuple(x) if isinstance(x, list) else x for name, x in kept["config"].items()}
+        assert fields["algo"] == Path(__file__).stem, f"a run of {fields['algo']}"
+        cfg = cfg or Config(**{field.name: fields[field.name] for field in dataclasses.fields(Config)})
+        runs = Runs(cfg, Interface(*kept["interface"]), fields["grid"])
+        states = flax.serialization.from_state_dict(like := jax.eval_shape(runs.init), saved["states"])
+        states = states._replace(key=jax.random.wrap_key_data(states.key))
+        chex.assert_trees_all_equal_shapes_and_dtypes(states, like)
+        if run not in (None, *range(len(runs.runs))):
+            raise SystemExit(f"{folder} has no run {run}: its seeds, point by point, are 0 to {len(runs.runs) - 1}.")
+        if run is not None:
+            one, states = runs.runs[run], jax.tree.map(lambda x: x[run, None], states)
+            runs = Runs(dataclasses.replace(cfg, seed=one["seed"], num_seeds=1, **one["grid"]), runs.interface, {})
+        vars(runs).update({name: saved[name] for name in ("step", "seconds", "metrics", "lines", "online")})
+        runs.states = jax.device_put(states)
+        return runs
+    except Exception as error:  # absent, torn, foreign or of another version, each in its own way
+        raise SystemExit(f"{folder} holds no run that {Path(__file__).name} can go on with ({error!r}).") from error
+
+
+def read(path: Path):  # a JSON object, empty where the file is absent, torn or something else
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        return dict(orjson.loads(path.read_bytes()))
+    return {}
+
+
+def write(path: Path, *parts):
+    """Bytes, or what becomes JSON (NaN becomes null). A reader, or a kill, finds the old file or the new one whole."""
+    style = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE | orjson.OPT_INDENT_2 * (path.suffix == ".json")
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(b"".join(x if isinstance(x, bytes) else orjson.dumps(x, option=style) for x in parts))
+    os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def hold(folder: Path, about: dict):
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(folder / "lock", timeout=0):
+            if not {path.suffix for path in folder.iterdir()} & {".json", ".jsonl", ".msgpack"}:  # no run yet
+                write(folder / "config.json", about)
+            if read(folder / "config.json").get("config") != json.loads(json.dumps(about["config"])):
+                raise SystemExit(f"{folder} holds something else than this very run: choose another --out.")
+            yield
+    except KeyboardInterrupt:
+        raise SystemExit(f"Stopped: the same command goes on from the last checkpoint in {folder}.") from None
+    except OSError as error:
+        raise SystemExit(f"{folder} is in use, or cannot be written ({error}): choose another --out.") from error
+
+
+def main(cfg: Config, grid: dict[str, list[float]] | None = None):
+    """Trains every seed at every point of `grid`, whose float fields `load_data` does not read; goes on if stopped."""
+    algo, grid, pretrain = Path(__file__).stem, grid or {}, getattr(cfg, "pretrain_updates", 0)
+    check(cfg, grid)
+    out = Path(cfg.out or f"runs/{algo}/{cfg.dataset}")
+    with contextlib.suppress(RuntimeError):  # JAX runs already, in a notebook or a test; or there is no home
+        rows = cfg.num_seeds * math.prod(map(len, grid.values()))
+        jax.config.update("jax_num_cpu_devices", math.gcd(rows, os.cpu_count()))
+        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "stitch"))
+    dataset, env = load_data(cfg)
+    env.probe(cfg.eval_episodes)  # says before training what will not be scored
+    online = globals()["Online"](cfg, grid, env) if getattr(cfg, "online_steps", 0) else None  # the text below
+    started, runs = time.perf_counter(), Runs(cfg, env.interface, grid)
+    source = {**provenance(), "device": f"{runs.mesh.size} x {runs.mesh.devices[0].device_kind}"}
+    config = {"algo": algo, **dataclasses.asdict(cfg), "out": "", "grid": grid, "data": env.fingerprint}
+    with hold(out, {"config": config, "interface": list(env.interface), **source}):
+        if (summary := read(out / "summary.json")).get("algo") == algo:
+            print(f"{out} holds this very run, finished: to train again, choose another --out or remove it.")
+            return summary
+        runs.states = runs.init()
+        if begin := out if (out / "checkpoint.msgpack").exists() else getattr(cfg, "init", ""):
+            runs = restore(begin, None, cfg)
+        shared = {"dataset": jax.device_put(dataset, NamedSharding(runs.mesh, P()))}
+        phases = ("pretrain", "update")[(runs.step >= 0) + (runs.step >= cfg.num_updates) :]
+        trains = {phase: runs.lower(phase, shared).compile() for phase in phases}
+        compile_seconds = time.perf_counter() - started
+        with tqdm(total=pretrain + cfg.num_updates, initial=pretrain + runs.step, unit="update") as bar:
+            if runs.metrics:  # a checkpoint comes before its evaluation
+                runs.evaluate(env, out, bar)
+            while runs.step < cfg.num_updates:
+                runs.advance(trains["pretrain" if runs.step < 0 else "update"], shared, bar)
+                runs.save(out)
+                runs.evaluate(env, out, bar)
+            if online:
+                online.train(runs, shared, env, out, bar)
+        speed = (pretrain + runs.step) * len(runs.runs) / runs.seconds["train_seconds"]  # of all runs together
+        summary = {"algo": algo, "dataset": cfg.dataset, "num_updates": runs.step, "updates_per_second": speed}
+        summary |= {"compile_seconds": compile_seconds, **runs.seconds, **env.summary(runs.lines), **source}
+        write(out / "summary.json", summary)
+    print(f"{algo} on {env.sentence(summary)}, {speed:.0f} updates/s\nTo draw it: python benchmarks/plot.py {out}")
+    return read(out / "summary.json")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__.partition("\n\n")[0]))
