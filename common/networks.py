@@ -396,11 +396,12 @@ class Critic(nn.Module):
     layer_norm: bool = False
     relu_first: bool = False
     output_bound: float | None = None
+    activation: Callable = nn.relu
 
     @nn.compact
     def __call__(self, obs, action):
         x = jnp.concatenate([obs, action], axis=-1)
-        options = self.initializer, self.layer_norm, self.relu_first, self.output_bound
+        options = self.initializer, self.layer_norm, self.relu_first, self.output_bound, self.activation
         return _ensemble(self.num_critics)(1, self.hidden, *options)(x).squeeze(axis=-1)
 
 
@@ -546,6 +547,58 @@ def metric_residual(x, y):
     """The distance of the first halves, plus the largest x_j - y_j > 0 of the others (MRN): (..., n) -> (...)."""
     near, far = jnp.split(x - y, 2, axis=-1)
     return jnp.sqrt(jnp.maximum((near**2).sum(axis=-1), 1e-12)) + nn.relu(far.max(axis=-1))
+
+
+# --- Diffusion: networks that predict the noise in an action ------------------------------------------------
+# Called with obs (..., obs_dim), a noisy action (..., action_dim) and the step t (...) that made it, from 0 on.
+
+
+def sinusoidal(t, features=16):
+    """sin(t f_k) and then cos(t f_k), with f_k from 1 down to 1e-4 in equal ratios: (...) -> (..., features)."""
+    frequency = np.float32(10_000) ** -np.linspace(0, 1, features // 2, dtype=np.float32)
+    angle = jnp.multiply.outer(t.astype(jnp.float32), frequency)
+    return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
+
+
+class NoiseMLP(nn.Module):
+    """Diffusion-QL's network: an MLP of the noisy action, a small MLP of the sinusoidal step, and obs."""
+
+    action_dim: int
+    hidden: Sequence[int] = (256, 256, 256)
+
+    @nn.compact
+    def __call__(self, obs, noisy, t):
+        time = MLP(16, (32,), "torch", activation=jax.nn.mish)(sinusoidal(t))
+        x = jnp.concatenate([noisy, time, obs], axis=-1)
+        return MLP(self.action_dim, self.hidden, "torch", activation=jax.nn.mish)(x)
+
+
+class NoiseResNet(nn.Module):
+    """IDQL's network: a residual block for each of `hidden`, of the noisy action, obs and the step.
+
+    The step is told as cosines and sines of learned frequencies, through a small MLP. With `training`, a share
+    `dropout` of each block's inputs is 0, by the key "dropout" of `rngs` (flax's own Dropout takes no traced share).
+    """
+
+    action_dim: int
+    hidden: Sequence[int] = (256, 256, 256)
+    dropout: float = 0.0
+
+    @nn.compact
+    def __call__(self, obs, noisy, t, training=False):
+        frequency = self.param("frequency", _alone(nn.initializers.normal(0.2)), (32,), jnp.float32)
+        angle = 2 * jnp.pi * jnp.multiply.outer(t.astype(jnp.float32), frequency)
+        time = jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
+        time = MLP(128, (128,), "glorot", activation=jax.nn.mish)(time)
+        x = Dense(self.hidden[0], "glorot")(jnp.concatenate([noisy, obs, time], axis=-1))
+        for features in self.hidden:
+            residual = x if x.shape[-1] == features else Dense(features, "lecun")(x)
+            if training:
+                keep = jax.random.uniform(self.make_rng("dropout"), x.shape) < 1 - self.dropout
+                x = jnp.where(keep, x / (1 - self.dropout), 0.0)
+            x = Dense(4 * features, "lecun")(nn.LayerNorm()(x))
+            x = residual + Dense(features, "lecun")(jax.nn.mish(x))
+        return Dense(self.action_dim, "glorot")(jax.nn.mish(x))
 
 
 # --- Models of the dynamics ------------------------------------------------------------------------------

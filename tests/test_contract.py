@@ -41,14 +41,16 @@ N, B = 64, 16  # rows of the data and of a batch
 # What papers do on purpose, and a test would take for a defect
 # Weights relative to the batch's own scale
 RELATIVE = {"marwil", "reps", "td3_bc", "td3_awr", "rebrac", "spot", "gc_td3_bc", "gciql", "qrl", "crl"}
+RELATIVE |= {"diffusion_ql"}
 PROPOSES = dict.fromkeys(("cql", "cal_ql", "wsrl", "combo"), {"weight": 0.0})  # pi(.|s') proposes in every row
 PROPOSES["mobile"] = {"penalty": 0.0}  # its doubt asks a model that is measured on these rows before
 # Pushes values up, or doubts them, in a part of the rows alone. This makes it all of them, or none
 ALL_REAL = dict.fromkeys(("combo", "mobile"), {"real_ratio": 1.0})
 NEEDS = dict.fromkeys(("cql", "cal_ql"), {"lagrange": True})  # options without which a float of theirs does nothing
 ACTS_ON_SAMPLES = {"bcq", "bear", "emaq", "qt_opt", "actionable_models"}  # act takes the best of actions that it draws
+ACTS_ON_SAMPLES |= {"diffusion_ql"}
 MIXES = {"bcq", "bear", "emaq"}  # q is min_weight of the smaller critic, and the rest of the larger one
-ACTS_BY_TARGETS = {"qt_opt"}  # the averaged critic is the one that its paper acts by
+ACTS_BY_TARGETS = {"qt_opt", "diffusion_ql"}  # the averaged critic is the one that its paper acts by
 RELABELS = {"awr"}  # its returns are made anew while it trains
 OF_BELIEFS = {"model_evaluation": {"discount"}}  # floats of what it believes, and not of what it fits
 AWR = {"extraction": "awr"}  # the way to a policy that discrete actions allow, beside that of the defaults
@@ -90,7 +92,7 @@ def config(algo, **changes):
     small |= {name: (8,) for name in fields if name.endswith("hidden")}
     counts = dict(prepare_interval=5, num_members=3, num_elites=2, rollout_batch_size=16, horizon=2, buffer_size=64,
                   real_ratio=0.5, policy_delay=2, latent_dim=16, subgoal_steps=3, context=3, embed_dim=8,
-                  max_timestep=6, warmup_updates=2)  # fmt: skip
+                  max_timestep=6, warmup_updates=2, ema_interval=1)  # fmt: skip
     small |= {name: value for name, value in counts.items() if name in fields}
     return algo.Config(**(small | changes))
 
@@ -378,6 +380,7 @@ def test_loss_of_a_batch_is_the_mean_over_its_rows(case, monkeypatch):
     # Nothing moves within the update, and no noise is drawn: a row's loss depends on that row alone
     for draw in ("normal", "uniform"):
         monkeypatch.setattr(jax.random, draw, lambda key, shape=(), *args, **kwargs: jnp.zeros(shape))
+    monkeypatch.setattr(jax.random, "randint", lambda key, shape, low, *args, **kwargs: jnp.full(shape, low))
     monkeypatch.setattr(jax.random, "categorical", lambda key, logits, axis=-1, **kwargs: logits.argmax(axis=axis))
     still = {f.name: 0.0 for f in dataclasses.fields(case.cfg) if f.name.endswith("learning_rate")}
     still |= ALL_REAL.get(case.algo.__name__.removeprefix("algos."), {})

@@ -26,6 +26,8 @@ from common.networks import (
     GoalActor,
     GoalEncoder,
     GoalValue,
+    NoiseMLP,
+    NoiseResNet,
     Normal,
     Quasimetric,
     TanhGaussianActor,
@@ -33,6 +35,7 @@ from common.networks import (
     Value,
     interval_union,
     metric_residual,
+    sinusoidal,
     sphere,
 )
 
@@ -729,3 +732,47 @@ def test_vmapped_initialisation_does_not_deadlock():
     environ = {"PYTHONPATH": os.pathsep.join(sys.path), "JAX_PLATFORMS": "cpu"}
     environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # of the compiler, to save seconds: the QRs wait all the same
     subprocess.run([sys.executable, "-c", VMAPPED_INIT], env=environ, timeout=60, check=True)
+
+
+# --- Diffusion ---------------------------------------------------------------------------------------------
+
+
+def test_steps_are_told_as_sines_and_cosines():
+    # Frequencies 10000^(-k / 7): 1, 0.268270, 0.071969, ...
+    found = sinusoidal(jnp.array([0, 1]))
+    np.testing.assert_allclose(found[0], [0] * 8 + [1] * 8)
+    np.testing.assert_allclose(found[1, :3], [0.841471, 0.265063, 0.071906], rtol=1e-4)
+    np.testing.assert_allclose(found[1, 8:10], [0.540302, 0.964231], rtol=1e-4)
+
+
+@pytest.mark.parametrize("network", [NoiseMLP(2, HIDDEN), NoiseResNet(2, HIDDEN, 0.5)])
+def test_noise_is_predicted_for_each_row_by_its_step(network):
+    t = jnp.arange(7) % 3
+    params = jax.jit(network.init)(KEY, OBS, ACTION, t)
+    apply = jax.jit(network.apply)
+    noise = apply(params, OBS, ACTION, t)
+    assert noise.shape == ACTION.shape
+    for i, row in enumerate(noise):
+        np.testing.assert_allclose(apply(params, OBS[i], ACTION[i], t[i]), row, rtol=1e-4, atol=1e-5)
+    later = apply(params, OBS, ACTION, t + 1)
+    assert (np.abs(later - noise).max(axis=-1) > 1e-4).all()
+
+
+def test_dropout_is_on_in_training_alone_and_keeps_the_mean():
+    network = NoiseResNet(2, (64,), 0.25)
+    t = jnp.zeros(7, int)
+    params = network.init(KEY, OBS, ACTION, t)
+    # Without the block's second layer nothing that is dropped comes to the output: it goes round the block
+    without = jax.tree_util.tree_map_with_path(
+        lambda path, x: 0 * x if "['Dense_2']" in jax.tree_util.keystr(path) else x, params
+    )
+
+    @jax.jit
+    def trained(params, key):
+        return network.apply(params, OBS, ACTION, t, training=True, rngs={"dropout": key})
+
+    a, b = (trained(params, jax.random.key(k)) for k in (1, 2))
+    assert np.abs(a - b).max() > 1e-3
+    np.testing.assert_allclose(trained(without, KEY), network.apply(without, OBS, ACTION, t), rtol=1e-5, atol=1e-6)
+    still = NoiseResNet(2, (64,), 0.0).apply(params, OBS, ACTION, t)
+    np.testing.assert_array_equal(network.apply(params, OBS, ACTION, t), still)
