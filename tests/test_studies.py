@@ -364,6 +364,7 @@ def test_the_committed_result_on_fine_tuning_is_that_of_the_committed_runs(study
     result = json.loads((STUDIES / "fine_tuning.json").read_text())
     assert result["failures"] == json.loads(json.dumps(study.failures()))
     assert result["values"] == {label: study.values(*where) for label, where in study.SHOWN.items()}
+    assert result["calibration"] == {label: study.values(*where) for label, where in study.CALIBRATION.items()}
     for found in result["failures"].values():
         assert found["at_switch"] == found["failures"][found["steps"].index(0)]
 

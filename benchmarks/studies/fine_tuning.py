@@ -12,6 +12,8 @@ Failures    The runs of the protocol `finetune` (benchmarks/results/finetune) on
 Values      What CQL and Cal-QL believe there at the start states, and what is true. Rewards are -1 a step until the
             goal, so no policy has a value below -1 / (1 - discount) = -100. Beside them CQL of the protocol `quick`,
             which makes as many updates on the data alone: a dip that it has too is not the switch's doing.
+Calibration The same two with rewards of 1 at the goal and 0 elsewhere, and 3,000 updates before the switch (a trial in
+            benchmarks/results/trials): no value is below 0 then, and what CQL pushes down is far too low.
 """
 
 import json
@@ -40,6 +42,8 @@ SHOWN = {  # label: protocol and method
     "Cal-QL, on-line from 1,000": ("finetune", "cal_ql"),
     "CQL, data alone": ("quick", "cql"),
 }
+CALIBRATION = {"CQL": ("trials/reward-shift-0", "cql"), "Cal-QL": ("trials/reward-shift-0", "cal_ql")}
+COLOURS = "#D55E00", "#0072B2", "#555555"
 FLOOR = -100.0  # of any policy's value
 
 
@@ -72,18 +76,24 @@ def values(protocol, method):
 
 
 def draw(result, path):
-    figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), dpi=110, layout="constrained")
+    figure, axes = plt.subplots(2, 2, figsize=(10, 7), dpi=110, layout="constrained")
+    (failed, score), (believed, calibrated) = axes
     for method, found in result["failures"].items():
-        axes[0].plot(found["steps"], found["failures"], label=method)
-    axes[0].set(title="Failures, in %", xlabel="steps on-line", ylim=(-3, 103), xlim=(0, 5000))
-    for (label, found), colour in zip(result["values"].items(), ("#D55E00", "#0072B2", "#555555"), strict=True):
-        for axis, column, style in ((1, "believed_value", "-"), (1, "true_value", ":"), (2, "score", "-")):
+        failed.plot(found["steps"], found["failures"], label=method)
+    failed.set(title="Failures, in %", xlabel="steps on-line", ylim=(-3, 103))
+    panels = [(score, "values", "score", "-"), (believed, "values", "believed_value", "-")]
+    panels += [(believed, "values", "true_value", ":"), (calibrated, "calibration", "believed_value", "-")]
+    panels += [(calibrated, "calibration", "true_value", ":")]
+    for axis, of, column, style in panels:
+        for (label, found), colour in zip(result[of].items(), COLOURS, strict=False):
             middle = np.mean(found[column], axis=0)
-            axes[axis].plot(found["steps"], middle, style, color=colour, label=label if style == "-" else None)
-    axes[1].axhline(FLOOR, color="#AAAAAA", linewidth=1)
-    axes[1].set(title="Value of the start: believed; dotted: true", xlabel="updates, then steps on-line")
-    axes[2].set(title="Score", xlabel="updates, then steps on-line", ylim=(-3, 103))
-    for axis in axes:
+            axis.plot(found["steps"], middle, style, color=colour, label=label if style == "-" else None)
+    score.set(title="Score", xlabel="updates, then steps on-line", ylim=(-3, 103))
+    believed.axhline(FLOOR, color="#AAAAAA", linewidth=1)
+    believed.set(title="Value of the start: believed; dotted: true", xlabel="updates, then steps on-line")
+    calibrated.axvline(3000, color="#AAAAAA", linewidth=1)
+    calibrated.set(title="The same with rewards of 0 and 1", xlabel="updates, and from 3,000 on steps on-line")
+    for axis in axes.ravel():
         axis.spines[["top", "right"]].set_visible(False)
         axis.legend(frameon=False, fontsize=8)
     figure.savefig(path, metadata={"Software": None})
@@ -93,6 +103,7 @@ def draw(result, path):
 def main():
     about = {**provenance(), **device()}
     result = {**about, "failures": failures(), "values": {label: values(*where) for label, where in SHOWN.items()}}
+    result["calibration"] = {label: values(*where) for label, where in CALIBRATION.items()}
     (HERE / "fine_tuning.json").write_text(json.dumps(result, indent=1) + "\n")
     draw(result, HERE / "fine_tuning.png")
 
