@@ -372,9 +372,25 @@ def test_the_committed_result_on_fine_tuning_is_that_of_the_committed_runs(study
 def test_the_text_on_fine_tuning_has_the_numbers_of_its_result():
     result = json.loads((STUDIES / "fine_tuning.json").read_text())
     text = section("Fine-tuning").replace("−", "-")
-    for method, name in (("cql", "CQL"), ("cal_ql", "Cal-QL")):
-        found = result["failures"][method]
-        assert f"{name}: {found['at_switch']:.0f} %" in text and f"{found['failures'][-1]:.0f} % after 5,000" in text
+    titles = {"awac": "AWAC", "spot": "SPOT", "cal_ql": "Cal-QL", "cql": "CQL", "wsrl": "WSRL", "iql": "IQL"}
+    assert result["failures"].keys() == titles.keys()
+    for method, found in result["failures"].items():
+        later = found["failures"][found["steps"].index(5000)]
+        after = f"{found['halved_after']:,} steps" if found["halved_after"] else "not within 5,000"
+        assert f"| {titles[method]} | {found['at_switch']:.0f} % | {later:.0f} % | {after} |" in text
+    assert "12,000 steps until every episode" in text and max(result["failures"]["iql"]["failures"][12:]) == 0
+    wsrl = result["failures"]["wsrl"]
+    assert [wsrl["failures"][wsrl["steps"].index(n)] for n in (1000, 2000)] == [100, 100]
+    low, held = (result["calibration"][name] for name in ("CQL", "Cal-QL"))
+    i = low["steps"].index(3000)
+    for found, form in ((low, ".0f"), (held, ".1f")):
+        believed, true = (np.mean(found[f"{which}_value"], axis=0)[i] for which in ("believed", "true"))
+        assert f"believes {believed:{form}} where {true:.2f} is true" in text
+    shares = [100 * row[i] for row in held["held"]]
+    assert f"holds up {min(shares):.0f} to {max(shares):.0f} %" in text
+    assert [[round(row[-1]) for row in found["score"]] for found in (low, held)] == [[100, 80, 0], [0, 0, 20]]
+    last = [row[-1] for row in held["believed_value"]]
+    assert f"believes {min(last):.0f} to {max(last):.0f}, although" in text
     cql, cal_ql, offline = result["values"].values()
     for found, steps in ((cql, 1000), (cal_ql, 1000), (offline, 2000)):
         i = found["steps"].index(steps)
