@@ -30,6 +30,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))  # scripts that import each other a
 import report  # noqa: E402
 import speed  # noqa: E402
 import sweep  # noqa: E402
+from report.online import since_switch  # noqa: E402
 from report.runs import read_runs  # noqa: E402
 
 README = (ROOT / "README.md").read_text()
@@ -363,6 +364,41 @@ def test_trials_on_the_pages_are_those_of_the_result_files():
         score = f"{run.scores.mean():.1f}"
         assert shown == f"{score}, believes {report.number(believed)}, true {report.number(true)}", place
         assert "dirty" not in run.summary["commit"]
+
+
+def test_what_the_page_on_learning_on_line_says():
+    """Means over the seeds at the switch and after 1,000, 5,000 and 20,000 steps."""
+    page_text = " ".join(page("online.md").partition("What the gaps are")[2].partition("\n## ")[0].split())
+    found = read_runs(RESULTS / "finetune")
+    runs = {(run.dataset.split("-")[0].removeprefix("stitch/"), run.method): run for run in found}
+    shown = {}
+    for key, run in runs.items():
+        steps, scores = since_switch(run), run.curve.mean(axis=0)
+        shown[key] = {n: f"{scores[list(steps).index(n)]:.1f}" for n in (0, 1000, 5000, 20_000) if n in steps}
+    maze = {method: curve for (data, method), curve in shown.items() if data == "pointmaze"}
+    hopper = {method: curve for (data, method), curve in shown.items() if data == "hopper"}
+    assert maze["awac"][0] == maze["spot"][0] == "0.0" and "which began with 0.0" in page_text
+    assert {maze[name][20_000] for name in ("awac", "spot", "iql")} == {"100.0"}
+    for name, title in (("cql", "CQL goes"), ("spot", "SPOT"), ("awac", "AWAC")):
+        within = " within 5,000 steps" if name == "cql" else ""
+        assert f"{title} from {hopper[name][0]} to {hopper[name][5000]}{within}" in page_text
+    assert f"IQL falls from {maze['iql'][0]} to {maze['iql'][1000]}" in page_text
+    assert f"from {maze['wsrl'][0]} to {maze['wsrl'][1000]}" in page_text
+    assert f"IQL has {hopper['iql'][5000]} after 5,000" in page_text
+    assert all(float(x["awac"][5000]) > float(x["iql"][5000]) for x in (maze, hopper))
+    assert f"{maze['rlpd'][5000]} after 5,000" in page_text and f"({hopper['rlpd'][5000]})" in page_text
+    assert f"Cal-QL has {hopper['cal_ql'][0]} at the switch and CQL {hopper['cql'][0]}" in page_text
+    folder = RESULTS / "finetune" / "hopper-medium-replay-100k-v0"
+    lines = (folder / "cal_ql" / "metrics.jsonl").read_text().splitlines()
+    held = [line["held"] for line in map(json.loads, lines) if line["step"] == 1000]
+    assert f"{100 * np.mean(held):.0f} % of the policy's proposals" in page_text
+    study = " ".join((ROOT / "benchmarks" / "studies" / "README.md").read_text().split())
+    lines = (folder / "cql" / "metrics.jsonl").read_text().splitlines()
+    first = [line for line in map(json.loads, lines) if line["step"] == 1000]
+    believed, true = (np.mean([line[f"{which}_value"] for line in first]) for which in ("believed", "true"))
+    assert f"believes {believed:.0f} where {true:.0f} is true. Yet" in study
+    scores = [hopper["cql"][n] for n in (0, 1000, 5000)]
+    assert "{} at the switch, {} after 1,000 steps and {} after 5,000".format(*scores) in study
 
 
 # --- Code that runs as it stands -------------------------------------------------------------------------------
