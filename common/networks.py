@@ -372,6 +372,26 @@ class AutoregressiveActor(nn.Module):
         return action
 
 
+# --- Flows ---------------------------------------------------------------------------------------------
+
+
+class Velocity(nn.Module):
+    """Velocity of a flow at the point x of action space and the time t (FQL, https://arxiv.org/abs/2502.02538).
+
+    (..., obs_dim), (..., action_dim), (..., 1) -> (..., action_dim): the inputs are joined, the time as the number that
+    it is. Without a time it is FQL's one-step policy: the action, which is not squashed, at an observation and noise.
+    The layers are those of its code (https://github.com/seohongpark/fql at 719d044): GELU in its tanh form, no norm.
+    """
+
+    action_dim: int
+    hidden: Sequence[int] = (256, 256)
+
+    @nn.compact
+    def __call__(self, obs, x, *time):
+        network = MLP(self.action_dim, self.hidden, "glorot", activation=nn.gelu)
+        return network(jnp.concatenate([obs, x, *time], axis=-1))
+
+
 # --- Values --------------------------------------------------------------------------------------------
 
 
@@ -381,10 +401,13 @@ class Value(nn.Module):
     hidden: Sequence[int] = (256, 256)
     initializer: str = "orthogonal"
     layer_norm: bool = False
+    relu_first: bool = False
+    activation: Callable = nn.relu
 
     @nn.compact
     def __call__(self, obs):
-        return MLP(1, self.hidden, self.initializer, self.layer_norm)(obs).squeeze(axis=-1)
+        options = self.initializer, self.layer_norm, self.relu_first, None, self.activation
+        return MLP(1, self.hidden, *options)(obs).squeeze(axis=-1)
 
 
 class Critic(nn.Module):
