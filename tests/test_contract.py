@@ -49,13 +49,16 @@ ALL_REAL = dict.fromkeys(("combo", "mobile"), {"real_ratio": 1.0})
 NEEDS = dict.fromkeys(("cql", "cal_ql"), {"lagrange": True})  # options without which a float of theirs does nothing
 ACTS_ON_SAMPLES = {"bcq", "bear", "emaq", "qt_opt", "actionable_models"}  # act takes the best of actions that it draws
 ACTS_ON_SAMPLES |= {"diffusion_ql"}
+ACTS_ON_SAMPLES |= {"fql", "ifql", "qc"}  # or the one that it draws
 MIXES = {"bcq", "bear", "emaq"}  # q is min_weight of the smaller critic, and the rest of the larger one
+MEANS = {"fql"}  # q is the mean of the critics: its paper believes that
 ACTS_BY_TARGETS = {"qt_opt", "diffusion_ql"}  # the averaged critic is the one that its paper acts by
 RELABELS = {"awr"}  # its returns are made anew while it trains
 OF_BELIEFS = {"model_evaluation": {"discount"}}  # floats of what it believes, and not of what it fits
 AWR = {"extraction": "awr"}  # the way to a policy that discrete actions allow, beside that of the defaults
 EXTRACTS = {"gciql", "qrl", "crl"}  # have both
 NEGATIVES = {"crl"}  # the other rows of a batch are the negative examples of each row
+CHUNKS = {"qc"}  # its critics value several actions at once, of which an evaluation has one: it has no q
 LOG_RATIO = {"crl"}  # its critic is the logarithm of a ratio of probabilities, and no return
 NONE_BELOW_0 = {"actionable_models"}  # its targets are at least 0, and so is what it starts from in these tests
 SHARES = {"hiql": "v"}  # this part of the network alone has a slow copy: both read the same goals
@@ -64,7 +67,7 @@ GAUSSIAN = {"epsilon_std", "init_std"}  # floats of a Gaussian: discrete actions
 ONLINE = {"exploration_noise", "offline_ratio", "online_weight", "end_weight"}  # read on-line alone: test_online.py
 ASKS_FOR = {"rvs": {"target"}, "dt": {"target_return"}}  # floats that say what to act for; training does not read them
 STATIC = {"dt": {"dropout"}}  # a float that flax compares with 0, so that no sweep has it: make_agent says so
-WINDOWS = {"dt"}  # `draw` makes a batch of whole windows of rows
+WINDOWS = {"dt", "qc"}  # `draw` makes a batch of whole windows of rows
 STEPS = {"dt"}  # the loss of a batch is the mean over the steps of its windows, which have no rewards: tests/test_dt.py
 MOVES_TARGETS = {"rlpd"}  # with each of its critic updates
 
@@ -92,7 +95,7 @@ def config(algo, **changes):
     small |= {name: (8,) for name in fields if name.endswith("hidden")}
     counts = dict(prepare_interval=5, num_members=3, num_elites=2, rollout_batch_size=16, horizon=2, buffer_size=64,
                   real_ratio=0.5, policy_delay=2, latent_dim=16, subgoal_steps=3, context=3, embed_dim=8,
-                  max_timestep=6, warmup_updates=2, ema_interval=1)  # fmt: skip
+                  max_timestep=6, warmup_updates=2, ema_interval=1, flow_steps=2)  # fmt: skip
     small |= {name: value for name, value in counts.items() if name in fields}
     return algo.Config(**(small | changes))
 
@@ -137,6 +140,7 @@ def random_data(spec, key):
 
 CASES = [(name, spec, {}) for name in ALGOS for spec in (CONTINUOUS, DISCRETE) if takes(load(name), spec)]
 CASES += [(name, spec, AWR) for name in sorted(EXTRACTS) for spec in (CONTINUOUS, DISCRETE)]
+CASES += [("qc", CONTINUOUS, {"policy": "one-step"})]
 
 
 def id_of(name, spec, options):
@@ -281,6 +285,7 @@ def traced_floats(case):
     read |= OF_BELIEFS.get(name_of(case.algo), set()) | ASKS_FOR.get(name_of(case.algo), set())
     extracts_by_weights = getattr(case.cfg, "extraction", "awr") == "awr"
     read |= set() if extracts_by_weights else {"max_weight"}
+    read |= {"alpha"} if getattr(case.cfg, "policy", "") == "best-of-n" else set()
     fields = {f.name: getattr(case.cfg, f.name) for f in dataclasses.fields(case.cfg)}
     return {name: x for name, x in fields.items() if isinstance(x, float) and name not in read}
 
@@ -474,7 +479,7 @@ def test_act_takes_any_number_of_leading_axes(case):
 
 def test_what_it_believes_is_a_number_for_each_state_and_depends_on_the_action(case):
     if not hasattr(case.agent, "q"):
-        learns_q = "critic" in case.state._fields and name_of(case.algo) not in LOG_RATIO
+        learns_q = "critic" in case.state._fields and name_of(case.algo) not in LOG_RATIO | CHUNKS
         assert not learns_q, "it learns a Q-function: the Agent needs a q"
         pytest.skip("learns no Q-function")
     q = case.agent.q(case.state, case.obs, case.data.action)
@@ -501,6 +506,7 @@ def test_what_it_believes_is_the_smaller_of_its_critics(case):
     at = case.obs, case.data.action
     low, high, far = (case.agent.q(shifted(by), *at) for by in (-1e3, 1e3, 2e3))
     smaller = case.cfg.min_weight if case.algo.__name__.removeprefix("algos.") in MIXES else 1.0
+    smaller = 0.5 if name_of(case.algo) in MEANS else smaller
     if case.algo.__name__.endswith("qt_opt"):  # a sigmoid: its values have bounds
         assert np.all(low < 0.01 * high)
         np.testing.assert_allclose(high, far, rtol=1e-5)
@@ -596,7 +602,7 @@ def test_batches_are_aligned_and_cover_the_data(algo):
         pytest.skip("its batches are of windows: tests/test_dt.py")
     ids = jnp.arange(N, dtype=jnp.float32)
     data = Transition(ids[:, None], ids[:, None] + 100, ids + 200, ids[:, None] + 300, ids + 400)
-    if name_of(algo) in GOALS:  # these rows are not read, as another test asks, and not handed on
+    if name_of(algo) in GOALS | WINDOWS:  # these rows are not read, as another test asks, and not handed on
         data = data._replace(end=jnp.arange(N) // 8 * 8 + 7)
 
     class Seen(NamedTuple):
@@ -610,7 +616,8 @@ def test_batches_are_aligned_and_cover_the_data(algo):
         aligned = jnp.all(jnp.stack(columns) == b.obs[:, 0][None])
         return Seen(state.key, state.count.at[b.obs[:, 0].astype(int)].add(1)), {"aligned": aligned.astype(jnp.float32)}
 
-    cfg = config(algo, log_interval=200, eval_interval=200, num_updates=200)
+    one = {"horizon": 1} if name_of(algo) in WINDOWS else {}  # windows that are rows
+    cfg = config(algo, log_interval=200, eval_interval=200, num_updates=200, **one)
     train = jax.jit(algo.make_train(cfg, types.SimpleNamespace(update=update)))
     state, metrics = train(Seen(jax.random.key(0), jnp.zeros(N)), data)
     assert metrics["aligned"] == 1 and state.count.sum() == 200 * B

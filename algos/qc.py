@@ -1,0 +1,490 @@
+"""Q-chunking (QC): critic and policy of whole chunks of actions, which are taken without looking in between.
+
+A chunk of h actions crosses h steps in one backup of values, without the bias of n-step returns, and clones what people
+do over several steps. QC takes the best of N chunks of a flow; QC-FQL (`--policy one-step`) is FQL on chunks.
+
+Paper      Li, Zhou & Levine (2025), https://arxiv.org/abs/2507.07969
+Reference  https://github.com/ColinQiyangLi/qc at 48283b4, agents/acfql.py and utils/datasets.py, by the authors
+
+From equation to code (A = a_t .. a_t+h-1; v, mu, m(s, z) and L_pi as in fql.py, with A in the place of a)
+    R    = sum_k<h discount^k alive_k r_t+k, alive_k = 1 if no row before t + k in the window is terminal   draw
+    y    = R + discount^h alive_h agg_j Qbar_j(s_t+h, A'), A' the policy's chunk at s_t+h                   update
+    L_Q  = E[ valid_h-1 (Q_j(s_t, A) - y)^2 ], valid_k = 1 if row t + k is in the episode of t              critic_loss
+    L_v  = E[ sum_k valid_k |v(s, x_t, t)_k - (A - z0)_k|^2 / n ], n the dimensions of A                    flow_loss
+    A'   = argmax_i agg_j Q_j(s, m(s, z_i)), i = 1 .. N, by the critics, not their targets                  chunk
+
+Order of one update   Q, v and (QC-FQL) mu at once, each reading the others as they were before it; then target Q.
+Hyper-parameters      Config defaults: the reference's, with fewer updates, smaller networks, and larger steps.
+Deviations            1. The reference has no alive_k: where an episode goes on after a terminal row, R goes on too.
+                      2. Its windows run on into the next episode, masked by valid; ours repeat the last row.
+                      3. The target follows the new critics; the reference's lags one step behind them.
+                      4. `reward_shift` is an option here; the reference's sparse rewards for scene and puzzle are not.
+                      5. Batches are drawn on the device, with replacement. Offline only.
+Run                   python algos/qc.py --dataset stitch/pointmaze-umaze-v0
+"""
+
+import contextlib
+import dataclasses
+import inspect
+import itertools
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import chex
+import filelock
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orjson
+import tyro
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from tqdm import tqdm
+from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
+
+from common.datasets import load_dataset
+from common.environments import Interface, Spec, provenance
+from common.networks import Critic, Velocity
+
+
+# --- Configuration -------------------------------------------------------------------------------------
+@dataclasses.dataclass(frozen=True)
+class Config:
+    # Experiment
+    dataset: str = "stitch/pointmaze-umaze-v0"  # a Minari dataset: local, built, or downloaded
+    seed: int = 0  # of the first run: its networks, batches and evaluation
+    num_seeds: int = 3  # runs trained in one program, with seeds seed, seed + 1, ...
+    num_updates: int = 6_000  # gradient steps (published runs: some 1,000,000)
+    eval_interval: int = 2_000  # gradient steps between two evaluations, each with a checkpoint
+    eval_episodes: int = 20  # episodes of one evaluation, for each seed; 0: none, and no environment is made
+    eval_steps: int = 0  # after as many steps an episode of an evaluation is stopped; 0: the environment's own limit
+    log_interval: int = 250  # gradient steps of one compiled call; the progress line moves after each
+    out: str = ""  # the run folder; by default runs/ALGORITHM/DATASET
+    # Optimisation
+    batch_size: int = 256  # transitions of one gradient step
+    learning_rate: float = 1e-3  # of every Adam (the reference: 3e-4)
+    hidden: tuple[int, ...] = (256, 256)  # units of the hidden layers (the reference: four of 512)
+    discount: float = 0.99  # gamma
+    tau: float = 0.05  # Polyak step of the target critic (the reference: 0.005)
+    # QC
+    horizon: int = 5  # actions of a chunk, all of which are taken (h): 1 is FQL, or the best of N single actions
+    policy: Literal["best-of-n", "one-step"] = "best-of-n"  # QC; QC-FQL
+    num_samples: int = 32  # best-of-n: chunks of the flow, of which the best is taken (N); 1 is cloning
+    alpha: float = 100.0  # one-step: weight of staying near the flow, against Q as it is: on the scale of the returns
+    flow_steps: int = 10  # Euler steps from noise to a chunk (M)
+    q_agg: Literal["mean", "min"] = "mean"  # of the critics, in y and to choose (agg)
+    reward_shift: float = -1.0  # added to every reward: -1 for tasks with reward 1 at a goal and 0 elsewhere
+
+
+def load_data(cfg: Config):
+    return load_dataset(cfg.dataset, columns=("end",), reward_shift=cfg.reward_shift)
+
+
+def check(cfg: Config, grid: dict[str, list[float]]):
+    """Ends with one sentence where a value cannot be what its field needs."""
+    types = {field.name: field.type for field in dataclasses.fields(cfg)}
+    zero = {"seed", "eval_episodes", "eval_steps", "online_steps", "online_start"}  # what may be 0
+    zero |= {"num_updates"} if getattr(cfg, "online_steps", 0) else set()
+    for name, kind in types.items():
+        value, kind = (grid[name], list[kind]) if name in grid else (getattr(cfg, name), kind)
+        try:
+            check_type(value, kind, collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)
+        except TypeCheckError:
+            raise SystemExit(f"{name} must be {inspect.formatannotation(kind)}, not {value!r}.") from None
+        low = 0 if name in zero else 1
+        if kind in (int, tuple[int, ...]) and not all(low <= x < 2**31 for x in np.ravel(value)):
+            raise SystemExit(f"{name} must be from {low} to {2**31 - 1}, not {value}.")
+        if not all(abs(x) < 1e38 for x in np.ravel(value) if isinstance(x, float | int)):  # nor is NaN
+            raise SystemExit(f"{name} must be a finite number, not {value}.")
+    if cfg.seed + cfg.num_seeds > 2**31:
+        raise SystemExit(f"seed + num_seeds must be at most {2**31}, not {cfg.seed + cfg.num_seeds}.")
+    read = load_data.__code__.co_names  # names in its text: the data are loaded once, for all points of a grid
+    if wrong := [name for name in grid if types.get(name) is not float or name in read or not grid[name]]:
+        raise SystemExit(f"A grid has values of float fields that load_data does not read: not so {wrong[0]}.")
+    counts = {"num_updates": "eval_interval", "pretrain_updates": "eval_interval", "eval_interval": "log_interval"}
+    turn = "prepare_interval" if "prepare_interval" in types else "log_interval"  # which is made of whole cycles
+    counts |= {"log_interval": turn, turn: "policy_delay"}
+    counts |= {"online_steps": "eval_interval", "online_start": "online_block"}
+    for whole, part in counts.items():
+        if getattr(cfg, whole, 0) % getattr(cfg, part, 1):
+            raise SystemExit(f"{whole} must be a multiple of {part}, which is {getattr(cfg, part)}.")
+
+
+# --- State: arrays only, so that a whole run can be vmapped, compared and saved -----------------------------
+class Trainable(NamedTuple):
+    params: Any
+    opt_state: optax.OptState
+
+
+class State(NamedTuple):
+    key: jax.Array
+    actor: Trainable | None  # with one-step
+    flow: Trainable
+    critic: Trainable
+    target_critic: Any
+
+
+class Batch(NamedTuple):
+    obs: jax.Array  # (b, obs_dim), of the window's first row
+    action: jax.Array  # (b, horizon * action_dim), of all of its rows
+    reward: jax.Array  # (b,) discounted sum over the window, up to its first terminal row
+    next_obs: jax.Array  # (b, obs_dim), after the window
+    terminal: jax.Array  # (b,) 1 if the window has a terminal row
+    valid: jax.Array  # (b, horizon) 1 where the row is in the episode of the first one
+
+
+class Agent(NamedTuple):
+    init: Callable  # (key) -> State
+    update: Callable  # (State, Batch) -> (State, metrics)
+    act: Callable  # (State, obs, key) -> the first action of a new chunk
+    act_with_memory: Callable  # (State, obs, key, memory, reward) -> (action, memory), a chunk to its end
+
+
+# --- Algorithm -----------------------------------------------------------------------------------------
+def draw(key, dataset, state, cfg: Config):
+    """Windows of `horizon` rows from rows of the dataset, uniformly and with replacement.
+
+    At the end of its episode a window repeats the last row, where `valid` is 0.
+    """
+    index, steps = jax.random.randint(key, (cfg.batch_size,), 0, len(dataset.reward)), jnp.arange(cfg.horizon)
+    rows, end = index[:, None] + steps[None], dataset.end[index][:, None]
+    valid, rows = (rows <= end).astype(jnp.float32), jnp.minimum(rows, end)
+    alive = jnp.cumprod(1 - dataset.terminal[rows], axis=1)  # after each row
+    before = jnp.concatenate([jnp.ones_like(alive[:, :1]), alive[:, :-1]], axis=1)
+    reward = (cfg.discount ** steps[None] * before * dataset.reward[rows]).sum(axis=1)
+    action = dataset.action[rows].reshape(cfg.batch_size, -1)
+    return Batch(dataset.obs[index], action, reward, dataset.next_obs[rows[:, -1]], 1 - alive[:, -1], valid)
+
+
+def descend(tx, loss_fn, trainable, *args):
+    """One optimiser step on `loss_fn(params, *args) -> (loss, info)`."""
+    (loss, info), grads = jax.value_and_grad(loss_fn, has_aux=True)(trainable.params, *args)
+    updates, opt_state = tx.update(grads, trainable.opt_state, trainable.params)
+    params = optax.apply_updates(trainable.params, updates)
+    return Trainable(params, opt_state), {loss_fn.__name__: loss, **info}
+
+
+def euler(velocity, x, steps):
+    """Where x (..., n) is after `steps` Euler steps from t = 0 to 1; velocity(x, t) -> (..., n), t (..., 1) < 1."""
+    for i in range(steps):
+        x = x + velocity(x, jnp.full_like(x[..., :1], i / steps)) / steps
+    return x
+
+
+def make_agent(cfg: Config, spec: Spec) -> Agent:
+    if spec.discrete:
+        raise SystemExit("QC needs continuous actions and this dataset's are discrete: use IQL or BC.")
+    chunk_dim, one_step = cfg.horizon * spec.action_dim, cfg.policy == "one-step"
+    actor, flow = Velocity(chunk_dim, cfg.hidden), Velocity(chunk_dim, cfg.hidden)
+    critic = Critic(2, cfg.hidden, "glorot", layer_norm=True, relu_first=True, activation=jax.nn.gelu)
+    adam = optax.adam(cfg.learning_rate)
+
+    def aggregate(q):
+        return q.min(axis=0) if cfg.q_agg == "min" else q.mean(axis=0)
+
+    def critic_loss(params, batch, target):
+        q = critic.apply(params, batch.obs, batch.action)
+        chex.assert_shape(q, (2, *target.shape))
+        return (batch.valid[None, :, -1] * (q - target[None]) ** 2).mean(), {"q": q.mean()}
+
+    def flow_loss(params, batch, noise, time):
+        x = (1 - time) * noise + time * batch.action
+        velocity = flow.apply(params, batch.obs, x, time)
+        chex.assert_equal_shape([velocity, batch.action, noise])
+        error = (velocity - (batch.action - noise)).reshape(*batch.valid.shape, spec.action_dim)
+        return (batch.valid[..., None] * error**2).mean(), {}
+
+    def actor_loss(params, batch, critic_params, noise, flow_action):
+        action = actor.apply(params, batch.obs, noise)
+        q = critic.apply(critic_params, batch.obs, jnp.clip(action, -1, 1)).mean(axis=0)
+        chex.assert_equal_shape([action, flow_action])
+        chex.assert_equal_shape([q, batch.reward])
+        distill_loss = ((action - flow_action) ** 2).mean()
+        return cfg.alpha * distill_loss - q.mean(), {"distill_loss": distill_loss}
+
+    def init(key):
+        key, key_actor, key_flow, key_critic = jax.random.split(key, 4)
+        obs, action = jnp.zeros((1, spec.obs_dim)), jnp.zeros((1, chunk_dim))
+        actor_params = actor.init(key_actor, obs, action)
+        flow_params = flow.init(key_flow, obs, action, jnp.zeros((1, 1)))
+        critic_params = critic.init(key_critic, obs, action)
+        return State(
+            key=key,
+            actor=Trainable(actor_params, adam.init(actor_params)) if one_step else None,
+            flow=Trainable(flow_params, adam.init(flow_params)),
+            critic=Trainable(critic_params, adam.init(critic_params)),
+            target_critic=critic_params,
+        )
+
+    def generate(params, obs, noise):
+        return jnp.clip(euler(lambda x, t: flow.apply(params, obs, x, t), noise, cfg.flow_steps), -1, 1)
+
+    def chunk(state, obs, key):
+        """The policy's next `horizon` actions: (..., obs_dim) -> (..., horizon * action_dim)."""
+        obs = obs if one_step else jnp.broadcast_to(obs, (cfg.num_samples, *obs.shape))
+        noise = jax.random.normal(key, (*obs.shape[:-1], chunk_dim))
+        if one_step:
+            return jnp.clip(actor.apply(state.actor.params, obs, noise), -1, 1)
+        actions = generate(state.flow.params, obs, noise)
+        best = aggregate(critic.apply(state.critic.params, obs, actions)).argmax(axis=0)
+        return jnp.take_along_axis(actions, best[None, ..., None], axis=0).squeeze(axis=0)
+
+    def update(state, batch):
+        key, key_next, key_flow, key_time, key_actor = jax.random.split(state.key, 5)
+        next_q = aggregate(critic.apply(state.target_critic, batch.next_obs, chunk(state, batch.next_obs, key_next)))
+        target = batch.reward + cfg.discount**cfg.horizon * (1 - batch.terminal) * next_q
+        new_critic, info = descend(adam, critic_loss, state.critic, batch, target)
+
+        noise = jax.random.normal(key_flow, batch.action.shape)
+        time = jax.random.uniform(key_time, (len(noise), 1))
+        new_flow, flow_info = descend(adam, flow_loss, state.flow, batch, noise, time)
+
+        new_actor, actor_info = None, {}
+        if one_step:
+            noise = jax.random.normal(key_actor, batch.action.shape)
+            rest = state.critic.params, noise, generate(state.flow.params, batch.obs, noise)
+            new_actor, actor_info = descend(adam, actor_loss, state.actor, batch, *rest)
+
+        target_critic = optax.incremental_update(new_critic.params, state.target_critic, cfg.tau)
+        return State(key, new_actor, new_flow, new_critic, target_critic), info | flow_info | actor_info
+
+    def queue_of(state, obs, key):
+        actions = chunk(state, obs, key).reshape(*obs.shape[:-1], cfg.horizon, spec.action_dim)
+        return jnp.moveaxis(actions, -2, 0)
+
+    def act(state, obs, key):
+        return queue_of(state, obs, key)[0]
+
+    def act_with_memory(state, obs, key, memory, reward):
+        """The memory: a queue (horizon, ..., action_dim), and how many of its actions are taken; then a new one."""
+
+        def begin():
+            return queue_of(state, obs, key), jnp.int32(0)
+
+        queue, taken = begin() if memory is None else jax.lax.cond(memory[1] == cfg.horizon, begin, lambda: memory)
+        return queue[taken], (queue, taken + 1)
+
+    return Agent(init, update, act, act_with_memory)
+
+
+# --- Training: the same in every file, and a test keeps it so -----------------------------------------------
+def make_train(cfg: Config, agent: Agent, phase: str = "update"):
+    """`train(state, dataset)`: `cfg.log_interval` updates and the mean of each metric. Pure: jit it, vmap it."""
+    first = "pretrain_" if phase == "pretrain" else ""  # of the two phases that some methods have
+    cycle = getattr(agent, first + "cycle", [getattr(agent, phase)])  # updates in turn; the last has every metric
+    prepare = getattr(agent, first + "prepare", lambda *unchanged: unchanged)
+    draw_batch = getattr(agent, first + "draw", draw)
+    interval = getattr(cfg, "prepare_interval", cfg.log_interval)
+
+    def train(state, dataset):
+        names = []  # of the metrics, once `step` is traced
+
+        def step(state, rows):
+            infos = []
+            for update in cycle:
+                key, key_batch = jax.random.split(state.key)
+                batch = draw_batch(key_batch, rows, state, cfg)
+                state, info = update(state._replace(key=key), batch)
+                infos.append(info)
+            names[:] = info
+            values = ([info[name] for info in infos if name in info] for name in names)
+            return state, jnp.stack([sum(x) / len(x) for x in values])  # in one array: one kernel
+
+        def steps(state, _):
+            state, rows = prepare(state, dataset)
+            return jax.lax.scan(lambda state, _: step(state, rows), state, length=interval // len(cycle))
+
+        state, metrics = jax.lax.scan(steps, state, length=cfg.log_interval // interval)
+        return state, dict(zip(names, metrics.mean(axis=(0, 1)), strict=True))
+
+    return train
+
+
+def act_at(cfg: Config, agent: Agent, state, obs, memory, reward, t):
+    """(actions, memory) at step `t` of episodes; at their start there is no memory, and the last reward is 0."""
+    act = getattr(agent, "act_with_memory", lambda *at: (agent.act(*at[:3]), None))
+    key = jax.random.fold_in(jax.random.key(~cfg.seed), t)  # of no use elsewhere: init splits the seed's own key
+    return act(state, obs, key, memory, reward)
+
+
+class Runs:
+    """The runs of a folder: each seed at each point of a grid has a row in every array of `fields` and `states`."""
+
+    def __init__(self, cfg: Config, interface: Interface, grid: dict[str, list[float]]):
+        self.cfg, self.interface = cfg, interface
+        rows = list(itertools.product(*grid.values(), range(cfg.seed, cfg.seed + cfg.num_seeds)))
+        self.runs = [{"seed": row[-1], "grid": dict(zip(grid, row, strict=False))} for row in rows]
+        self.fields = {name: np.array([run["grid"][name] for run in self.runs], np.float32) for name in grid}
+        self.fields["seed"] = np.array([run["seed"] for run in self.runs], np.int32)
+        self.mesh = Mesh(jax.local_devices()[: math.gcd(len(self.runs), jax.local_device_count())], "run")
+        self.step = -getattr(cfg, "pretrain_updates", 0)  # updates so far; a first phase ends at 0
+        self.seconds = {"train_seconds": 0.0, "eval_seconds": 0.0}
+        self.metrics, self.lines, self.online, self.episode = {}, [], {}, None  # of advance, evaluate, Online, __call__
+        make_agent(cfg, interface.spec)  # refuses what it cannot be, before any compilation
+        init, act = self.every(lambda cfg, agent: agent.init(jax.random.key(cfg.seed))), self.every(act_at)
+        self.init = lambda: init(self.fields, (), {})
+        self.act = lambda obs, t, *episode: act(self.fields, (self.states, obs, *episode), {"t": t})
+        q = self.every(lambda cfg, agent, *at: agent.q(*at))
+        self.q = (lambda *at: q(self.fields, (self.states, *at), {})) if "q" in Agent._fields else None
+
+    def __call__(self, observation, reward=None):  # see Interface.act
+        action, self.episode = self.interface.act(self.act, observation, reward, self.episode)
+        return action
+
+    def every(self, function, donate=()):
+        """`function(cfg, agent, *row, **shared)` of every run, with its row of each array: (fields, rows, shared)."""
+
+        def of_run(fields, row, shared):
+            cfg = dataclasses.replace(self.cfg, **fields)
+            return function(cfg, make_agent(cfg, self.interface.spec), *row, **shared)
+
+        def of_device(fields, rows, shared):
+            if self.mesh.devices[0].platform == "cpu":  # its caches hold the networks of one run: they take turns
+                return jax.lax.map(lambda row: of_run(*row, shared), (fields, rows))
+            return jax.vmap(of_run, in_axes=(0, 0, None))(fields, rows, shared)
+
+        specs = {"in_specs": (P("run"), P("run"), P()), "out_specs": P("run"), "check_vma": False}
+        return jax.jit(jax.shard_map(of_device, mesh=self.mesh, **specs), donate_argnums=donate)
+
+    def lower(self, phase: str, shared):
+        train = self.every(lambda cfg, agent, *row, **shared: make_train(cfg, agent, phase)(*row, **shared), donate=1)
+        return train.lower(self.fields, (self.states,), shared)
+
+    def advance(self, train, shared, bar):
+        infos, started = [], time.perf_counter()
+        for _ in range(self.cfg.eval_interval // self.cfg.log_interval):
+            self.states, info = train(self.fields, (self.states,), shared)
+            infos.append(jax.device_get(info))
+            bar.set_postfix({k: f"{x.mean():.3g}" for k, x in infos[-1].items() if k.endswith("loss")}, refresh=False)
+            bar.update(self.cfg.log_interval)
+        self.step += self.cfg.eval_interval
+        self.seconds["train_seconds"] += time.perf_counter() - started
+        self.metrics = {name: np.mean([info[name] for info in infos], axis=0) for name in info}
+
+    def save(self, folder: Path):
+        states = jax.device_get(self.states._replace(key=jax.random.key_data(self.states.key)))
+        saved = {name: getattr(self, name) for name in ("step", "seconds", "metrics", "lines", "online")}
+        saved["states"] = flax.serialization.to_state_dict(states)
+        write(folder / "checkpoint.msgpack", flax.serialization.msgpack_serialize(saved, in_place=True))  # keeps order
+
+    def evaluate(self, env, folder: Path, bar):
+        cfg, columns, started = self.cfg, {}, time.perf_counter()
+        if self.step > 0:  # a first phase is not played
+            how = {"discount": self.fields.get("discount", getattr(cfg, "discount", 1.0)), "max_steps": cfg.eval_steps}
+            columns = env.measure(self.act, self.q, self.fields["seed"], cfg.eval_episodes, **how)
+            bar.set_description(f"score {columns['score'].mean():.1f}".replace("score nan", "no score"))
+        arrays = self.metrics, jax.device_get([x.params for x in self.states if isinstance(x, Trainable)])
+        finite = [np.isfinite(x).reshape(len(self.runs), -1).all(axis=1) for x in jax.tree.leaves(arrays)]
+        columns |= {**self.metrics, **self.online.get("columns", {}), "diverged": ~np.all(finite, axis=0)}
+        for i, run in enumerate(self.runs):
+            self.lines.append({"step": self.step, **run, **{name: column[i] for name, column in columns.items()}})
+        write(folder / "metrics.jsonl", *self.lines)
+        self.seconds["eval_seconds"] += time.perf_counter() - started
+
+
+def restore(folder: str | Path, run: int | None = 0, cfg: Config | None = None) -> Runs:
+    """A trained policy: `policy = restore("runs/iql/...")`; `env.step(policy(observation))`. run None: all of them."""
+    try:
+        kept = json.loads((Path(folder) / "config.json").read_text())
+        saved = flax.serialization.msgpack_restore((Path(folder) / "checkpoint.msgpack").read_bytes())
+        fields = {name: tuple(x) if isinstance(x, list) else x for name, x in kept["config"].items()}
+        assert fields["algo"] == Path(__file__).stem, f"a run of {fields['algo']}"
+        cfg = cfg or Config(**{field.name: fields[field.name] for field in dataclasses.fields(Config)})
+        runs = Runs(cfg, Interface(*kept["interface"]), fields["grid"])
+        states = flax.serialization.from_state_dict(like := jax.eval_shape(runs.init), saved["states"])
+        states = states._replace(key=jax.random.wrap_key_data(states.key))
+        chex.assert_trees_all_equal_shapes_and_dtypes(states, like)
+        if run not in (None, *range(len(runs.runs))):
+            raise SystemExit(f"{folder} has no run {run}: its seeds, point by point, are 0 to {len(runs.runs) - 1}.")
+        if run is not None:
+            one, states = runs.runs[run], jax.tree.map(lambda x: x[run, None], states)
+            runs = Runs(dataclasses.replace(cfg, seed=one["seed"], num_seeds=1, **one["grid"]), runs.interface, {})
+        vars(runs).update({name: saved[name] for name in ("step", "seconds", "metrics", "lines", "online")})
+        runs.states = jax.device_put(states)
+        return runs
+    except Exception as error:  # absent, torn, foreign or of another version, each in its own way
+        raise SystemExit(f"{folder} holds no run that {Path(__file__).name} can go on with ({error!r}).") from error
+
+
+def read(path: Path):  # a JSON object, empty where the file is absent, torn or something else
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        return dict(orjson.loads(path.read_bytes()))
+    return {}
+
+
+def write(path: Path, *parts):
+    """Bytes, or what becomes JSON (NaN becomes null). A reader, or a kill, finds the old file or the new one whole."""
+    style = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE | orjson.OPT_INDENT_2 * (path.suffix == ".json")
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(b"".join(x if isinstance(x, bytes) else orjson.dumps(x, option=style) for x in parts))
+    os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def hold(folder: Path, about: dict):
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(folder / "lock", timeout=0):
+            if not {path.suffix for path in folder.iterdir()} & {".json", ".jsonl", ".msgpack"}:  # no run yet
+                write(folder / "config.json", about)
+            if read(folder / "config.json").get("config") != json.loads(json.dumps(about["config"])):
+                raise SystemExit(f"{folder} holds something else than this very run: choose another --out.")
+            yield
+    except KeyboardInterrupt:
+        raise SystemExit(f"Stopped: the same command goes on from the last checkpoint in {folder}.") from None
+    except OSError as error:
+        raise SystemExit(f"{folder} is in use, or cannot be written ({error}): choose another --out.") from error
+
+
+def main(cfg: Config, grid: dict[str, list[float]] | None = None):
+    """Trains every seed at every point of `grid`, whose float fields `load_data` does not read; goes on if stopped."""
+    algo, grid, pretrain = Path(__file__).stem, grid or {}, getattr(cfg, "pretrain_updates", 0)
+    check(cfg, grid)
+    out = Path(cfg.out or f"runs/{algo}/{cfg.dataset}")
+    with contextlib.suppress(RuntimeError):  # JAX runs already, in a notebook or a test; or there is no home
+        rows = cfg.num_seeds * math.prod(map(len, grid.values()))
+        jax.config.update("jax_num_cpu_devices", math.gcd(rows, os.cpu_count()))
+        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "stitch"))
+    dataset, env = load_data(cfg)
+    env.probe(cfg.eval_episodes)  # says before training what will not be scored
+    online = globals()["Online"](cfg, grid, env) if getattr(cfg, "online_steps", 0) else None  # the text below
+    started, runs = time.perf_counter(), Runs(cfg, env.interface, grid)
+    source = {**provenance(), "device": f"{runs.mesh.size} x {runs.mesh.devices[0].device_kind}"}
+    config = {"algo": algo, **dataclasses.asdict(cfg), "out": "", "grid": grid, "data": env.fingerprint}
+    with hold(out, {"config": config, "interface": list(env.interface), **source}):
+        if (summary := read(out / "summary.json")).get("algo") == algo:
+            print(f"{out} holds this very run, finished: to train again, choose another --out or remove it.")
+            return summary
+        runs.states = runs.init()
+        if begin := out if (out / "checkpoint.msgpack").exists() else getattr(cfg, "init", ""):
+            runs = restore(begin, None, cfg)
+        shared = {"dataset": jax.device_put(dataset, NamedSharding(runs.mesh, P()))}
+        phases = ("pretrain", "update")[(runs.step >= 0) + (runs.step >= cfg.num_updates) :]
+        trains = {phase: runs.lower(phase, shared).compile() for phase in phases}
+        compile_seconds = time.perf_counter() - started
+        with tqdm(total=pretrain + cfg.num_updates, initial=pretrain + runs.step, unit="update") as bar:
+            if runs.metrics:  # a checkpoint comes before its evaluation
+                runs.evaluate(env, out, bar)
+            while runs.step < cfg.num_updates:
+                runs.advance(trains["pretrain" if runs.step < 0 else "update"], shared, bar)
+                runs.save(out)
+                runs.evaluate(env, out, bar)
+            if online:
+                online.train(runs, shared, env, out, bar)
+        speed = (pretrain + runs.step) * len(runs.runs) / runs.seconds["train_seconds"]  # of all runs together
+        summary = {"algo": algo, "dataset": cfg.dataset, "num_updates": runs.step, "updates_per_second": speed}
+        summary |= {"compile_seconds": compile_seconds, **runs.seconds, **env.summary(runs.lines), **source}
+        write(out / "summary.json", summary)
+    print(f"{algo} on {env.sentence(summary)}, {speed:.0f} updates/s\nTo draw it: python benchmarks/plot.py {out}")
+    return read(out / "summary.json")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__.partition("\n\n")[0]))
