@@ -81,7 +81,7 @@ class Case(NamedTuple):
     pretrain: Any  # the same of the first phase; does nothing where there is none
     state: Any
     data: Transition
-    batch: Any  # a Transition, or what `draw` makes of one where rows have goals
+    batch: Any  # a Transition, or what `draw` makes of one where rows have goals or are windows
     obs: Any  # (N, obs_dim + goal_dim): what the policy is handed
 
 
