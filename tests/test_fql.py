@@ -108,33 +108,28 @@ class ExactFlow:
 ONE = Spec(1, 1)
 
 
-def test_flow_loss_at_its_optimum_is_what_no_velocity_knows(monkeypatch):
-    # E[ Var(a - z0 | x_t) ] = 0.4014 by quadrature over z0, a and t, and not 0: many (z0, a) pass through one x_t
+def test_losses_with_the_exact_flow_of_two_modes(monkeypatch):
+    """At its optimum the loss of the flow is not 0; the policy is pulled to where the flow's ten steps lead."""
+    # E[ Var(a - z0 | x_t) ] = 0.4014 by quadrature over z0, a and t: many (z0, a) pass through one x_t. Ten steps have
+    # mean 0.26433 and deviation 0.42221: a policy that is this mean everywhere is 0.42221^2 = 0.1783 off, and from the
+    # data's two modes it would be 0.1877 off. Standard errors are 0.002 and 0.001.
     monkeypatch.setattr(fql, "Velocity", ExactFlow)
-    cfg = dataclasses.replace(LINEAR, flow_steps=3)  # of no other test: compiled anew
+    cfg = dataclasses.replace(LINEAR, q_agg="min")  # of no other test: compiled anew
     action = jnp.where(jnp.arange(4096) % 4 < 3, 0.5, -0.5)[:, None]
     batch = Transition(jnp.zeros((4096, 1)), action, jnp.zeros(4096), jnp.zeros((4096, 1)), jnp.zeros(4096))
-    state = linear_state(spec=ONE)
-    losses = [update(cfg, {}, state._replace(key=jax.random.key(k)), batch, ONE)[1]["flow_loss"] for k in range(10)]
-    np.testing.assert_allclose(np.mean(losses), 0.4014, atol=0.015)
+    state = linear_state(actor=(0.0, 0.26433), spec=ONE)
+    infos = [update(cfg, {}, state._replace(key=jax.random.key(k)), batch, ONE)[1] for k in range(10)]
+    np.testing.assert_allclose(np.mean([info["flow_loss"] for info in infos]), 0.4014, atol=0.008)
+    np.testing.assert_allclose(np.mean([info["distill_loss"] for info in infos]), 0.1783, atol=0.004)
 
 
-def test_without_q_the_policy_becomes_the_flows_ten_steps(monkeypatch, optimised):
-    """On two modes P(a > 0) is then that of ten Euler steps, 0.7644, and not the data's 0.75. Q is 0 everywhere."""
-    monkeypatch.setattr(fql, "Velocity", ExactFlow)
-    cfg = fql.Config(hidden=(32, 32), learning_rate=1e-2)
-    agent = fql.make_agent(cfg, ONE)
-    zero = jax.jit(agent.init)(jax.random.key(0))
-    critic = jax.tree.map(jnp.zeros_like, zero.critic)
-    state = zero._replace(critic=critic, target_critic=critic.params)
-    batch = jax.tree.map(lambda x: x[:256], batch_of(action=(0.5, 0.5, 0.5, -0.5), dim=1))
-    train = jax.jit(lambda state: jax.lax.scan(lambda s, _: agent.update(s, batch), state, length=800))
-    state, info = train(state)
-    assert float(jnp.abs(info["q"]).max()) < 1e-6
-    obs = jnp.zeros((5000, 1))
-    action = jax.jit(agent.act)(state, obs, jax.random.key(1))
-    np.testing.assert_allclose([(action > 0).mean(), action.mean()], [0.76437, 0.26433], atol=0.012)
-    assert np.mean(np.abs(action) < 0.25) < 0.1  # ten steps leave 6 % between the modes
+def test_without_q_policy_and_flow_have_the_same_noise():
+    # One Euler step of v = 0 leaves the noise where it is, and a policy that is z is off by the clip alone: the mean of
+    # (z - clip(z))^2 is 0.1505. Of two different noises it would be 1.5.
+    state = linear_state(actor=([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]],))
+    cfg = dataclasses.replace(LINEAR, flow_steps=1)
+    _, info = update(cfg, {"alpha": 1.0}, state, batch_of())
+    np.testing.assert_allclose(info["distill_loss"], 0.1505, atol=0.04)
 
 
 def test_a_learned_flow_has_both_modes_in_their_proportion(optimised):
