@@ -124,6 +124,8 @@ def test_windows_begin_at_any_row_and_cross_no_end():
     np.testing.assert_allclose(np.bincount(first) / 20_000, 0.1, atol=0.01)  # the last rows, too
     expected = first[:, None] + np.arange(4)
     np.testing.assert_array_equal(batch.valid, expected <= end[first][:, None])
+    padded = np.minimum(expected, end[first][:, None])  # with the episode's last row, not with those of the next one
+    np.testing.assert_array_equal(batch.obs[..., 0], padded)
     real = np.asarray(batch.valid)
     for column, of in ((batch.obs[..., 0], x), (batch.action[..., 0], x + 100), (batch.return_to_go, x + 200)):
         np.testing.assert_array_equal(np.asarray(column)[real], np.asarray(of)[expected[real]])
