@@ -718,3 +718,57 @@ def test_the_text_on_intervals_has_the_numbers_of_its_result(monkeypatch):
     for name, of in (("fqe", span("FQE")), ("dice", span("DICE")), ("doubly_robust", span("MAGIC"))):
         own = " ".join((STUDIES.parents[1] / "algos" / f"{name}.md").read_text().split())
         assert f"{of} of 100 data sets" in own or f"MAGIC's holds it in {of}" in own
+
+
+@pytest.mark.parametrize("study", ["multimodality"], indirect=True)
+def test_the_data_of_the_fork_are_walks_on_both_sides_of_the_block(study):
+    data = study.fork(100)
+    obs, action = np.asarray(data.obs), np.asarray(data.action)
+    assert len(obs) > 100 * 2 * study.GOAL / study.STRIDE and obs[:, 0].max() > study.GOAL - 2 * study.STRIDE
+    assert not (np.abs(obs) < [study.WIDE, study.HIGH]).all(axis=1).any()
+    beside = np.abs(obs[:, 0]) < study.STRIDE / 2
+    assert 0.3 < np.mean(obs[beside, 1] > 0) < 0.7
+    near = (np.abs(obs[:, 0] + study.TURN) < 2 * study.STRIDE) & (np.abs(obs[:, 1]) < 0.05)
+    turning = near & (np.abs(action[:, 1]) > 0.5)
+    assert 0.3 < np.mean(action[turning, 1] > 0) < 0.7 and turning.sum() > 20
+    # Whoever goes straight on hits the block, who stays is stuck, and who follows the guide arrives on his side
+    side = np.where(np.arange(50) % 2, 1.0, -1.0)
+    for policy, how in (
+        (lambda place: np.tile([1.0, 0.0], (len(place), 1)), "hit"),
+        (np.zeros_like, "stuck"),
+        (lambda place: study.guide(place, side), "reached"),
+    ):
+        assert set(study.walk(policy, 50, np.random.default_rng(0))[1]) == {how}
+
+
+@pytest.mark.parametrize("study", ["multimodality"], indirect=True)
+def test_the_measures_of_the_bandit(study):
+    # Of N(+-0.5, 0.1^2), |a| < 0.2 is from 3 to 7 deviations away: 0.135 %
+    np.testing.assert_allclose([study.truth().sum(), study.truth()[32:48].sum()], [1, 0.00135], atol=1e-5)
+    rng = np.random.default_rng(0)
+    exact = rng.choice([-0.5, 0.5], study.SAMPLES) + 0.1 * rng.standard_normal(study.SAMPLES)
+    shares, distance, between = study.of_bandit(lambda obs, key: exact[:, None])
+    assert distance < 0.03 and between < 0.003 and shares.shape == (80,)
+    # A Gaussian of the same mean and deviation, 0.51, has 31 % between the modes
+    _, distance, between = study.of_bandit(lambda obs, key: 0.51 * rng.standard_normal((study.SAMPLES, 1)))
+    assert distance > 0.4 and 0.29 < between < 0.32
+
+
+@pytest.mark.parametrize("study", ["multimodality"], indirect=True)
+def test_each_policy_is_a_file_as_it_is_and_is_measured(study, monkeypatch, tmp_path):
+    tiny = dict(hidden=(8,), num_updates=20, log_interval=20, eval_interval=20, batch_size=16)
+    small = {"vae_hidden": (8,), "actor_hidden": (8,), "flow_steps": 2, "num_steps": 2}
+    methods = {
+        label: (file, fields | {name: x for name, x in small.items() if name in fields}, passes)
+        for label, (file, fields, passes) in study.METHODS.items()
+    }
+    changes = dict(COMMON=study.COMMON | tiny, SEEDS=1, SAMPLES=100, ROWS=200, WALKS=10, LIMIT=100, HERE=tmp_path)
+    for name, value in (changes | {"METHODS": methods}).items():
+        monkeypatch.setattr(study, name, value)
+    study.main()
+    result = json.loads((tmp_path / "multimodality.json").read_text())
+    assert (tmp_path / "multimodality.png").exists() and result["results"].keys() == study.METHODS.keys()
+    for one in result["results"].values():
+        (ended,), (density,), (distance,) = one["fork"], one["density"], one["distance"]
+        assert ended["reached"] + ended["hit"] + ended["stuck"] == pytest.approx(1)
+        assert len(density) == 80 and 0 <= distance <= 1 and set(one["microseconds"]) == {"1", "1000"}
