@@ -48,11 +48,12 @@ PROPOSES["mobile"] = {"penalty": 0.0}  # its doubt asks a model that is measured
 ALL_REAL = dict.fromkeys(("combo", "mobile"), {"real_ratio": 1.0})
 NEEDS = dict.fromkeys(("cql", "cal_ql"), {"lagrange": True})  # options without which a float of theirs does nothing
 ACTS_ON_SAMPLES = {"bcq", "bear", "emaq", "qt_opt", "actionable_models"}  # act takes the best of actions that it draws
-ACTS_ON_SAMPLES |= {"diffusion_ql"}
+ACTS_ON_SAMPLES |= {"diffusion_ql", "idql"}
 ACTS_ON_SAMPLES |= {"fql", "ifql", "qc"}  # or the one that it draws
 MIXES = {"bcq", "bear", "emaq"}  # q is min_weight of the smaller critic, and the rest of the larger one
 MEANS = {"fql"}  # q is the mean of the critics: its paper believes that
-ACTS_BY_TARGETS = {"qt_opt", "diffusion_ql"}  # the averaged critic is the one that its paper acts by
+ACTS_BY_TARGETS = {"qt_opt", "diffusion_ql", "idql"}  # the averaged critic is the one that its paper acts by
+ACTS_BY_AVERAGE = {"idql"}  # and the averaged policy acts, which moves by actor_tau
 RELABELS = {"awr"}  # its returns are made anew while it trains
 OF_BELIEFS = {"model_evaluation": {"discount"}}  # floats of what it believes, and not of what it fits
 AWR = {"extraction": "awr"}  # the way to a policy that discrete actions allow, beside that of the defaults
@@ -421,7 +422,9 @@ def test_targets_start_equal_and_move_by_tau(case):
     after = updated(case, before, case.batch)
     for name in (n for n in case.state._fields if n.startswith("target_")):
         online, old = online_of(after, name), getattr(before, name)
-        expect = jax.tree.map(lambda o, t: case.cfg.tau * o + (1 - case.cfg.tau) * t, online, old)
+        average = name == "target_actor" and name_of(case.algo) in ACTS_BY_AVERAGE
+        tau = case.cfg.actor_tau if average else case.cfg.tau
+        expect = jax.tree.map(lambda o, t, tau=tau: tau * o + (1 - tau) * t, online, old)
         chex.assert_trees_all_close(getattr(after, name), expect, rtol=1e-5, atol=1e-7)
         assert differ(getattr(after, name), old)
 
@@ -547,6 +550,7 @@ def test_it_acts_and_believes_by_the_networks_it_trains(case):
     for network in copies if name not in ACTS_BY_TARGETS else ():
         assert not depends(case.agent.act, network, case.obs, jax.random.key(0)), network
     for network in (x for x in trained if x in ("actor", "high_actor")):
+        network = "target_actor" if name in ACTS_BY_AVERAGE else network
         assert depends(case.agent.act, network, case.obs, jax.random.key(0)), network
     for network in targets if hasattr(case.agent, "q") else ():
         assert not depends(case.agent.q, network, case.obs, case.data.action), network
