@@ -1,4 +1,4 @@
-"""Two ways round a block: what a Gaussian, a mixture (VAE) and a flow learn where data have two modes.
+"""Two ways round a block: what a Gaussian, a mixture (VAE), a flow and a diffusion learn where data have two modes.
 
     python benchmarks/studies/multimodality.py      # some minutes; writes multimodality.json and multimodality.png
 
@@ -55,6 +55,7 @@ METHODS = {  # label: file, fields, and passes of a network for one action
     "VAE, latents within 0.5 (BCQ)": ("bcq", VAE, 1),
     "VAE": ("bcq", VAE | {"latent_clip": 10.0}, 1),
     "flow": ("ifql", {"num_samples": 1, "flow_steps": 10}, 10),
+    "diffusion": ("idql", {"num_samples": 1, "num_steps": 5, "actor_hidden": (128, 128)}, 5),
 }
 
 
