@@ -17,9 +17,10 @@ Order of one update   Q, v and (QC-FQL) mu at once, each reading the others as t
 Hyper-parameters      Config defaults: the reference's, with fewer updates, smaller networks, and larger steps.
 Deviations            1. The reference has no alive_k: where an episode goes on after a terminal row, R goes on too.
                       2. Its windows run on into the next episode, masked by valid; ours repeat the last row.
-                      3. The target follows the new critics; the reference's lags one step behind them.
-                      4. `reward_shift` is an option here; the reference's sparse rewards for scene and puzzle are not.
-                      5. Batches are drawn on the device, with replacement. Offline only.
+                      3. Data actions are not clipped to +-(1 - 1e-5).
+                      4. The target follows the new critics; the reference's lags one step behind them.
+                      5. `reward_shift` is an option here; the reference's sparse rewards for scene and puzzle are not.
+                      6. Batches are drawn on the device, with replacement. Offline only.
 Run                   python algos/qc.py --dataset stitch/pointmaze-umaze-v0
 """
 
@@ -84,7 +85,11 @@ class Config:
 
 
 def load_data(cfg: Config):
-    return load_dataset(cfg.dataset, columns=("end",), reward_shift=cfg.reward_shift)
+    data, env = load_dataset(cfg.dataset, columns=("end",), reward_shift=cfg.reward_shift)
+    longest = int((data.end - np.arange(len(data.end))).max()) + 1
+    if longest < cfg.horizon:
+        raise SystemExit(f"horizon must be at most {longest}, the length of the longest episode in these data.")
+    return data, env
 
 
 def check(cfg: Config, grid: dict[str, list[float]]):

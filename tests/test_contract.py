@@ -644,8 +644,9 @@ def test_every_option_of_the_data_reaches_them(name, monkeypatch):
 
     def record(dataset_id, **options):
         calls.append({"dataset_id": dataset_id, **options})
-        n = np.zeros(4, np.float32)
-        columns = dict(episode=np.arange(4), return_to_go=n + np.arange(1, 5), timestep=np.zeros(4, int))
+        n = np.zeros(8, np.float32)
+        columns = dict(episode=np.arange(8), return_to_go=n + np.arange(1, 9), timestep=np.zeros(8, int))
+        columns |= dict(end=np.full(8, 7))  # long enough for every window
         return Transition(n[:, None], n[:, None], n, n[:, None], n, **columns), None
 
     monkeypatch.setattr(algo, "load_dataset", record)
@@ -667,7 +668,8 @@ def test_the_data_that_a_file_makes_are_aligned_as_those_that_it_loads(name, mon
     if name in EVALUATORS:
         pytest.skip("its data are of its policy's folder, in its own tests")
     algo = load(name)
-    data = jax.device_get(random_data(CONTINUOUS, jax.random.key(0)))._replace(start=np.arange(N), end=np.arange(N))
+    ends = {"start": np.zeros(N, int), "end": np.full(N, N - 1)}
+    data = jax.device_get(random_data(CONTINUOUS, jax.random.key(0)))._replace(**ends)
     data = jax.tree.map(aligned, data._replace(reward=np.abs(data.reward), return_to_go=np.abs(data.return_to_go)))
     monkeypatch.setattr(algo, "load_dataset", lambda *_, **__: (data, None))
     part = {"top_fraction": 0.5} if "top_fraction" in algo.Config.__dataclass_fields__ else {}

@@ -13,7 +13,7 @@ import pytest
 
 from algos import fql, qc
 from common.datasets import Transition
-from common.environments import Spec
+from common.environments import Interface, Spec
 
 SPEC = Spec(1, 2)
 STILL = dict(hidden=(), learning_rate=0.0, flow_steps=2, num_samples=4)
@@ -60,10 +60,11 @@ def batch_of(obs=0, action=(0,) * 6, reward=0, next_obs=0, terminal=0, valid=(1,
 
 
 def windows(monkeypatch, lengths, reward, terminal, **changes):
-    """The window of every row i of episodes with these lengths; obs is i, action i + 100, next_obs i + 1."""
+    """The window of every row i of episodes with these lengths; obs is i, action (i + 100, i + 200), next_obs i + 1."""
     n = sum(lengths)
     label, end = jnp.arange(n, dtype=jnp.float32)[:, None], np.repeat(np.cumsum(lengths) - 1, lengths)
-    data = Transition(label, label + 100, jnp.float32(reward), label + 1, jnp.float32(terminal), end=jnp.int32(end))
+    action = jnp.concatenate([label + 100, label + 200], axis=1)
+    data = Transition(label, action, jnp.float32(reward), label + 1, jnp.float32(terminal), end=jnp.int32(end))
     monkeypatch.setattr(jax.random, "randint", lambda key, shape, low, high: jnp.arange(n))
     return qc.draw(jax.random.key(0), data, None, qc.Config(batch_size=n, **changes))
 
@@ -77,7 +78,7 @@ def test_windows_are_rows_of_one_episode_in_their_order(monkeypatch):
             rows = [first + min(t + k, length - 1) for k in range(3)]
             row = first + t
             assert batch.obs[row, 0] == row and batch.next_obs[row, 0] == rows[-1] + 1
-            np.testing.assert_array_equal(batch.action[row], 100 + np.array(rows))
+            np.testing.assert_array_equal(batch.action[row], [x for k in rows for x in (100 + k, 200 + k)])
             np.testing.assert_array_equal(batch.valid[row], [t + k < length for k in range(3)])
         first += length
     # The last row ends the episode in rows 1 and 8: these windows are whole, those after them are not
@@ -111,10 +112,12 @@ def test_a_terminal_row_ends_what_is_before_it_in_the_window_and_no_other(monkey
 
 
 def test_the_data_have_the_ends_of_episodes(monkeypatch):
-    asked = {}
-    monkeypatch.setattr(qc, "load_dataset", lambda name, **options: asked.update(options))
-    qc.load_data(qc.Config(reward_shift=-3.0))
+    asked, data = {}, Transition(*np.zeros((5, 6)), end=np.array([0, 5, 5, 5, 5, 5]))
+    monkeypatch.setattr(qc, "load_dataset", lambda name, **options: (asked.update(options), data, "env")[1:])
+    assert qc.load_data(qc.Config(reward_shift=-3.0, horizon=5)) == (data, "env")
     assert asked == {"columns": ("end",), "reward_shift": -3.0}
+    with pytest.raises(SystemExit, match="^horizon must be at most 5, the length of the longest episode"):
+        qc.load_data(qc.Config(horizon=6))
 
 
 # --- Losses --------------------------------------------------------------------------------------------------
@@ -135,6 +138,13 @@ def test_what_is_beyond_the_episode_is_not_cloned(monkeypatch):
     cfg = dataclasses.replace(LINEAR, flow_steps=3)  # of no other test: traced anew
     _, info = update(cfg, {}, linear_state(), batch_of(action=(1, -1, 0, 0, 9, 9), valid=(1, 1, 0)))
     np.testing.assert_allclose(info["flow_loss"], (0.36 + 1.96 + 0.16 + 0.16) / 6, rtol=1e-5)
+
+
+def test_the_one_step_policy_climbs_the_mean_of_the_critics_whatever_q_agg_is():
+    # Critics 1 and 3: the actor's loss is alpha times the distance, minus 2
+    cfg = dataclasses.replace(LINEAR, policy="one-step", q_agg="min")
+    _, info = update(cfg, {"alpha": 7.0}, linear_state(cfg, critic=(0.0, [[1.0], [3.0]])), batch_of())
+    np.testing.assert_allclose(info["actor_loss"], 7 * info["distill_loss"] - 2, rtol=1e-5)
 
 
 # --- The best of N -------------------------------------------------------------------------------------------
@@ -162,11 +172,15 @@ def half_flow():
 
 def test_one_sample_is_the_flow_itself():
     cfg = dataclasses.replace(LINEAR, num_samples=1)
-    obs, key = jnp.zeros((5, 1)), jax.random.key(3)
-    expected = jnp.clip(1.5625 * jax.random.normal(key, (1, 5, 6))[0], -1, 1)
+    obs, key = jnp.zeros((3, 1)), jax.random.key(3)
+    expected = jnp.clip(1.5625 * jax.random.normal(key, (1, 3, 6))[0], -1, 1)
     for slope in (-1.0, 1.0):
         state = linear_state(cfg, flow=(half_flow(),), critic=(slope,))
-        np.testing.assert_allclose(qc.make_agent(cfg, SPEC).act(state, obs, key), expected[:, :2], rtol=1e-5)
+        agent = qc.make_agent(cfg, SPEC)
+        np.testing.assert_allclose(agent.act(state, obs, key), expected[:, :2], rtol=1e-5)
+        _, (queue, taken) = agent.act_with_memory(state, obs, key, None, None)
+        np.testing.assert_allclose(queue, [expected[:, 2 * k : 2 * k + 2] for k in range(3)], rtol=1e-5)
+        assert taken == 1
 
 
 def test_the_sampler_is_fqls():
@@ -199,11 +213,35 @@ def test_a_chunk_is_taken_to_its_end_without_looking(policy):
     np.testing.assert_array_equal(again, agent.act(state, obs[1], keys[1]))
 
 
+@pytest.mark.parametrize("episodes", [(), (3,)], ids=["one", "three"])
+def test_a_restored_policy_remembers_its_chunk(episodes, tmp_path):
+    """From a folder: steps 0 to 2 are the chunk of what step 0 saw, 3 and 4 that of step 3; then a new episode begins.
+
+    Of three episodes the first has ended in step 1, so that its observation stands still: the others do not notice.
+    """
+    box = Interface([1], {"low": [-2.0] * 2, "high": [2.0] * 2, "dtype": "float32"}, [0.0], [1.0])
+    cfg = dataclasses.replace(LINEAR, hidden=(8,), num_seeds=1)
+    runs = qc.Runs(cfg, box, {})
+    runs.states = runs.init()
+    config = {"algo": "qc", **dataclasses.asdict(cfg), "grid": {}}
+    qc.write(tmp_path / "config.json", {"config": config, "interface": list(box)})
+    runs.save(tmp_path)
+    policy, agent = qc.restore(tmp_path), qc.make_agent(cfg, SPEC)
+    state = jax.tree.map(lambda x: x[0], runs.states)
+    obs = np.random.default_rng(0).normal(size=(5, *episodes, 1)).astype(np.float32)
+    obs[1:, :1] = obs[1, :1] if episodes else obs[1:, :1]
+    for call, (row, taken) in enumerate([(0, 0), (1, 1), (2, 2), (3, 0), (4, 1), (1, 0), (2, 1)]):
+        action = policy(obs[row], None if call in (0, 5) else np.zeros(episodes))
+        if taken == 0:
+            _, (queue, _) = qc.act_at(cfg, agent, state, obs[row].reshape(-1, 1), None, None, call)
+        np.testing.assert_allclose(action, 2 * queue[taken].reshape(*episodes, 2), rtol=1e-4, atol=1e-5)
+
+
 # --- Limits --------------------------------------------------------------------------------------------------
 
 
 def test_chunks_of_one_action_are_fql():
-    """Draws and whole updates, to the last bit, terminal rows and ends of episodes included."""
+    """Draws and whole updates, terminal rows and ends of episodes included."""
     small = dict(hidden=(8,), flow_steps=2, alpha=10.0, batch_size=16)
     ours = qc.make_agent(cfg := qc.Config(**small, horizon=1, policy="one-step"), SPEC)
     theirs = fql.make_agent(their_cfg := fql.Config(**small), SPEC)
