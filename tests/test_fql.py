@@ -159,9 +159,9 @@ def test_target_takes_the_mean_of_the_target_critics_or_their_minimum(q_agg, val
 
 
 def test_targets_action_is_the_one_step_policys_clipped():
-    # mu = (5, -0.2) + (2 s', 0): clipped (1, -0.2). Q' = s' + a_1 + 10 a_2 at s' = 3: 3 + 1 - 2 = 2, y = 0.99 * 2
+    # mu = (5, -0.5 + 0.1 s'): at s' = 3 clipped (1, -0.2). Q' = s' + a_1 + 10 a_2: 3 + 1 - 2 = 2, y = 0.99 * 2
     state = linear_state(
-        actor=([[2.0, 0.0], [0.0, 0.0], [0.0, 0.0]], [5.0, -0.2]), target_critic=([[1.0], [1.0], [10.0]],)
+        actor=([[0.0, 0.1], [0.0, 0.0], [0.0, 0.0]], [5.0, -0.5]), target_critic=([[1.0], [1.0], [10.0]],)
     )
     _, info = update(LINEAR, {}, state, batch_of(next_obs=3))
     np.testing.assert_allclose(info["critic_loss"], 1.98**2, rtol=1e-5)

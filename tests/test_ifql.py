@@ -55,12 +55,13 @@ def batch_of(obs=0, action=(0, 0), reward=0, next_obs=0, terminal=0):
 
 
 def test_values_are_iqls():
-    # Target critics a_1 + 2 and a_1 - 1 at a_1 = 1: the smaller is 0. V(s) = s: differences -1 and +1 at s = 1 and -1,
-    # weights 0.1 and 0.9: L_V = 0.5. y = 2 + 0.99 * V(s' = 3) = 4.97, at a terminal 2. Q = 0: summed over two critics.
-    state = linear_state(target_critic=([[0.0], [1.0], [0.0]], [[2.0], [-1.0]]), value=(1.0,))
+    # Target critics a_1 + 2 and a_1 - 0.5 at a_1 = 1: the smaller is 0.5. V(s) = s: differences -0.5 and 1.5 at s = 1
+    # and -1, weights 0.1 and 0.9: L_V = (0.025 + 2.025) / 2. y = 2 + 0.99 * V(s' = 3) = 4.97, at a terminal 2. Q = 0:
+    # summed over two critics.
+    state = linear_state(target_critic=([[0.0], [1.0], [0.0]], [[2.0], [-0.5]]), value=(1.0,))
     batch = batch_of(obs=(1, -1), action=(1, 0), reward=2, next_obs=3, terminal=(0, 1))
     _, info = update(LINEAR, {"expectile": 0.9}, state, batch)
-    np.testing.assert_allclose(info["value_loss"], 0.5, rtol=1e-5)
+    np.testing.assert_allclose(info["value_loss"], 1.025, rtol=1e-5)
     np.testing.assert_allclose(info["critic_loss"], 2 * (4.97**2 + 2**2) / 2, rtol=1e-5)
     np.testing.assert_array_equal(
         ifql.expectile_loss(jnp.arange(-2.0, 3), 0.8), iql.expectile_loss(jnp.arange(-2.0, 3), 0.8)
@@ -107,6 +108,15 @@ def test_act_takes_the_sample_whose_smaller_critic_is_largest():
     chosen = ifql.make_agent(LINEAR, SPEC).act(state, obs, key)
     np.testing.assert_allclose(chosen, actions[q.argmax(axis=0), np.arange(5)], rtol=1e-5)
     assert len(set(q.argmax(axis=0))) > 1  # each row has a best one of its own
+
+
+def test_q_is_asked_of_the_actions_as_they_will_be_taken(monkeypatch):
+    # Noises (3, -1) and (1, 1), v = 0, Q = a_1 + 0.1 a_2: 2.9 and 1.1. But (3, -1) becomes (1, -1), and has 0.9
+    noise = jnp.array([[[3.0, -1.0]], [[1.0, 1.0]]])
+    monkeypatch.setattr(jax.random, "normal", lambda key, shape: noise)
+    agent = ifql.make_agent(dataclasses.replace(LINEAR, num_samples=2), SPEC)
+    state = linear_state(critic=([[0.0], [1.0], [0.1]],))
+    np.testing.assert_allclose(agent.act(state, jnp.zeros((1, 1)), jax.random.key(0)), [[1.0, 1.0]])
 
 
 def test_one_sample_is_the_flow_itself():
