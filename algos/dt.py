@@ -186,7 +186,7 @@ def descend(tx, loss_fn, trainable, *args):
 
 
 def make_agent(cfg: Config, spec: Spec) -> Agent:
-    if not isinstance(cfg.dropout, float):
+    if not isinstance(cfg.dropout, float | int):  # but one of a grid, which is known when the program runs
         raise SystemExit("dropout decides what is compiled, so a grid cannot have it: train one run for each value.")
     if cfg.embed_dim % cfg.num_heads:
         raise SystemExit(f"embed_dim, {cfg.embed_dim}, must be a multiple of num_heads, {cfg.num_heads}.")

@@ -196,7 +196,7 @@ def test_dropout_is_of_updates_alone_and_in_no_grid():
         np.testing.assert_array_equal(*acted)
         return [update(state._replace(key=jax.random.key(k)), batch)[1]["actor_loss"] for k in (0, 1)]
 
-    assert len({float(x) for x in (*losses(0.0), *losses(0.5))}) == 3
+    assert len({float(x) for x in (*losses(0), *losses(0.5))}) == 3
     box = Interface([3], {"low": [-1.0], "high": [1.0], "dtype": "float32"}, [0.0] * 3, [1.0] * 3)
     with pytest.raises(SystemExit, match="^dropout decides what is compiled, so a grid cannot have it"):
         dt.Runs(dt.Config(**TINY), box, {"dropout": [0.0, 0.1]}).init()
