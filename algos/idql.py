@@ -20,6 +20,7 @@ Order of one update   V, mu, Q, target Q and the average of mu, which acts. mu r
 Hyper-parameters      expectile, num_steps, num_samples, dropout, actor_tau: the reference's; the rest: iql.py's.
 Deviations            1. Batches are drawn on the device, with replacement; no row is kept for validation.
                       2. `normalize_reward` is off, for the maze. (L_mu is a sum over the dimensions, as there.)
+                      3. The networks of agents/ddpm_iql there; ddpm_iql_simple has others. The page tells them apart.
 Run                   python algos/idql.py --dataset stitch/pointmaze-umaze-v0
 """
 
