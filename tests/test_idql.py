@@ -135,6 +135,47 @@ def test_cloning_is_a_sum_over_the_dimensions(monkeypatch):
     np.testing.assert_allclose(info["actor_loss"], 0.5, rtol=1e-5)
 
 
+class Echo:
+    """A network without parameters, which predicts that the noise is what it is shown."""
+
+    def init(self, key, *inputs):
+        return {}
+
+    def apply(self, params, obs, noisy, t, **options):
+        return noisy
+
+
+def test_the_clone_learns_every_step_alike(monkeypatch):
+    # With x_t = eps + t and a network that returns x_t, the squared error is t^2. For t = 0 .. 4, all as
+    # likely, its mean is 30 / 5 = 6; without the last step it is 3.5, without the first one 7.5.
+    # The action has two dimensions, over which the loss is a sum
+    monkeypatch.setattr(idql, "NoiseResNet", lambda *sizes: Echo())
+    monkeypatch.setattr(idql, "add_noise", lambda action, noise, t, num_steps: noise + t[..., None])
+    agent = idql.make_agent(idql.Config(**SMALL), SPEC)
+    _, info = jax.jit(agent.update)(agent.init(jax.random.key(0)), random_batch(jax.random.key(1), 10_000))
+    np.testing.assert_allclose(info["actor_loss"], 2 * 6, atol=0.6)
+
+
+def test_the_rate_of_the_clone_falls_to_0_along_a_cosine_and_those_of_the_values_stay():
+    # Adam's first step has the size of the rate. Half of the way it is half of 1e-3, at a fourth (1 + cos(pi / 4)) / 2
+    state, update, batch = program()
+    for done, share in ((0, 1), (25, 0.853553), (50, 0.5), (100, 0)):
+        adam, decay, rate = state.actor.opt_state
+        late = state.actor._replace(opt_state=(adam, decay, rate._replace(count=jnp.int32(done))))
+        new, _ = update(state._replace(actor=late), batch)
+        sizes = {}
+        for name in ("actor", "value"):
+            old, moved = (getattr(x, name).params["params"] for x in (state, new))
+            layer = "Dense_3" if name == "actor" else "MLP_0"
+            steps = jax.tree.map(lambda x, y: np.abs(x - y).max(), old[layer], moved[layer])
+            (sizes[name],) = [
+                x for path, x in jax.tree_util.tree_leaves_with_path(steps)
+                if jax.tree_util.keystr(path).endswith("['bias']") and "Dense_0" not in jax.tree_util.keystr(path)
+            ]  # fmt: skip
+        np.testing.assert_allclose(sizes["actor"], 1e-3 * share, rtol=1e-3, atol=1e-9)
+        np.testing.assert_allclose(sizes["value"], 1e-3, rtol=1e-3)
+
+
 # --- Acting: two actions, -1 and 1 with probabilities 3/4 and 1/4, worth 1 and 2 --------------------------------------
 # With one step, a = clip((x - sqrt(1 - abar) eps) / sqrt(abar)) of x ~ N(0, 1). For eps = 6745 - 10,000 x it is the
 # sign of x - 0.6745, the third quartile. The network reads x + 100, where Mish changes nothing any more.

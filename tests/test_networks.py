@@ -758,6 +758,36 @@ def test_noise_is_predicted_for_each_row_by_its_step(network):
     assert (np.abs(later - noise).max(axis=-1) > 1e-4).all()
 
 
+def test_idqls_network_is_residual_blocks_of_layer_norm_and_mish():
+    """In NumPy, from the same parameters: which layer comes where. The second block changes the width."""
+    network, t = NoiseResNet(2, (4, 8, 8)), jnp.arange(7) % 3
+    shapes = jax.eval_shape(network.init, KEY, OBS, ACTION, t)
+    leaves, tree = jax.tree.flatten(shapes)
+    numbers = np.random.default_rng(0)
+    params = tree.unflatten([numbers.normal(size=x.shape).astype(np.float32) for x in leaves])
+    p = params["params"]
+
+    def dense(name, x, of=p):
+        layer = of[name]["linear"]
+        return x @ layer["kernel"] + layer["bias"]
+
+    def mish(x):
+        return x * np.tanh(np.logaddexp(0, x))
+
+    def norm(name, x):
+        x = (x - x.mean(axis=-1, keepdims=True)) / np.sqrt(x.var(axis=-1, keepdims=True) + 1e-6)
+        return x * p[name]["scale"] + p[name]["bias"]
+
+    angle = 2 * np.pi * np.asarray(t)[:, None] * p["frequency"]
+    time = np.concatenate([np.cos(angle), np.sin(angle)], axis=-1)
+    time = dense("Dense_1", mish(dense("Dense_0", time, p["MLP_0"])), p["MLP_0"])
+    x = dense("Dense_0", np.concatenate([ACTION, OBS, time], axis=-1))
+    x = x + dense("Dense_2", mish(dense("Dense_1", norm("LayerNorm_0", x))))
+    x = dense("Dense_3", x) + dense("Dense_5", mish(dense("Dense_4", norm("LayerNorm_1", x))))
+    x = x + dense("Dense_7", mish(dense("Dense_6", norm("LayerNorm_2", x))))
+    np.testing.assert_allclose(jax.jit(network.apply)(params, OBS, ACTION, t), dense("Dense_8", mish(x)), rtol=1e-3)
+
+
 def test_dropout_is_on_in_training_alone_and_keeps_the_mean():
     network = NoiseResNet(2, (64,), 0.25)
     t = jnp.zeros(7, int)
