@@ -221,6 +221,27 @@ def test_cloning_is_a_mean_over_the_dimensions_and_q_goes_through_all_steps(monk
     np.testing.assert_allclose(leaf(gradient(new.actor), f"{LAYER}['bias']"), expect, rtol=1e-3)
 
 
+class Echo:
+    """A network without parameters, which predicts that the noise is what it is shown."""
+
+    def init(self, key, *inputs):
+        return {}
+
+    def apply(self, params, obs, noisy, t, **options):
+        return noisy
+
+
+def test_cloning_learns_every_step_alike(monkeypatch):
+    # With x_t = eps + t and a network that returns x_t, the squared error is t^2. For t = 0 .. 4, all as
+    # likely, its mean is 30 / 5 = 6; without the last step it is 3.5, without the first one 7.5
+    monkeypatch.setattr(diffusion_ql, "NoiseMLP", lambda *sizes: Echo())
+    monkeypatch.setattr(diffusion_ql, "add_noise", lambda action, noise, t, num_steps: noise + t[..., None])
+    agent = diffusion_ql.make_agent(diffusion_ql.Config(hidden=()), Spec(1, 1))
+    state = agent.init(jax.random.key(0))
+    _, info = jax.jit(agent.update)(state, batch_of(np.zeros((10_000, 1)), reward=1.0))
+    np.testing.assert_allclose(info["bc_loss"], 6, atol=0.3)
+
+
 def test_the_actor_climbs_the_critics_of_this_update():
     """The reference's order: Q first. With large steps of the critics the actor's gradient is another one."""
     state, update, _ = program(2, 1)
@@ -263,25 +284,27 @@ def test_long_gradients_are_scaled_down_to_their_greatest_length():
 # sign of x - 0.6745, the third quartile: 1 in a quarter of the draws.
 
 
-def two_actions(num_act_samples, worth):
-    """(act, state): target critics of which the smaller one is 1.5 + worth a."""
+def two_actions(num_act_samples, low, high):
+    """(act, state): target critics (low, high + 3) and (low + 5, high) of the two actions: each is once the smaller."""
     state, _, act = program(1, 1, num_steps=1, num_act_samples=num_act_samples)
     actor = actor_of(state.target_actor, 6745.0, -1e4)
-    target = critic_of(state.target_critic, [[0, worth], [0, worth]], [1.5, 9.0])
+    slopes = [[0, (high + 3 - low) / 2], [0, (high - low - 5) / 2]]
+    target = critic_of(state.target_critic, slopes, [(high + 3 + low) / 2, (high + low + 5) / 2])
     return act, with_networks(state, actor=actor, target_critic=target)
 
 
 def test_with_one_sample_it_acts_by_the_model_alone():
-    act, state = two_actions(1, 0.5)
+    act, state = two_actions(1, 1, 2)
     action = act(state, jnp.zeros((2000, 1)), jax.random.key(0))
     assert np.mean(np.abs(action) == 1) > 0.99
     np.testing.assert_allclose(np.mean(action > 0), 0.25, atol=0.03)
-    np.testing.assert_array_equal(action, act(two_actions(1, -50.0)[1], jnp.zeros((2000, 1)), jax.random.key(0)))
+    np.testing.assert_array_equal(action, act(two_actions(1, 51, -49)[1], jnp.zeros((2000, 1)), jax.random.key(0)))
 
 
 def test_it_draws_among_many_by_the_softmax_of_the_smaller_target_critic():
-    # Q = 1 and 2: e^2 / 4 against 3 e / 4, so that P(1) = 0.475367
-    act, state = two_actions(500, 0.5)
+    # Q = 1 and 2: e^2 / 4 against 3 e / 4, so that P(1) = 0.475367. By the mean of the critics it is 0.25, by the
+    # first one 0.95, by the second one and by the larger one at most 0.02
+    act, state = two_actions(500, 1, 2)
     action = act(state, jnp.zeros((2000, 1)), jax.random.key(0))
     np.testing.assert_allclose(np.mean(action > 0), 0.475367, atol=0.04)
 
