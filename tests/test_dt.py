@@ -1,6 +1,7 @@
 """The Decision Transformer against numbers worked out by hand: what it reads, what it learns, and how it is played."""
 
 import dataclasses
+import json
 import math
 
 import chex
@@ -291,6 +292,30 @@ def test_runs_ask_for_their_own_return_and_remember_their_own_episodes():
         state = jax.tree.map(lambda x, row=row: x[row], runs.states)
         alone, _ = play(agent, state, jnp.asarray(obs[:, row]), jnp.ones((6, 3)))
         np.testing.assert_allclose(np.stack(played)[:, row], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_a_restored_policy_remembers_one_episode_or_a_batch_of_them(tmp_path):
+    """From a folder: an episode is played alike alone, in a batch, and beside one that has ended and stands still."""
+    box = Interface([3], {"low": [-1.0] * 2, "high": [1.0] * 2, "dtype": "float32"}, [0.0] * 3, [1.0] * 3)
+    cfg = dt.Config(**TINY, num_seeds=1, target_return=10.0)
+    runs = dt.Runs(cfg, box, {})
+    runs.states = jax.vmap(normal)(runs.init())
+    runs.save(tmp_path)
+    config = {"algo": "dt", **dataclasses.asdict(cfg), "grid": {}}
+    (tmp_path / "config.json").write_text(json.dumps({"config": config, "interface": list(box)}))
+    batch, single = dt.restore(tmp_path), dt.restore(tmp_path)
+    obs, rewards = (np.random.default_rng(0).normal(size=shape).astype(np.float32) for shape in ((6, 2, 3), (6, 2)))
+    obs[3:, 0], rewards[3:, 0] = obs[2, 0], rewards[2, 0]  # the first episode has ended
+    played = []
+    for step in range(6):
+        last = {} if step == 0 else {"reward": rewards[step - 1]}
+        played.append(batch(obs[step], **last))
+        alone = single(obs[step, 1], **{name: float(x[1]) for name, x in last.items()})
+        assert alone.shape == (2,)
+        np.testing.assert_allclose(alone, played[-1][1], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(batch(obs[0]), played[0], rtol=1e-5)  # without a reward an episode begins
+    other = batch(obs[1], rewards[0] + 5)
+    assert (np.abs(other - played[1]).max(axis=-1) > 1e-4).all()  # the reward is read
 
 
 # --- Learning -------------------------------------------------------------------------------------------------
