@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import flax
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +18,7 @@ from common.networks import (
     Bilinear,
     Categorical,
     CategoricalActor,
+    CausalTransformer,
     Critic,
     Dense,
     DeterministicActor,
@@ -732,6 +734,26 @@ def test_vmapped_initialisation_does_not_deadlock():
     environ = {"PYTHONPATH": os.pathsep.join(sys.path), "JAX_PLATFORMS": "cpu"}
     environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # of the compiler, to save seconds: the QRs wait all the same
     subprocess.run([sys.executable, "-c", VMAPPED_INIT], env=environ, timeout=60, check=True)
+
+
+def test_a_transformer_drops_tokens_attention_and_what_a_block_adds():
+    """As GPT-2 does: the tokens, then in each block the weights of attention, its output, and that of the layer."""
+    dropped = []
+
+    def watch(call, args, kwargs, context):
+        module = context.module
+        if context.method_name == "__call__" and isinstance(module, nn.Dropout | nn.MultiHeadDotProductAttention):
+            share = module.rate if isinstance(module, nn.Dropout) else module.dropout_rate
+            dropped.append((type(module).__name__, 0.0 if module.deterministic else share))
+        return call(*args, **kwargs)
+
+    network, rngs = CausalTransformer((8,), 1, 0.3), {"params": KEY, "dropout": KEY}
+    for train, share in ((True, 0.3), (False, 0.0)):
+        dropped.clear()
+        with nn.intercept_methods(watch):
+            jax.eval_shape(lambda x, train=train: network.init(rngs, x, train), jnp.zeros((2, 3, 4)))
+        block = [("MultiHeadDotProductAttention", share), ("Dropout", share), ("Dropout", share)]
+        assert dropped == [("Dropout", share), *block]
 
 
 # --- Diffusion ---------------------------------------------------------------------------------------------
