@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import itertools
 import json
 import pathlib
 import re
@@ -670,12 +671,22 @@ def test_the_page_has_the_table_of_distances(study):
     assert f"more than {stitch['farthest_met']:.0f} steps apart, and the maze has 140" in text
     assert result["data"]["navigate"]["farthest_met"] == 140
 
-    def median(algo, pairs, measure):
-        return np.median([seed[pairs][measure] for seed in stitch["methods"][algo]["seeds"]])
+    def median(data, algo, pairs, measure):
+        return np.median([seed[pairs][measure] for seed in result["data"][data]["methods"][algo]["seeds"]])
 
-    for measure in ("rank", "nearer"):
-        order = sorted(stitch["methods"], key=lambda algo: -median(algo, "never met", measure))
-        assert order[0] == "qrl" and order[-1] == "crl"
+    for data, measure in itertools.product(("navigate", "stitch"), ("rank", "nearer")):
+        methods = result["data"][data]["methods"]
+        assert methods.keys() == set(study.METHODS)
+        order = sorted(methods, key=lambda algo: -median(data, algo, "never met", measure))
+        assert order[0] == "qrl" and order[-1] == "actionable_models"
+    for title, algo in (("GCIVL", "gcivl"), ("HIQL", "hiql"), ("GCIQL", "gciql"), ("QRL is", "qrl")):
+        both = [f"{median(data, algo, 'never met', 'rank'):.2f}" for data in ("navigate", "stitch")]
+        assert f"{title} ({both[0]} against {both[1]})" in text
+    bootstrapped = ("gcivl", "gciql", "hiql", "qrl", "gc_td3_bc")
+    assert min(median(data, algo, "met", "rank") for data in ("navigate", "stitch") for algo in bootstrapped) >= 0.865
+    for algo in ("crl", "actionable_models"):
+        both = [f"{median(data, algo, 'met', 'rank'):.2f}" for data in ("navigate", "stitch")]
+        assert f"{both[0]} and {both[1]}" in text
 
 
 @pytest.mark.parametrize("study", ["distances"], indirect=True)
