@@ -1,6 +1,6 @@
 """Where the time of learning on-line goes: simulator, policy or updates.
 
-    python benchmarks/speed_online.py      # results/speed-online.json and a table; some 10 minutes on 2 cores
+    python benchmarks/speed_online.py      # results/online-speed.json and a table; some 10 minutes on 2 cores
 
 Each file that can learn on-line is run as a user runs it, with its defaults but for the number of updates for each step
 (1, and one seed), in an environment of HalfCheetah, whose episodes all have 1,000 steps. Rates and shares are those of
@@ -32,7 +32,7 @@ class Options:
     dataset: str = "stitch/halfcheetah-medium-20k-v0"
     steps: int = 1_000  # of the short run, and updates of the one without an environment; the long one has thrice that
     repeats: int = 3
-    out: str = str(HERE / "results" / "speed-online.json")
+    out: str = str(HERE / "results" / "online-speed.json")
 
 
 def fields(algo):

@@ -29,6 +29,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))  # scripts that import each other a
 
 import report  # noqa: E402
 import speed  # noqa: E402
+import speed_online  # noqa: E402
 import sweep  # noqa: E402
 from report.online import since_switch  # noqa: E402
 from report.runs import read_runs  # noqa: E402
@@ -202,6 +203,15 @@ def test_speed_tables_are_those_of_the_result_files():
         assert "dirty" not in measured["commit"]
 
 
+def test_the_table_of_learning_on_line_is_that_of_its_result_file():
+    measured = json.loads((RESULTS / "online-speed.json").read_text())
+    mark, text = "<!-- report:speed-online", page("speed.md")
+    assert f"{mark}:begin -->\n{speed_online.table(measured)}\n{mark}:end -->" in text
+    assert "dirty" not in measured["commit"] and len(measured["results"]) == 4 and "So far four files" in text
+    simulator = [100 * share["simulator"] for row in measured["results"] for share in row["share"]]
+    assert f"{min(simulator):.0f} to {max(simulator):.0f} % of it" in " ".join(text.split())
+
+
 @pytest.mark.parametrize("file", ["speed-ensembles-cpu", "speed-ensembles-small-cpu"])
 def test_costs_per_critic_are_those_of_the_result_files(file):
     """Milliseconds of an update / critics, in the order of their number: 'a, b, c, d (SAC-N) and e, f, g, h (EDAC)'."""
@@ -235,7 +245,7 @@ def test_what_the_scores_page_says_of_imitation_and_of_naive_methods(quick):
     assert all(quick[dataset, method].scores.mean() < 7 for dataset in HOPPER for method in NAIVE)
     assert all(quick[MAZE, method].scores.max() == 0 for method in NAIVE)
     perfect = {method for (dataset, method), run in quick.items() if dataset == MAZE and run.scores.min() == 100}
-    assert len(perfect - {"emrl"}) == 11  # EMRL bootstraps nothing
+    assert len(perfect - {"emrl"}) == 12  # EMRL bootstraps nothing
     for dataset in HOPPER:
         assert quick[dataset, "bc-top-10"].scores.min() > quick[dataset, "bc"].scores.max()
 

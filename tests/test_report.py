@@ -1305,7 +1305,8 @@ def test_list_of_the_committed_cards_is_what_they_say():
     folder = ROOT / "benchmarks" / "cards"
     readme = folder / "README.md"
     assert tables.fill(readme.read_text(), "cards", cards.list_of_cards(folder), readme) == readme.read_text()
-    assert all(card.with_suffix(".png").exists() for card in folder.glob("*-v0.md"))
+    drawn = [card for card in folder.glob("*-v0.md") if "![" in card.read_text()]  # the arm's goals have no picture
+    assert len(drawn) > 20 and all(card.with_suffix(".png").exists() for card in drawn)
 
 
 CARDS = [card for card in sorted((ROOT / "benchmarks" / "cards").glob("*-v0.md")) if "sepsis" not in card.stem]
@@ -1315,7 +1316,7 @@ CARDS = [card for card in sorted((ROOT / "benchmarks" / "cards").glob("*-v0.md")
 def test_committed_cards_are_those_of_the_recipes(card, monkeypatch):
     """What a recipe says of its dataset, without collecting it. Not of icu-sepsis, whose text takes a minute."""
     said = {}
-    if card.stem.startswith("ogbench"):
+    if card.stem.startswith("ogbench") or "-play-goals-" in card.stem:
         pytest.importorskip("ogbench")
     monkeypatch.setattr(storage, "write", lambda *args, **fields: said.update(fields))
     monkeypatch.setattr(pointmaze, "collect_walks", lambda *args, **fields: [])

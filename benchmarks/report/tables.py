@@ -55,7 +55,7 @@ def write_tables(root: Path, protocol: str, runs: list[Run], failures: list[Fail
             measured = json.loads((results / f"speed-{name}.json").read_text())
             new = fill(new, f"speed:{name}", speed.table(measured), page)
         if "<!-- report:speed-online:begin -->" in text:
-            measured = json.loads((results / "speed-online.json").read_text())
+            measured = json.loads((results / "online-speed.json").read_text())
             new = fill(new, "speed-online", speed_online.table(measured), page)
         if f"<!-- report:stopping:{protocol}:begin -->" in text:
             found = [(results / protocol / run.place, run) for run in runs]
