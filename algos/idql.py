@@ -21,6 +21,7 @@ Hyper-parameters      expectile, num_steps, num_samples, dropout, actor_tau: the
 Deviations            1. Batches are drawn on the device, with replacement; no row is kept for validation.
                       2. `normalize_reward` is off, for the maze. (L_mu is a sum over the dimensions, as there.)
                       3. The networks of agents/ddpm_iql there; ddpm_iql_simple has others. The page tells them apart.
+                      4. L_Q is a sum over the critics, as in iql.py; there a mean, which Adam makes the same step.
 Run                   python algos/idql.py --dataset stitch/pointmaze-umaze-v0
 """
 

@@ -1,6 +1,8 @@
 """Where the time of learning on-line goes: simulator, policy or updates.
 
-    python benchmarks/speed_online.py      # results/online-speed.json and a table; some 10 minutes on 2 cores
+    python benchmarks/speed_online.py      # results/online-speed.json and a table
+
+On two cores a file takes a minute for each repetition with `--steps 500`, and some two with the default.
 
 Each file that can learn on-line is run as a user runs it, with its defaults but for the number of updates for each step
 (1, and one seed), in an environment of HalfCheetah, whose episodes all have 1,000 steps. Rates and shares are those of

@@ -1,14 +1,12 @@
-"""Trains SAC on a locomotion task, for the behaviour policies of the v1 datasets. The committed files come from
+"""Trains SAC on a locomotion task, for behaviour policies that are as good as D4RL's. No dataset uses them yet.
 
     python benchmarks/behaviour/train_sac.py --task hopper
-    python benchmarks/behaviour/train_sac.py --task walker2d
-    python benchmarks/behaviour/train_sac.py --task halfcheetah --num-steps 2000000
 
 The losses, networks and updates are those of algos/sac.py; here are the environment and the replay buffer around them:
 one update for each step, 50 at a time. The settings are those of the SAC paper (https://arxiv.org/abs/1812.05905,
 appendix D), which D4RL's policies were trained with, too.
 
-It takes an hour or more for each task on one core. It can be stopped at any time: the same command goes on from the
+It takes hours. It can be stopped at any time: the same command goes on from the
 last checkpoint, in runs/behaviour/TASK, and ends with the same policies.
 """
 
@@ -21,7 +19,6 @@ from pathlib import Path
 from typing import Literal
 
 import flax
-import gymnasium as gym
 import jax
 import numpy as np
 import tyro
@@ -33,8 +30,8 @@ sys.path.insert(0, str(ROOT))
 from algos import sac  # noqa: E402
 from common.datasets import Transition  # noqa: E402
 from common.environments import Spec, provenance  # noqa: E402
+from common.recipes import locomotion  # noqa: E402
 
-TASKS = {"hopper": "Hopper-v5", "walker2d": "Walker2d-v5", "halfcheetah": "HalfCheetah-v5"}
 BLOCK = 50  # environment steps, then as many updates in one compiled call
 COLUMNS = ("obs", "action", "reward", "next_obs", "terminal")
 
@@ -96,7 +93,7 @@ def forward(arrays, obs):
 
 def train(cfg: Config, folder: Path):
     """Trains, or goes on. Leaves in `folder` the replay buffer and snapshots.npz, every policy that is kept."""
-    env = gym.make(TASKS[cfg.task])
+    env = locomotion.make_env(cfg.task)
     obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
     assert np.all(env.action_space.high == 1) and np.all(env.action_space.low == -1)
     names = ("batch_size", "hidden", "learning_rate", "discount", "tau")
