@@ -432,7 +432,7 @@ def worker(algo: str, setting: dict, seeds: int, updates: int, cache: str):
                 "versions": {"python": platform.python_version(), **versions},
                 "updates_per_repetition": each * seeds,
                 "prepares": each // cfg.prepare_interval if prepare else 0,  # in a repetition
-                "flops_per_update": flops_per_update(module.make_agent(cfg, interface.spec), dataset, cfg.batch_size),
+                "flops_per_update": flops_per_update(module.make_agent(cfg, interface.spec), module.draw, dataset, cfg),
             }
         elif question == "train\n":
             answer = updates_per_second(each, seeds, seconds_of(step))
@@ -502,12 +502,16 @@ def peak_memory_mb():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
 
-def flops_per_update(agent, dataset, batch_size):
+def flops_per_update(agent, draw, dataset, cfg):
     """FLOPs of the matrix products of one seed's update: the mean of those that take turns in a file with a delay."""
     import jax
 
-    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((batch_size, *x.shape[1:]), x.dtype), dataset)
-    state = jax.eval_shape(agent.init, jax.random.key(0))
+    key = jax.random.key(0)
+    state = jax.eval_shape(agent.init, key)
+    prepare = getattr(agent, "prepare", lambda *unchanged: unchanged)
+    _, rows = jax.eval_shape(prepare, state, dataset)
+    draw = getattr(agent, "draw", draw)
+    batch = jax.eval_shape(lambda *args: draw(*args, cfg), key, rows, state)  # of goals or windows, where it has them
     cycle = getattr(agent, "cycle", (agent.update,))
     return statistics.mean(product_flops(jax.make_jaxpr(update)(state, batch).jaxpr) for update in cycle)
 

@@ -122,8 +122,13 @@ def test_products_whose_number_is_not_known_from_shapes_are_refused(form):
 
 
 def test_flops_of_updates_that_take_turns_are_their_mean():
-    """Two updates with a product of (batch 5, obs 3) and (3, 4), and one with two of these: 120 FLOPs for each."""
+    """Two updates with a product of (batch 5, obs 3) and (3, 4), and one with two of these: 120 FLOPs for each.
+
+    The batch is what the file draws, here of observations alone."""
     dataset = Transition(np.zeros((100, 3)), None, np.zeros(100), None, None)
+
+    def draw(key, rows, state, cfg):
+        return Transition(rows.obs[: cfg.batch_size], *[None] * 4)
 
     def one(state, batch):
         return batch.obs @ state, {}
@@ -132,9 +137,9 @@ def test_flops_of_updates_that_take_turns_are_their_mean():
         return one(state, batch)[0] + batch.obs @ state, {}
 
     agent = SimpleNamespace(init=lambda key: jnp.zeros((3, 4)), update=two, cycle=(one, one, two))
-    assert speed.flops_per_update(agent, dataset, 5) == (120 + 120 + 240) / 3
+    assert speed.flops_per_update(agent, draw, dataset, SimpleNamespace(batch_size=5)) == (120 + 120 + 240) / 3
     del agent.cycle
-    assert speed.flops_per_update(agent, dataset, 5) == 240
+    assert speed.flops_per_update(agent, draw, dataset, SimpleNamespace(batch_size=5)) == 240
 
 
 # --- A row ---------------------------------------------------------------------------------------------------
