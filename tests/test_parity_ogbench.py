@@ -1,7 +1,8 @@
 """Parity with OGBench's own code: the same weights and the same batch give the same losses, gradients and updates.
 
 The numbers in parity/ogbench_*.npz are OGBench's (parity/ogbench_reference.py calls its code at a commit);
-parity/ogbench_provenance.json holds its hyper-parameters. Goals are in the batch: how they are drawn is not compared.
+parity/ogbench_provenance.json holds its hyper-parameters. Goals are in the batch; how often which goal is drawn for which
+row is compared with parity/ogbench_goals.npz, by the last test.
 
 A gradient is read from Adam: after the first update its first moment is mu = (1 - b1) gradient.
 """
@@ -18,6 +19,7 @@ import optax
 import pytest
 
 from algos import crl, gcbc, gciql, gcivl, hiql, qrl
+from common.datasets import Transition
 from common.environments import Spec
 
 FOLDER = pathlib.Path(__file__).parent / "parity"
@@ -216,3 +218,39 @@ def test_actions(name):
     arrays, state, _, act, _ = program(name)
     obs = np.concatenate([arrays["batch/observations"], arrays["batch/actor_goals"]], axis=-1)
     np.testing.assert_allclose(act(state, obs, jax.random.key(0)), arrays["act"], rtol=1e-5, atol=1e-5)
+
+
+GOALS = json.loads((FOLDER / "ogbench_goals_provenance.json").read_text())
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_goals_are_drawn_as_often(name):
+    """200,000 of our draws beside a million of OGBench's: shares within 5 standard errors, 0 where OGBench has 0.
+
+    A state is the number of its row. `end` is the last row of each episode.
+    """
+    module, source = MODULES[name], {"gcbc": "gcivl", "gciql": "gcivl"}.get(name, name)
+    shares = GOALS["config"][source]
+    fields = {"p_current": shares["value"]["p_curgoal"], "p_future": shares["value"]["p_trajgoal"]}
+    fields |= {"actor_p_future": shares["actor"]["p_trajgoal"], "discount": GOALS["discount"]}
+    fields |= {"subgoal_steps": GOALS["subgoal_steps"], "batch_size": 200_000}
+    if name == "gcbc":  # its only goals are the policy's
+        fields["p_future"] = fields["actor_p_future"]
+    known = {field.name for field in dataclasses.fields(module.Config)}
+    cfg = module.Config(**{key: value for key, value in fields.items() if key in known})
+    number = jnp.arange(sum(GOALS["lengths"]))
+    obs, end = number[:, None].astype(jnp.float32), np.repeat(np.cumsum(GOALS["lengths"]) - 1, GOALS["lengths"])
+    dataset = Transition(obs, number, 0.0 * number, obs + 1, 0.0 * number, end=jnp.asarray(end))
+    batch = jax.jit(functools.partial(module.draw, cfg=cfg))(jax.random.key(0), dataset, None)
+    with np.load(FOLDER / "ogbench_goals.npz") as file:
+        theirs = {key.partition("/")[2]: file[key] for key in file.files if key.startswith(f"{source}/")}
+    columns = [column for column in module.Batch._fields if "goal" in column]
+    assert columns
+    for column in columns:
+        ours = np.zeros((len(number), len(number)))
+        np.add.at(ours, (np.asarray(batch.obs[:, 0], int), np.asarray(getattr(batch, column)[:, 0], int)), 1)
+        table = theirs[COLUMNS.get(column, column)]
+        n, m = ours.sum(axis=1, keepdims=True), table.sum(axis=1, keepdims=True)
+        share = (ours + table) / (n + m)
+        error = np.sqrt(share * (1 - share) * (1 / n + 1 / m))
+        assert np.all(np.abs(ours / n - table / m) <= 5 * error), column
