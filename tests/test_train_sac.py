@@ -1,5 +1,6 @@
 """SAC for the behaviour policies: the policy in NumPy, and a training that is stopped and goes on."""
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -25,7 +26,7 @@ def test_the_policy_in_numpy_is_the_network():
 
 
 def test_a_training_that_is_stopped_ends_with_the_same_bits(tmp_path, monkeypatch):
-    counts = {"num_steps": 600, "random_steps": 200, "snapshot_interval": 200, "save_interval": 150}
+    counts = {"num_steps": 600, "random_steps": 200, "early_interval": 200, "save_interval": 150}
     cfg = train_sac.Config("hopper", **counts, hidden=(8,), batch_size=16)
     train_sac.train(cfg, tmp_path / "whole")
     add = train_sac.Replay.add
@@ -47,3 +48,17 @@ def test_a_training_that_is_stopped_ends_with_the_same_bits(tmp_path, monkeypatc
     whole, stopped = (np.load(tmp_path / folder / "snapshots.npz") for folder in ("whole", "stopped"))
     for name in whole.files:
         np.testing.assert_array_equal(whole[name], stopped[name])
+
+
+def test_policies_are_kept_often_at_first_and_a_training_may_go_on_with_other_intervals(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_sac, "EARLY", 200)
+    cfg = train_sac.Config(
+        "hopper", num_steps=400, random_steps=200, early_interval=50, snapshot_interval=100, save_interval=100,
+        hidden=(8,), batch_size=16,
+    )  # fmt: skip
+    train_sac.train(cfg, tmp_path)
+    with np.load(tmp_path / "snapshots.npz") as file:
+        assert file["step"][:-1].tolist()[:6] == [0, 50, 100, 150, 200, 300]
+    train_sac.train(dataclasses.replace(cfg, early_interval=100), tmp_path)  # nothing is left to do
+    with pytest.raises(SystemExit, match="other settings"):
+        train_sac.train(dataclasses.replace(cfg, seed=1), tmp_path)

@@ -33,6 +33,9 @@ from common.environments import Spec, provenance  # noqa: E402
 from common.recipes import locomotion  # noqa: E402
 
 BLOCK = 50  # environment steps, then as many updates in one compiled call
+# A medium-replay dataset needs 30 policies up to the medium one, which training can reach after 60,000 steps or so, and
+# from here on has by snapshot_interval alone
+EARLY = 300_000
 COLUMNS = ("obs", "action", "reward", "next_obs", "terminal")
 
 
@@ -42,13 +45,19 @@ class Config:
     seed: int = 0
     num_steps: int = 1_000_000  # of the environment
     random_steps: int = 10_000  # of uniform actions, before the first update
-    snapshot_interval: int = 10_000  # steps between two policies that are kept
+    snapshot_interval: int = 10_000  # steps between two policies that are kept, from EARLY steps on
+    early_interval: int = 2_000  # the same, before
     save_interval: int = 20_000  # steps between two checkpoints, each at the end of an episode
     batch_size: int = 256
     hidden: tuple[int, ...] = (256, 256)
     learning_rate: float = 3e-4
     discount: float = 0.99
     tau: float = 0.005
+
+
+def settings(config: dict) -> dict:
+    """What a training that goes on must have in common with what was saved: all but when policies are kept."""
+    return {name: value for name, value in config.items() if not name.endswith("_interval")}
 
 
 class Replay:
@@ -110,7 +119,7 @@ def train(cfg: Config, folder: Path):
     state, step, episode, snapshots, returns, seconds = agent.init(jax.random.key(cfg.seed)), 0, 0, [], [], 0.0
     if (folder / "checkpoint.msgpack").exists():
         saved = flax.serialization.msgpack_restore((folder / "checkpoint.msgpack").read_bytes())
-        if saved["config"] != json.dumps(dataclasses.asdict(cfg)):
+        if settings(json.loads(saved["config"])) != settings(json.loads(json.dumps(dataclasses.asdict(cfg)))):
             raise SystemExit(f"{folder} holds a training with other settings: remove it, or use the same command.")
         key_data = jax.random.key_data(state.key)
         state = flax.serialization.from_state_dict(state._replace(key=key_data), saved["state"])
@@ -127,7 +136,7 @@ def train(cfg: Config, folder: Path):
         obs, _ = env.reset(seed=int(rng.integers(2**31)))
         ended, total = False, 0.0
         while not ended:
-            if step % cfg.snapshot_interval == 0:
+            if step % (cfg.early_interval if step < EARLY else cfg.snapshot_interval) == 0:
                 snapshots.append({**arrays, "step": np.array(step)})
             if step < cfg.random_steps:
                 action = rng.uniform(-1, 1, action_dim).astype(np.float32)
