@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from common.recipes import cartpole, locomotion, manipulation, ogbench_maze, open_bandit, pointmaze, sepsis
+from common.recipes import cartpole, locomotion, manipulation, ogbench_maze, open_bandit, overcooked, pointmaze, sepsis
 
 
 class Recipe(NamedTuple):
@@ -42,6 +42,10 @@ RECIPES: dict[str, Recipe] = {
         f"stitch/open-bandit-{log}-{campaign}-v0": Recipe(functools.partial(open_bandit.write, log, campaign), 10_000)
         for log in ("random", "bts")
         for campaign in open_bandit.CAMPAIGNS
+    },
+    **{
+        f"stitch/overcooked-{name}-human-v0": Recipe(functools.partial(overcooked.write, name), kitchen.num_steps)
+        for name, kitchen in overcooked.KITCHENS.items()
     },
     **{
         f"stitch/{task}-play-v0": Recipe(functools.partial(manipulation.write, task), 1_000_000)
