@@ -131,7 +131,7 @@ def small(runs: list[Run], failures: list[Failure], results: str, root: str, pub
     text = (
         "With the papers' networks and settings: the mean score of the last five evaluations of "
         f"{updates} updates, over {seeds} seeds, and in parentheses what is published for D4RL's data of the like "
-        f"name, after a million. An empty place is not run yet: {count(runs)}. [What differs, intervals and last evaluations]"
-        f"({join(root, 'benchmarks/standard.md')})."
+        f"name, after a million. An empty place is not run yet: {count(runs)}. "
+        f"[What differs, intervals and last evaluations]({join(root, 'benchmarks/standard.md')})."
     )
     return f"## Scores on data like D4RL's\n\n{table}\n\n{text}"
