@@ -22,7 +22,7 @@ import pytest
 import tyro
 from conftest import project_algos
 
-from common.recipes import RECIPES
+from common.recipes import RECIPES, locomotion, locomotion_sac
 
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))  # scripts that import each other as they do when they are run
@@ -31,6 +31,7 @@ import report  # noqa: E402
 import speed  # noqa: E402
 import speed_online  # noqa: E402
 import sweep  # noqa: E402
+from report import standard  # noqa: E402
 from report.online import since_switch  # noqa: E402
 from report.runs import read_runs  # noqa: E402
 
@@ -131,7 +132,8 @@ def test_every_dataset_that_can_be_built_is_named():
 
     table = page("protocols.md").partition("| built here")[2].partition("\n## ")[0]  # two tables
     named = re.findall(r"^\|.*?`(stitch/[^`]*)`", table, flags=re.MULTILINE)
-    assert sorted(x for name in named for x in spread(name)) == sorted(RECIPES)
+    coming = {f"stitch/{task}-{quality}-v1" for task in locomotion.TASKS for quality in locomotion_sac.QUALITIES}
+    assert sorted(x for name in named for x in spread(name)) == sorted(RECIPES.keys() | coming)
 
 
 def test_the_citation_is_of_this_version():
@@ -164,6 +166,16 @@ def test_the_table_of_the_main_job_is_that_of_the_result_files():
     assert f"TD3+BC has {score['td3_bc']['score_mean']:.1f} because" in " ".join(README.split())
 
 
+def test_the_tables_of_the_standard_protocol_are_those_of_its_result_files():
+    if (RESULTS / standard.NAME).is_dir():
+        report.main(report.Options(standard.NAME, check=True))
+        found = read_runs(RESULTS / standard.NAME)
+        assert all("dirty" not in run.summary["commit"] for run in found)
+    else:
+        assert "0 of 36 cells (9 methods on 4 datasets) are finished" in page("standard.md")
+        assert "<!-- report:standard:begin -->\n\n<!-- report:standard:end -->" in README
+
+
 def test_default_run_reaches_the_required_score_and_cloning_does_not():
     score = {p.name: json.loads((p / "summary.json").read_text())["score_mean"] for p in UMAZE.iterdir() if p.is_dir()}
     assert score["iql"] >= 90 and score["bc"] <= 20
@@ -183,7 +195,7 @@ def number_in(cell):
 
 @pytest.mark.parametrize(
     "path, mark, column",
-    [("README.md", "pointmaze-umaze-v0", 1), ("benchmarks/scores.md", "quick", -1)]
+    [("README.md", "pointmaze-umaze-v0", 1), ("benchmarks/quick.md", "quick", -1)]
     + [("benchmarks/speed.md", f"speed:{file.stem.removeprefix('speed-')}", 2) for file in SPEED],
 )
 def test_tables_are_sorted_by_what_they_show(path, mark, column):
@@ -235,7 +247,7 @@ def quick():
 
 
 def test_numbers_of_the_scores_page_are_those_of_the_result_files(quick):
-    text = page("scores.md").partition("### What the gaps")[2].partition("\n## ")[0]
+    text = page("quick.md").partition("## What the gaps")[2].partition("\n## ")[0]
     means = {f"{run.scores.mean():.1f}" for run in quick.values()}
     assert set(re.findall(r"(?<![\d.])-?\d+\.\d(?!\d)", text)) <= means
 
@@ -322,7 +334,7 @@ def test_what_the_pages_say_of_policies_that_train_in_a_model(quick):
     says = f"{means['combo']:.1f} on hopper-medium-expert, where the others are between {low:.1f} and {high:.1f}"
     assert says in texts["mbpo"]
     assert f"COMBO has {means['combo']:.1f}, and [cloning](bc.md) {means['bc']:.1f}" in texts["combo"]
-    scores = " ".join((ROOT / "benchmarks" / "scores.md").read_text().split())
+    scores = " ".join((ROOT / "benchmarks" / "quick.md").read_text().split())
     shown = {"mopo": "MOPO", "mbpo": "MBPO", "rambo": "RAMBO", "mobile": "MOBILE", "morel": "MOReL"}
     assert all(f"{title} ({means[name]:.1f})" in scores for name, title in shown.items())
     models = {(run.dataset, run.method): run.scores for run in read_runs(RESULTS / "models")}

@@ -21,7 +21,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))  # scripts that import each other as they do when they are run
 
 import report  # noqa: E402
-from report import cards, estimators, pictures, rules, runs, selection, sweeps, tables  # noqa: E402
+from report import cards, estimators, pictures, rules, runs, selection, standard, sweeps, tables  # noqa: E402
 
 # (datasets, seeds) of two methods
 A = list(np.array([[40, 55, 45, 70, 60], [10, 20, 0, 35, 5], [90, 80, 85, 95, 100]], float))
@@ -431,6 +431,133 @@ def test_committed_tables_are_those_of_the_committed_result_files():
     else:
         between = (ROOT / "README.md").read_text().partition("<!-- report:quick:begin -->")[2]
         assert between.partition("<!-- report:quick:end -->")[0].strip() == ""
+
+
+# --- The protocol `standard` ------------------------------------------------------------------------------
+
+
+def make_standard_run(folder, dataset, curves, algo):
+    """A run whose seeds have these scores at evaluation 1, 2, ..."""
+    make_run(folder, dataset, [curve[-1] for curve in curves], algo)
+    summary = json.loads((folder / "summary.json").read_text())
+    lines = [
+        {"step": 10 * (i + 1), "seed": seed, "score": float(score), "returns": [score / 100] * 2}
+        for seed, curve in enumerate(curves)
+        for i, score in enumerate(curve)
+    ]
+    (folder / "metrics.jsonl").write_text(
+        "".join(json.dumps(line) + "\n" for line in sorted(lines, key=lambda x: x["step"]))
+    )
+    (folder / "summary.json").write_text(json.dumps(summary | {"num_updates": 10 * len(curves[0])}))
+
+
+@pytest.fixture
+def standard_runs(tmp_path):
+    """Five methods on one dataset, where the last evaluation tells another order than the last five; one elsewhere."""
+    hopper = "stitch/hopper-medium-expert-v1"
+    last = {"bc": 0.0, "td3_bc": 90.0, "iql": 20.0, "rebrac": 80.0, "bc-top-10": 10.0}
+    five = {"bc": 40.0, "td3_bc": 50.0, "iql": 70.0, "rebrac": 80.0, "bc-top-10": 60.0}  # with the last one
+    for method, mean in five.items():
+        four = (5 * mean - last[method]) / 4
+        curves = [[1000.0, four + d, four + d, four + d, four + d, last[method] + d] for d in (-1.0, 0.0, 1.0)]
+        algo = "bc" if method == "bc-top-10" else method
+        make_standard_run(tmp_path / "hopper-medium-expert-v1" / method, hopper, curves, algo)
+    maze = "stitch/pointmaze-medium-stitch-v0"
+    make_standard_run(tmp_path / "pointmaze-medium-stitch-v0" / "iql", maze, [[5.0, 7.0], [7.0, 9.0]], "iql")
+    return tmp_path
+
+
+def rows_under(text, heading):
+    table = text.partition(f"### {heading}\n\n")[2].partition("\n\n")[0]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+
+
+def test_the_standard_page_shows_the_last_five_evaluations_the_last_one_and_what_is_published(standard_runs):
+    found = runs.read_results(standard_runs)
+    text = standard.page(found.runs, found.failures, "results/standard", "..", tables.PUBLISHED)
+    assert text.startswith("**6 of 36 cells (9 methods on 4 datasets) are finished.**\n\n### hopper-medium-expert-v1\n")
+    head = "| method | mean of the last five evaluations | last evaluation | (published on hopper-medium-expert-v2) |"
+    assert head in text and "| method | mean of the last five evaluations | last evaluation |\n" in text
+    shown = rows_under(text, "hopper-medium-expert-v1")
+    assert [row[0] for row in shown] == [  # by the last five
+        f"[{method}](../algos/{algo}.md)"
+        for method, algo in (("rebrac",) * 2, ("iql",) * 2, ("bc-top-10", "bc"), ("td3_bc",) * 2, ("bc",) * 2)
+    ]
+    assert shown[1][1:] == [
+        "[70.0](results/standard/hopper-medium-expert-v1/iql) (69.0 to 71.0)", "20.0 (19.0 to 21.0)", "(107.4)"
+    ]  # fmt: skip
+    # of a run with two evaluations, their mean
+    assert rows_under(text, "pointmaze-medium-stitch-v0") == [
+        [
+            "[iql](../algos/iql.md)",
+            "[7.0](results/standard/pointmaze-medium-stitch-v0/iql) (6.0 to 8.0)",
+            "8.0 (7.0 to 9.0)",
+        ]
+    ]
+    assert "Not run yet: awac, xql, cql, edac. Rank correlation" in text
+    assert "v5 of Gymnasium and not v2 of Gym, and the published runs have 1,000,000 updates" in text
+    assert text.count("Rank correlation") == 1  # none of the maze: nothing is published there
+
+
+def test_rank_correlation_has_known_answers():
+    """1 - 6 sum d^2 / (n (n^2 - 1)) without ties; with ties, scipy 1.16's spearmanr."""
+    assert standard.rank_correlation([1, 2, 3], [10, 20, 90]) == pytest.approx(1)
+    assert standard.rank_correlation([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)
+    # differences 1, 1, 2, 1, 1: 1 - 6 * 8 / (5 * 24)
+    assert standard.rank_correlation([1, 2, 3, 4, 5], [2, 1, 5, 3, 4]) == pytest.approx(0.6)
+    # ranks 0, 1.5, 1.5, 3 and 0, 1, 2, 3: 4.5 / sqrt(4.5 * 5)
+    assert standard.rank_correlation([1, 4, 4, 9], [1, 2, 3, 4]) == pytest.approx(0.9**0.5)
+    assert np.isnan(standard.rank_correlation([1, 1], [1, 2]))
+
+
+def test_the_rank_correlation_is_of_the_last_five_and_of_five_methods_or_more(standard_runs):
+    """Ours: bc, td3_bc, bc-top-10, iql, rebrac; published: bc, td3_bc, iql, rebrac, bc-top-10. d = 0, 0, 2, 1, 1."""
+    found = runs.read_results(standard_runs)
+    text = standard.page(found.runs, found.failures, ".", ".", tables.PUBLISHED)
+    assert "(Spearman's, 5 methods): 0.70." in text
+    four = [run for run in found.runs if run.method != "bc"]
+    assert "Rank correlation" not in standard.page(four, [], ".", ".", tables.PUBLISHED)
+
+
+def test_the_standard_page_names_what_failed_and_begins_without_a_run(standard_runs):
+    fail(standard_runs / "hopper-medium-expert-v1" / "edac", "stitch/hopper-medium-expert-v1", "no memory", "edac")
+    found = runs.read_results(standard_runs)
+    text = standard.page(found.runs, found.failures, ".", ".", tables.PUBLISHED)
+    assert "Failed: edac on hopper-medium-expert-v1 (no memory)." in text and "Not run yet: awac, xql, cql. " in text
+    empty = standard.page([], [], ".", ".", tables.PUBLISHED)
+    assert empty == "**0 of 36 cells (9 methods on 4 datasets) are finished.**"
+    assert standard.small([], [], ".", ".", tables.PUBLISHED) == ""
+
+
+def test_readme_has_one_table_of_the_standard_protocol_as_soon_as_there_is_a_run(standard_runs, tmp_path):
+    root = tmp_path / "root"
+    (root / "benchmarks").mkdir(parents=True), (root / "algos").mkdir()
+    marks = "<!-- report:standard:begin -->\n<!-- report:standard:end -->\n"
+    (root / "README.md").write_text(f"above\n{marks}below\n")
+    (root / "benchmarks" / "standard.md").write_text(marks)
+    found = runs.read_results(standard_runs)
+    tables.write_tables(root, "standard", found.runs, found.failures, check=False)
+    readme, page = (root / "README.md").read_text(), (root / "benchmarks" / "standard.md").read_text()
+    assert (
+        "\n## Scores on data like D4RL's\n\n| method | hopper-medium-expert-v1 | pointmaze-medium-stitch-v0 |\n"
+        in readme
+    )
+    place = "benchmarks/results/standard/hopper-medium-expert-v1/iql"
+    maze = "benchmarks/results/standard/pointmaze-medium-stitch-v0/iql"
+    assert f"| [iql](algos/iql.md) | [70.0]({place}) (107.4) | [7.0]({maze}) |" in readme
+    assert f"| [bc](algos/bc.md) | [40.0]({place[:-3]}bc) (52.3) |  |" in readme
+    assert "6 of 36 cells" in readme and "(benchmarks/standard.md)" in readme and readme.endswith("end -->\nbelow\n")
+    assert "### hopper-medium-expert-v1" in page and "(results/standard/hopper-medium-expert-v1/iql)" in page
+    before = files(root)
+    assert tables.write_tables(root, "standard", found.runs, found.failures, check=True) == [] and files(root) == before
+
+
+def test_published_scores_of_like_named_data_are_of_the_protocol():
+    protocol = tomllib.loads((ROOT / "benchmarks" / "protocols.toml").read_text())["standard"]
+    for dataset, scores in tables.PUBLISHED["like"].items():
+        assert dataset in protocol["datasets"] and dataset == f"stitch/{scores['name'][:-1]}1"
+        assert scores.keys() - {"name"} <= protocol["methods"].keys()
+    assert not tables.PUBLISHED["like"].keys() & tables.PUBLISHED["scores"].keys()
 
 
 # --- What must not be taken for the same ---------------------------------------------------------------

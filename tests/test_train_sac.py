@@ -62,3 +62,18 @@ def test_policies_are_kept_often_at_first_and_a_training_may_go_on_with_other_in
     train_sac.train(dataclasses.replace(cfg, early_interval=100), tmp_path)  # nothing is left to do
     with pytest.raises(SystemExit, match="other settings"):
         train_sac.train(dataclasses.replace(cfg, seed=1), tmp_path)
+
+
+def test_a_finished_training_goes_on_as_if_it_had_been_longer(tmp_path):
+    cfg = train_sac.Config(
+        "hopper", num_steps=700, random_steps=200, early_interval=100, save_interval=150, hidden=(8,), batch_size=16
+    )
+    train_sac.train(cfg, tmp_path / "long")
+    train_sac.train(dataclasses.replace(cfg, num_steps=300), tmp_path / "short")
+    train_sac.train(cfg, tmp_path / "short")
+    long, short = (np.load(tmp_path / folder / "snapshots.npz") for folder in ("long", "short"))
+    for name in long.files:
+        np.testing.assert_array_equal(long[name], short[name])
+    for name in train_sac.COLUMNS:
+        long, short = (np.load(tmp_path / folder / f"{name}.npy") for folder in ("long", "short"))
+        np.testing.assert_array_equal(long, short)

@@ -1,4 +1,4 @@
-"""Trains SAC on a locomotion task, for behaviour policies that are as good as D4RL's. No dataset uses them yet.
+"""Trains SAC on a locomotion task, for the behaviour policies of the datasets v1: they are to be as good as D4RL's.
 
     python benchmarks/behaviour/train_sac.py --task hopper
 
@@ -6,8 +6,9 @@ The losses, networks and updates are those of algos/sac.py; here are the environ
 one update for each step, 50 at a time. The settings are those of the SAC paper (https://arxiv.org/abs/1812.05905,
 appendix D), which D4RL's policies were trained with, too.
 
-It takes hours. It can be stopped at any time: the same command goes on from the
-last checkpoint, in runs/behaviour/TASK, and ends with the same policies.
+It takes hours. It can be stopped at any time: the same command goes on from the last checkpoint, in
+runs/behaviour/TASK, and ends with the same policies; with a larger --num-steps a finished training goes on, too.
+benchmarks/behaviour/measure_sac.py then chooses the policies that the datasets need.
 """
 
 import dataclasses
@@ -56,8 +57,8 @@ class Config:
 
 
 def settings(config: dict) -> dict:
-    """What a training that goes on must have in common with what was saved: all but when policies are kept."""
-    return {name: value for name, value in config.items() if not name.endswith("_interval")}
+    """What a training that goes on must have in common with what was saved: not when policies are kept, nor its end."""
+    return {name: value for name, value in config.items() if name != "num_steps" and not name.endswith("_interval")}
 
 
 class Replay:
@@ -68,8 +69,14 @@ class Replay:
         self.rows = {}
         for name, width in widths.items():
             path = folder / f"{name}.npy"
-            how = {"mode": "r+"} if path.exists() else {"mode": "w+", "dtype": np.float32, "shape": (capacity, *width)}
-            self.rows[name] = np.lib.format.open_memmap(path, **how)
+            old = np.load(path, mmap_mode="r") if path.exists() else np.empty((0, *width), np.float32)
+            if len(old) < capacity:  # new, or of a training that is to be longer now
+                shape = (capacity, *width)
+                rows = np.lib.format.open_memmap(folder / f"{name}.tmp", mode="w+", dtype=np.float32, shape=shape)
+                rows[: len(old)] = old
+                rows.flush()
+                os.replace(folder / f"{name}.tmp", path)
+            self.rows[name] = np.lib.format.open_memmap(path, mode="r+")
 
     def add(self, index, *values):
         for name, value in zip(COLUMNS, values, strict=True):

@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import os
 import re
+import urllib.parse
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
@@ -134,6 +136,11 @@ def read_failures(folder: Path) -> list[Failure]:
 def short(dataset_id: str) -> str:
     """A dataset's name as a file or a column is called."""
     return dataset_id.removeprefix("stitch/").replace("/", "-")
+
+
+def join(folder: str, name: str) -> str:
+    """A relative link."""
+    return urllib.parse.quote(os.path.normpath(f"{folder}/{name}"), safe="/,=@")
 
 
 def spread(counts):

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import tomllib
-import urllib.parse
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +11,12 @@ import speed  # benchmarks/speed.py
 import speed_online  # benchmarks/speed_online.py
 from sweep import write  # benchmarks/sweep.py
 
-from report import sweeps
+from report import standard, sweeps
 from report.estimators import NARROW, iqm, mean, with_interval
 from report.online import is_online, online_table
 from report.pictures import curves_of, pictures
 from report.rules import stopping_table
-from report.runs import Failure, Results, Run, comparable, short, spread
+from report.runs import Failure, Results, Run, comparable, join, short, spread
 
 PUBLISHED = tomllib.loads((Path(__file__).parents[1] / "published.toml").read_text())
 
@@ -49,6 +48,9 @@ def write_tables(root: Path, protocol: str, runs: list[Run], failures: list[Fail
                 own = [run for run in runs if algo in (None, run.algo)]
                 links = [(join(to_results, run.place), join(to_root, f"algos/{run.algo}.md")) for run in own]
                 shown = online_table(own, links, [results / protocol / run.place for run in own])
+            if protocol == standard.NAME and algo is None:
+                write_up = standard.small if page.parent == root else standard.page
+                shown = write_up(runs, failures, to_results, to_root, PUBLISHED)
             new = fill(new, protocol, shown, page)
             whole += algo is None
         for name in re.findall("<!-- report:speed:(.*):begin -->", text):
@@ -194,11 +196,6 @@ def footnote(runs: list[Run]) -> str:
         f"mean over {spread(seeds)} seeds and, in brackets, the 95 % interval of a bootstrap over them, which is "
         f"too narrow with few seeds: {NARROW}."
     )
-
-
-def join(folder: str, name: str) -> str:
-    """A relative link."""
-    return urllib.parse.quote(os.path.normpath(f"{folder}/{name}"), safe="/,=@")
 
 
 def of_tasks(run: Run) -> str:

@@ -1,4 +1,4 @@
-"""Hopper, Walker2d and HalfCheetah (Gymnasium's MuJoCo tasks, v5), each at D4RL's five qualities of data.
+"""Hopper, Walker2d and HalfCheetah (Gymnasium's MuJoCo tasks, v5), each at D4RL's five qualities of data: version v0.
 
     random          uniform actions
     medium          the first snapshot whose return, over 20 episodes, is a third of the expert's or more
@@ -32,7 +32,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -70,6 +70,10 @@ class Policy(NamedTuple):
     def mean(self, obs: np.ndarray) -> np.ndarray:
         """(..., obs_dim) -> (..., action_dim), not clipped."""
         return np.tanh(np.tanh(obs @ self.w0 + self.b0) @ self.w1 + self.b1) @ self.w2 + self.b2
+
+    def act(self, obs: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """(obs_dim,) -> (action_dim,): a draw, clipped."""
+        return np.clip(self.mean(obs) + self.std * rng.standard_normal(self.std.shape), -1, 1)
 
 
 class Episode(NamedTuple):
@@ -140,7 +144,10 @@ def make_env(task: str) -> gym.Env:
 
 
 def rollout(env: gym.Env, policy: Policy | None, seed: tuple[int, ...]) -> Episode:
-    """One episode; without a policy, of uniform actions. A function of its arguments only."""
+    """One episode; without a policy, of uniform actions. A function of its arguments only.
+
+    A policy is whatever has `act(obs, rng)`, a draw of an action.
+    """
     rng = np.random.default_rng(np.random.SeedSequence(seed))
     env_seed = int(rng.integers(2**31))
     obs, _ = env.reset(seed=env_seed)
@@ -150,7 +157,7 @@ def rollout(env: gym.Env, policy: Policy | None, seed: tuple[int, ...]) -> Episo
         if policy is None:
             action = rng.uniform(-1, 1, env.action_space.shape)
         else:
-            action = np.clip(policy.mean(obs) + policy.std * rng.standard_normal(policy.std.shape), -1, 1)
+            action = policy.act(obs, rng)
         actions.append(action.astype(np.float32))
         obs, reward, terminated, truncated, _ = env.step(actions[-1])
         observations.append(obs)
@@ -165,9 +172,11 @@ def collect(
     seed: int = 0,
     num_processes: int | None = None,
     desc: str = "roll-outs",
+    policies: Callable = policy,
 ) -> Iterator[EpisodeBuffer]:
     """Episodes of exactly `num_transitions` transitions, an equal part from each snapshot, in the order of `snapshots`.
 
+    `policies`: (task, snapshot) -> policy, a function of a module, since other processes call it.
     The number of processes, by default one for each core, changes nothing but the time it takes: every episode has a
     seed of its own, and the episodes come in the order of their seeds.
     """
@@ -180,7 +189,7 @@ def collect(
                 # All of these are needed, even if none of them ends early: no roll-out is ever thrown away.
                 batch = range(num_episodes, num_episodes + num_full_episodes(steps_left))
                 num_episodes = batch.stop
-                for episode in run(_rollout, [(task, snapshot, (seed, part, k)) for k in batch]):
+                for episode in run(_rollout, [(policies, task, snapshot, (seed, part, k)) for k in batch]):
                     yield to_buffer(episode, max_steps=steps_left)
                     num_steps = min(len(episode.rewards), steps_left)
                     steps_left -= num_steps
@@ -210,10 +219,10 @@ def to_buffer(episode: Episode, max_steps: int) -> EpisodeBuffer:
     )
 
 
-def _rollout(job: tuple[str, int | None, tuple[int, ...]]) -> Episode:
+def _rollout(job: tuple[Callable, str, int | None, tuple[int, ...]]) -> Episode:
     """In a process of the pool."""
-    task, snapshot, seed = job
-    return rollout(_process_env(task), None if snapshot is None else policy(task, snapshot), seed)
+    policies, task, snapshot, seed = job
+    return rollout(process_env(task), None if snapshot is None else policies(task, snapshot), seed)
 
 
-_process_env = functools.cache(make_env)  # one environment for each process
+process_env = functools.cache(make_env)  # one environment for each process

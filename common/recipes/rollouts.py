@@ -45,7 +45,11 @@ def processes(number: int) -> Iterator[Callable]:
     from loky import ProcessPoolExecutor
 
     # Without warnings: each process would warn of the same. Where the caller is killed, they end after a minute or two.
-    pool = ProcessPoolExecutor(number, timeout=60, initializer=warnings.simplefilter, initargs=("ignore",))
+    # A product of matrices has one thread: the processes share the cores, and more threads would wait for each other.
+    threads = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+    pool = ProcessPoolExecutor(
+        number, timeout=60, initializer=warnings.simplefilter, initargs=("ignore",), env=threads
+    )  # fmt: skip
 
     def run(function: Callable, jobs: Iterable) -> Iterator:
         waiting = deque()

@@ -1,0 +1,184 @@
+"""Chooses the policies of the locomotion datasets v1 among those of a training by train_sac.py, and keeps them.
+
+    python benchmarks/behaviour/measure_sac.py --task hopper
+
+Plays 20 episodes of each policy that the training kept, in NumPy, with a process for each core, and writes
+    common/recipes/behaviour/TASK-sac.npz   the policies that the recipes need, in half precision, and their returns
+    benchmarks/behaviour/TASK-sac.png       the learning curve
+    benchmarks/behaviour/TASK-sac.json      returns, the settings of the training, versions and commits
+
+expert         the last policy whose mean return is at least --expert-return
+medium         the first one whose mean return is a third of the expert's or more
+medium-replay  30 policies, evenly over the steps from the first one that acted in training to the medium one
+
+All returns are of policies in half precision, as they are kept, and of episodes with the policy's own noise, as in the
+data.
+"""
+
+import json
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import flax
+import matplotlib.pyplot as plt
+import numpy as np
+import tyro
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from common.environments import provenance  # noqa: E402
+from common.recipes import locomotion, locomotion_sac, rollouts  # noqa: E402
+
+HERE = Path(__file__).resolve().parent
+REPLAY = 30  # policies of medium-replay
+CURVE_EPISODES = 20  # of each policy
+REFERENCE_EPISODES = 100  # of the medium and of the expert policy, to report
+EVAL_SEED = 2**31  # apart from those of the data
+# D4RL's experts have 3234, 4592 and 12135. Ours of halfcheetah may be worse: its returns still grow after many hours
+EXPERT_RETURNS = {"hopper": 3200.0, "walker2d": 4500.0, "halfcheetah": 9000.0}
+
+
+@dataclass(frozen=True)
+class Config:
+    task: Literal["hopper", "walker2d", "halfcheetah"]
+    training: str = ""  # folder that train_sac.py left; by default runs/behaviour/TASK
+    expert_return: float = 0.0  # that an expert has at least; 0: what EXPERT_RETURNS asks for
+
+
+def policies_of(snapshots):
+    """[Policy], as they will be read: rounded to half precision."""
+    weights = [snapshots[name].astype(np.float16).astype(np.float32) for name in locomotion_sac.Policy._fields]
+    return [locomotion_sac.Policy(*arrays) for arrays in zip(*weights, strict=True)]
+
+
+def evaluate(job):
+    """Returns of an episode; in a process of the pool."""
+    task, policy, number = job
+    return locomotion.rollout(locomotion.process_env(task), policy, (EVAL_SEED, number)).rewards.sum()
+
+
+def play(task, policies, num_episodes):
+    """(policies, num_episodes) returns."""
+    jobs = ((task, policy, number) for policy in policies for number in range(num_episodes))
+    with rollouts.processes(os.cpu_count()) as run:
+        returns = list(tqdm(run(evaluate, jobs), total=len(policies) * num_episodes, desc=task, unit=" episodes"))
+    return np.reshape(returns, (len(policies), num_episodes))
+
+
+def choose(steps, returns, random_steps, expert_return):
+    """(indices of the policies to keep, in order; the place of the medium one among them).
+
+    `steps`, `returns`: (policies,) steps of the training, and mean returns.
+    """
+    good = np.flatnonzero(returns >= expert_return)
+    if not len(good):
+        raise SystemExit(
+            f"No policy has a mean return of {expert_return:g}; the best has {returns.max():.0f}, at step "
+            f"{steps[returns.argmax()]}: train longer (--num-steps), or lower --expert-return."
+        )
+    expert, first = good[-1], np.searchsorted(steps, random_steps)
+    medium = first + np.argmax(returns[first:] >= returns[expert] / 3)
+    wanted = np.linspace(steps[first], steps[medium], REPLAY)
+    replay = np.unique(np.abs(steps[:, None] - wanted).argmin(axis=0))
+    if len(replay) < REPLAY:
+        interval = int((steps[medium] - steps[first]) / (REPLAY - 1))
+        raise SystemExit(
+            f"The medium policy is that of step {steps[medium]}, and {medium - first + 1} policies that acted until "
+            f"then were kept, where medium-replay needs {REPLAY}: train again with --early-interval {interval} or less."
+        )
+    return np.append(replay, expert), REPLAY - 1
+
+
+def measure(cfg, snapshots, random_steps):
+    """What goes into the .npz file."""
+    policies, steps = policies_of(snapshots), snapshots["step"]
+    curve = play(cfg.task, policies, CURVE_EPISODES)
+    kept, medium = choose(steps, curve.mean(axis=1), random_steps, cfg.expert_return or EXPERT_RETURNS[cfg.task])
+    reference = play(cfg.task, [policies[kept[medium]], policies[kept[-1]]], REFERENCE_EPISODES)
+    return {name: snapshots[name][kept].astype(np.float16) for name in locomotion_sac.Policy._fields} | {
+        "step": steps[kept],
+        "return": curve[kept],  # (kept policies, CURVE_EPISODES)
+        "medium": medium,
+        "medium_return": reference[0],  # (REFERENCE_EPISODES,)
+        "expert_return": reference[1],
+        "curve_step": steps,
+        "curve_return": curve,  # (all policies, CURVE_EPISODES)
+    }
+
+
+def draw(path, task, behaviour):
+    """The learning curve, with the policies that are kept."""
+    figure, axes = plt.subplots(figsize=(6, 3.5), dpi=120, layout="constrained")
+    steps, returns = behaviour["curve_step"], behaviour["curve_return"]
+    axes.fill_between(steps, *np.quantile(returns, [0.1, 0.9], axis=-1), color="#0072B2", alpha=0.2, linewidth=0)
+    axes.plot(steps, returns.mean(-1), color="#0072B2", linewidth=1, label="mean, and 10 to 90 % of the episodes")
+    step, kept = behaviour["step"], behaviour["return"].mean(-1)
+    axes.plot(step, kept, ".", color="#0072B2", label="kept policies")
+    for name, i in {"medium": behaviour["medium"], "expert": -1}.items():
+        axes.plot(step[i], kept[i], "o", color="#D55E00")
+        mean = behaviour[f"{name}_return"].mean()
+        axes.annotate(f"{name}: {mean:.0f}", (step[i], kept[i]), (6, -12), textcoords="offset points")
+    axes.axhline(locomotion_sac.REFERENCE_SCORES[task][1], color="0.5", linestyle=":", label="D4RL's expert")
+    axes.margins(x=0.15)  # room for the names
+    axes.set(title=f"SAC on {locomotion.TASKS[task]}", xlabel="environment steps", ylabel="return")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8)
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def record_of(cfg, behaviour, saved, progress):
+    """What the .json file says; the folder of the training is a place on one machine, and not in it."""
+    option = f" --expert-return {cfg.expert_return:g}" if cfg.expert_return else ""
+
+    def about(returns):
+        return {"return_mean": round(float(returns.mean()), 1), "return_std": round(float(returns.std()), 1)}
+
+    policies = zip(behaviour["step"].tolist(), behaviour["return"], strict=True)
+    return provenance() | {
+        "command": f"python benchmarks/behaviour/measure_sac.py --task {cfg.task}{option}",
+        "training": {
+            "command": f"python benchmarks/behaviour/train_sac.py --task {cfg.task}",
+            "config": json.loads(saved["config"]),
+            "steps": saved["step"],
+            "seconds": round(saved["seconds"]),
+            **{name: progress[name] for name in ("commit", "device", "versions") if name in progress},
+        },
+        "medium": {"step": int(behaviour["step"][behaviour["medium"]]), **about(behaviour["medium_return"])},
+        "expert": {"step": int(behaviour["step"][-1]), **about(behaviour["expert_return"])},
+        "episodes": {"policies": CURVE_EPISODES, "medium and expert": REFERENCE_EPISODES},
+        "policies": [{"step": step, **about(returns)} for step, returns in policies],
+    }
+
+
+def main(cfg):
+    training = Path(cfg.training or ROOT / "runs" / "behaviour" / cfg.task)
+    if not (training / "checkpoint.msgpack").exists():
+        raise SystemExit(
+            f"{training} holds no training of {cfg.task}: run benchmarks/behaviour/train_sac.py, or name its "
+            "folder with --training."
+        )
+    saved = flax.serialization.msgpack_restore((training / "checkpoint.msgpack").read_bytes())
+    config = json.loads(saved["config"])
+    if config["task"] != cfg.task or saved["step"] < config["num_steps"]:
+        raise SystemExit(
+            f"{training} is a training of {config['task']} that has {saved['step']} of {config['num_steps']} steps: "
+            f"name a finished one of {cfg.task}."
+        )
+    with np.load(training / "snapshots.npz") as file:
+        behaviour = measure(cfg, dict(file), config["random_steps"])
+    np.savez_compressed(locomotion_sac.BEHAVIOUR / f"{cfg.task}-sac.npz", **behaviour)
+    draw(HERE / f"{cfg.task}-sac.png", cfg.task, behaviour)
+    record = record_of(cfg, behaviour, saved, json.loads((training / "progress.json").read_text()))
+    (HERE / f"{cfg.task}-sac.json").write_text(json.dumps(record, indent=1) + "\n")
+    for name in ("medium", "expert"):
+        print(f"{name}: {record[name]}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))

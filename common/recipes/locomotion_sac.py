@@ -1,0 +1,125 @@
+"""Hopper, Walker2d and HalfCheetah again, with policies that are as good as D4RL's: version v1.
+
+    random          uniform actions
+    medium          the first policy whose return, over 20 episodes, is a third of the expert's or more
+    medium-replay   what training had seen until then: uniform actions, then 30 policies up to the medium one, evenly
+                    over the steps of the training and in their order, as many transitions of each
+    medium-expert   medium, then expert: half of the transitions each
+    expert          the last policy of the training that earns as much as D4RL's expert or nearly so
+
+The policies are of one run of SAC for each task (benchmarks/behaviour/train_sac.py), and measured and chosen by
+benchmarks/behaviour/measure_sac.py; returns, learning curve and versions lie next to these two. They are kept as arrays
+in half precision in behaviour/*-sac.npz, and evaluated here in NumPy. A task whose file is not there has no recipe.
+
+Every action is a draw from the policy, as in SAC's training: a Gaussian whose mean and standard deviation depend on the
+state, squashed by tanh. Ends of episodes are those of v0 (locomotion.py).
+
+Scores are on D4RL's own scale: 0 and 100 are the returns of its random and of its expert policy.
+
+What differs from D4RL (https://arxiv.org/abs/2004.07219), whose names these are:
+- The data are rolled out anew, of other trainings, in v5 of Gymnasium's environments, where D4RL has v2 of Gym.
+- medium-replay is no replay buffer, in which every step has a policy of its own, but roll-outs of 30 policies.
+- Every dataset has a million transitions, unless its name asks for another number. D4RL's medium-expert has two
+  million, its medium-replay as many as the training took to reach the medium policy.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from common.recipes import locomotion, storage
+
+BEHAVIOUR = Path(__file__).parent / "behaviour"
+QUALITIES = {
+    "random": "uniform actions",
+    "medium": "the first policy of SAC whose return is a third of the expert's",
+    "medium-replay": "uniform actions and policies of SAC up to the medium one, as in its training",
+    "medium-expert": "the medium and the expert policy of SAC, half of the transitions each",
+    "expert": "the last policy of SAC that earns what D4RL's expert does, or nearly so",
+}
+# Returns that score 0 and 100: D4RL's, infos.py at https://github.com/Farama-Foundation/D4RL
+REFERENCE_SCORES = {
+    "hopper": (-20.272305, 3234.3),
+    "walker2d": (1.629008, 4592.3),
+    "halfcheetah": (-280.178953, 12135.0),
+}
+
+
+class Policy(NamedTuple):
+    """Two ReLU layers to the mean and the log of the standard deviation of a Gaussian, whose tanh is the action."""
+
+    w0: np.ndarray  # (obs_dim, hidden_dim) float32
+    b0: np.ndarray
+    w1: np.ndarray
+    b1: np.ndarray
+    w2: np.ndarray  # (hidden_dim, 2 * action_dim)
+    b2: np.ndarray
+
+    def gaussian(self, obs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(..., obs_dim) -> mean and standard deviation, each (..., action_dim), before the tanh."""
+        x = np.maximum(obs.astype(np.float32) @ self.w0 + self.b0, 0)
+        x = np.maximum(x @ self.w1 + self.b1, 0)
+        mean, log_std = np.split(x @ self.w2 + self.b2, 2, axis=-1)
+        return mean, np.exp(np.clip(log_std, -20, 2))  # the bounds of networks.TanhGaussianActor
+
+    def act(self, obs: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """(obs_dim,) -> (action_dim,): a draw."""
+        mean, std = self.gaussian(obs)
+        return np.tanh(mean + std * rng.standard_normal(mean.shape))
+
+
+def tasks() -> list[str]:
+    """Those whose trained policies are there."""
+    return [task for task in locomotion.TASKS if (BEHAVIOUR / f"{task}-sac.npz").exists()]
+
+
+def write(task: str, quality: str, dataset_id: str, data_path: Path, num_transitions: int) -> None:
+    """Rolls out the policies of a quality and writes the episodes as a Minari dataset."""
+    env = locomotion.make_env(task)
+    episodes = locomotion.collect(
+        task, snapshots(task, quality), num_transitions, desc=dataset_id, policies=policy
+    )  # fmt: skip
+    storage.write(
+        dataset_id,
+        data_path,
+        episodes,
+        env,
+        env,
+        reference_scores=REFERENCE_SCORES[task],
+        algorithm_name="uniform actions" if quality == "random" else "SAC (algos/sac.py)",
+        code_permalink="common/recipes/locomotion_sac.py",
+        description=f"{locomotion.TASKS[task]}: {QUALITIES[quality]}. Score 100 is the return of D4RL's expert.",
+        requirements=["gymnasium[mujoco]>=1.2"],
+    )
+    env.close()
+
+
+@functools.cache
+def load(task: str) -> dict[str, np.ndarray]:
+    """The policies of a task, on a leading axis, and what benchmarks/behaviour/measure_sac.py measured of them."""
+    with np.load(BEHAVIOUR / f"{task}-sac.npz") as file:
+        return dict(file)
+
+
+@functools.cache
+def policy(task: str, snapshot: int) -> Policy:
+    """One policy. Kept in half precision, evaluated in float32."""
+    return Policy(*(load(task)[name][snapshot].astype(np.float32) for name in Policy._fields))
+
+
+def snapshots(task: str, quality: str) -> list[int | None]:
+    """The policies that collect a dataset, in this order and in equal parts; None stands for uniform actions."""
+    steps, medium = load(task)["step"], int(load(task)["medium"])
+    # In training uniform actions came before the first policy: as many parts of them as there are intervals until then
+    uniform = round(steps[0] / ((steps[medium] - steps[0]) / medium))
+    return {
+        "random": [None],
+        "medium": [medium],
+        "medium-replay": [None] * uniform + [*range(medium + 1)],
+        "medium-expert": [medium, len(steps) - 1],
+        "expert": [len(steps) - 1],
+    }[quality]
