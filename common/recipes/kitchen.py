@@ -59,7 +59,6 @@ class Kitchen(gymnasium.Env):
     def __init__(self, grid):
         read = OvercookedGridworld.from_grid(grid)
         self.rules = Rules(read.terrain_mtx, read.start_player_positions, start_all_orders=ORDERS)
-        self.pots = set(self.rules.get_pot_locations())
         self.cells = np.zeros((*self.rules.shape, 26), np.float32)
         for kind, layer in LAYERS["cell"].items():
             for place in self.rules.terrain_pos_dict[kind]:
@@ -88,7 +87,6 @@ class Kitchen(gymnasium.Env):
             elif thing.is_idle:
                 obs[*thing.position, LAYERS["onions in a pot"]] = len(thing.ingredients)
             else:
-                remaining = thing.cook_time_remaining if thing.position in self.pots else 0
-                now = len(thing.ingredients), remaining, remaining == 0
+                now = len(thing.ingredients), thing.cook_time_remaining, thing.is_ready
                 obs[*thing.position, LAYERS["onions, steps to cook, done"]] = now
         return obs.ravel()
