@@ -2,7 +2,8 @@
 
     python benchmarks/behaviour/measure_sac.py --task hopper
 
-Plays 20 episodes of each policy that the training kept, in NumPy, with a process for each core, and writes
+Plays 20 episodes of each policy that the training kept, in NumPy, with a process for each core (their returns stay in
+the training's folder, and the same command goes on), and writes
     common/recipes/behaviour/TASK-sac.npz   the policies that the recipes need, in half precision, and their returns
     benchmarks/behaviour/TASK-sac.png       the learning curve
     benchmarks/behaviour/TASK-sac.json      returns, the settings of the training, versions and commits
@@ -37,6 +38,7 @@ from common.recipes import locomotion, locomotion_sac, rollouts  # noqa: E402
 HERE = Path(__file__).resolve().parent
 REPLAY = 30  # policies of medium-replay
 CURVE_EPISODES = 20  # of each policy
+CHUNK = 20  # policies, after which their returns are saved
 REFERENCE_EPISODES = 100  # of the medium and of the expert policy, to report
 EVAL_SEED = 2**31  # apart from those of the data
 # D4RL's experts have 3234, 4592 and 12135. Ours of halfcheetah may be worse: its returns still grow after many hours
@@ -70,6 +72,19 @@ def play(task, policies, num_episodes):
     return np.reshape(returns, (len(policies), num_episodes))
 
 
+def curve_of(task, policies, steps, file):
+    """(policies, CURVE_EPISODES) returns. `file` keeps them along the way: what was played once is not played again."""
+    known = {}
+    if file.exists():
+        with np.load(file) as saved:
+            known = dict(zip(saved["step"].tolist(), saved["returns"], strict=True))
+    missing = [i for i, step in enumerate(steps.tolist()) if step not in known]
+    for part in np.split(np.array(missing, int), range(CHUNK, len(missing), CHUNK)):
+        known |= dict(zip(steps[part].tolist(), play(task, [policies[i] for i in part], CURVE_EPISODES), strict=True))
+        np.savez(file, step=list(known), returns=list(known.values()))
+    return np.stack([known[step] for step in steps.tolist()])
+
+
 def choose(steps, returns, random_steps, expert_return):
     """(indices of the policies to keep, in order; the place of the medium one among them).
 
@@ -94,10 +109,10 @@ def choose(steps, returns, random_steps, expert_return):
     return np.append(replay, expert), REPLAY - 1
 
 
-def measure(cfg, snapshots, random_steps):
+def measure(cfg, snapshots, random_steps, training):
     """What goes into the .npz file."""
     policies, steps = policies_of(snapshots), snapshots["step"]
-    curve = play(cfg.task, policies, CURVE_EPISODES)
+    curve = curve_of(cfg.task, policies, steps, training / "returns.npz")
     kept, medium = choose(steps, curve.mean(axis=1), random_steps, cfg.expert_return or EXPERT_RETURNS[cfg.task])
     reference = play(cfg.task, [policies[kept[medium]], policies[kept[-1]]], REFERENCE_EPISODES)
     return {name: snapshots[name][kept].astype(np.float16) for name in locomotion_sac.Policy._fields} | {
@@ -171,7 +186,7 @@ def main(cfg):
             f"name a finished one of {cfg.task}."
         )
     with np.load(training / "snapshots.npz") as file:
-        behaviour = measure(cfg, dict(file), config["random_steps"])
+        behaviour = measure(cfg, dict(file), config["random_steps"], training)
     np.savez_compressed(locomotion_sac.BEHAVIOUR / f"{cfg.task}-sac.npz", **behaviour)
     draw(HERE / f"{cfg.task}-sac.png", cfg.task, behaviour)
     record = record_of(cfg, behaviour, saved, json.loads((training / "progress.json").read_text()))
