@@ -215,7 +215,7 @@ def test_what_a_training_lacks_is_said_in_one_sentence(bar, sentence):
 def test_a_finished_training_becomes_the_three_files(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(locomotion_sac, "BEHAVIOUR", tmp_path)
     monkeypatch.setattr(measure_sac, "HERE", tmp_path)
-    for name, value in {"REPLAY": 3, "CURVE_EPISODES": 2, "CHUNK": 3, "REFERENCE_EPISODES": 2}.items():
+    for name, value in {"REPLAY": 3, "CURVE_EPISODES": 2, "REFERENCE_EPISODES": 2}.items():
         monkeypatch.setattr(measure_sac, name, value)
     training, steps = tmp_path / "training", np.array([0, 10, 20, 30, 40])
     training.mkdir()
@@ -248,14 +248,6 @@ def test_a_finished_training_becomes_the_three_files(tmp_path, monkeypatch, caps
     # What is measured are the policies that are kept, in half precision
     policy = locomotion_sac.Policy(*(kept[name][2].astype(np.float32) for name in locomotion_sac.Policy._fields))
     env = locomotion.make_env("hopper")
-    played = []
-    monkeypatch.setattr(
-        measure_sac, "play", lambda task, policies, number: played.append(len(policies)) or np.zeros((2, 2))
-    )
-    np.testing.assert_array_equal(
-        measure_sac.measure(cfg, {**weights, "step": steps}, 10, training)["return"], kept["return"]
-    )
-    assert played == [2]  # the medium and the expert policy alone: the others have their returns
     again = locomotion.rollout(env, policy, (measure_sac.EVAL_SEED, 1)).rewards.sum()
     env.close()
     np.testing.assert_allclose(kept["medium_return"][1], again, rtol=1e-6)
@@ -264,4 +256,11 @@ def test_a_finished_training_becomes_the_three_files(tmp_path, monkeypatch, caps
     assert record["training"]["config"] == config and record["training"]["commit"] == "abc"
     assert str(tmp_path) not in json.dumps(record) and "place on" not in json.dumps(record)
     assert record["command"] == "python benchmarks/behaviour/measure_sac.py --task hopper --expert-return 0.1"
+    # A second time plays what has no returns yet
+    monkeypatch.setattr(measure_sac, "play", lambda task, policies, episodes: np.full((len(policies), episodes), 7.0))
+    policies, file = [None] * 6, training / "returns.npz"
+    curve = measure_sac.curve_of("hopper", policies[:5], steps, file)
+    np.testing.assert_array_equal(curve, kept["curve_return"])
+    curve = measure_sac.curve_of("hopper", policies, np.append(steps, 50), file)
+    np.testing.assert_array_equal(curve, np.vstack([kept["curve_return"], [7, 7]]))
     assert (tmp_path / "hopper-sac.png").exists() and "expert: {'step': 40" in capsys.readouterr().out

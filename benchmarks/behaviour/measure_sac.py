@@ -16,6 +16,7 @@ All returns are of policies in half precision, as they are kept, and of episodes
 data.
 """
 
+import itertools
 import json
 import os
 import sys
@@ -38,7 +39,6 @@ from common.recipes import locomotion, locomotion_sac, rollouts  # noqa: E402
 HERE = Path(__file__).resolve().parent
 REPLAY = 30  # policies of medium-replay
 CURVE_EPISODES = 20  # of each policy
-CHUNK = 20  # policies, after which their returns are saved
 REFERENCE_EPISODES = 100  # of the medium and of the expert policy, to report
 EVAL_SEED = 2**31  # apart from those of the data
 # D4RL's experts have 3234, 4592 and 12135. Ours of halfcheetah may be worse: its returns still grow after many hours
@@ -65,11 +65,12 @@ def evaluate(job):
 
 
 def play(task, policies, num_episodes):
-    """(policies, num_episodes) returns."""
+    """Yields the returns (num_episodes,) of each policy in turn."""
     jobs = ((task, policy, number) for policy in policies for number in range(num_episodes))
     with rollouts.processes(os.cpu_count()) as run:
-        returns = list(tqdm(run(evaluate, jobs), total=len(policies) * num_episodes, desc=task, unit=" episodes"))
-    return np.reshape(returns, (len(policies), num_episodes))
+        returns = run(evaluate, jobs)
+        for _ in tqdm(policies, desc=task, unit=" policies"):
+            yield np.array(list(itertools.islice(returns, num_episodes)))
 
 
 def curve_of(task, policies, steps, file):
@@ -79,9 +80,11 @@ def curve_of(task, policies, steps, file):
         with np.load(file) as saved:
             known = dict(zip(saved["step"].tolist(), saved["returns"], strict=True))
     missing = [i for i, step in enumerate(steps.tolist()) if step not in known]
-    for part in np.split(np.array(missing, int), range(CHUNK, len(missing), CHUNK)):
-        known |= dict(zip(steps[part].tolist(), play(task, [policies[i] for i in part], CURVE_EPISODES), strict=True))
-        np.savez(file, step=list(known), returns=list(known.values()))
+    played = play(task, [policies[i] for i in missing], CURVE_EPISODES) if missing else []
+    for i, returns in zip(missing, played, strict=True):
+        known[int(steps[i])] = returns
+        np.savez(file.with_suffix(".tmp.npz"), step=list(known), returns=list(known.values()))
+        os.replace(file.with_suffix(".tmp.npz"), file)
     return np.stack([known[step] for step in steps.tolist()])
 
 
@@ -114,13 +117,13 @@ def measure(cfg, snapshots, random_steps, training):
     policies, steps = policies_of(snapshots), snapshots["step"]
     curve = curve_of(cfg.task, policies, steps, training / "returns.npz")
     kept, medium = choose(steps, curve.mean(axis=1), random_steps, cfg.expert_return or EXPERT_RETURNS[cfg.task])
-    reference = play(cfg.task, [policies[kept[medium]], policies[kept[-1]]], REFERENCE_EPISODES)
+    medium_return, expert_return = play(cfg.task, [policies[kept[medium]], policies[kept[-1]]], REFERENCE_EPISODES)
     return {name: snapshots[name][kept].astype(np.float16) for name in locomotion_sac.Policy._fields} | {
         "step": steps[kept],
         "return": curve[kept],  # (kept policies, CURVE_EPISODES)
         "medium": medium,
-        "medium_return": reference[0],  # (REFERENCE_EPISODES,)
-        "expert_return": reference[1],
+        "medium_return": medium_return,  # (REFERENCE_EPISODES,)
+        "expert_return": expert_return,
         "curve_step": steps,
         "curve_return": curve,  # (all policies, CURVE_EPISODES)
     }
