@@ -22,7 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from common.layouts import DatasetError, Interface, Spec  # noqa: F401 the last two are for the files of algos/
-from common.recipes import tabular
+from common.recipes import adroit, tabular
 from common.recipes.worker import EnvironmentFailure, one_line, reason, work
 
 
@@ -56,8 +56,8 @@ D4RL_REFERENCE_SCORES = {
     "D4RL/pen/": (96.262799, 3076.8331017826877),
     "D4RL/relocate/": (-6.425911, 4233.877797728884),
 }
-SIGN = "0.35 to 1.25 above D4RL's, since the simulator pays +0.1 |palm - object| where D4RL pays -0.1"
-REMARKS = dict.fromkeys(("D4RL/door/", "D4RL/hammer/", "D4RL/relocate/"), SIGN)
+HANDS = "D4RL/door/", "D4RL/hammer/", "D4RL/pen/", "D4RL/relocate/"  # gymnasium-robotics pays or ends otherwise
+REMARKS = dict.fromkeys(HANDS, "paid and ended as in D4RL")
 REMARKS["D4RL/antmaze/"] = "an episode counts once"  # Minari's goes on at the goal, and is paid there at every step
 
 # When episodes end, from `terminated` in the sources of Gymnasium: possible lengths of an observation; whether bounds
@@ -106,6 +106,7 @@ class Environment:
         self._reference, self._scored_kind = _reference(dataset.id, dataset.storage.metadata)
         needed = dataset.storage.metadata.get("requirements") or ["the package that registers it"]
         env_spec, spaces = dataset._eval_env_spec or dataset.env_spec, (dataset.observation_space, dataset.action_space)
+        env_spec = adroit.as_in_d4rl(env_spec) if env_spec and dataset.id.startswith(HANDS) else env_spec
         self._task = env_spec and env_spec.to_json(), *spaces, self.interface, needed
         self._workers, self._said = [], set()
         self._works = self._score_kind = self._limit = self._model = None  # until it is probed
