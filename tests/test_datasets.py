@@ -912,15 +912,12 @@ def test_unsupported_action_space(space, sample, how):
     assert "choose another dataset" not in text
 
 
-IMAGE = spaces.Box(0, 255, (40, 40, 3), np.uint8)
-
-
 @pytest.mark.parametrize(
     "space, sample, named, how",
     [
         (spaces.MultiBinary(2), np.zeros((3, 2), np.int8), "MultiBinary(2)", "x.astype(np.float32)"),
         (spaces.Tuple([LABELS]), (np.zeros((3, 2)),), "Tuple", "make a Dict of it"),
-        (IMAGE, np.zeros((3, 40, 40, 3), np.uint8), "(40, 40, 3)", "x.reshape(len(x), -1)"),
+        (spaces.Box(0, 1, (40, 40, 3)), np.zeros((3, 40, 40, 3), np.float32), "(40, 40, 3)", "x.reshape(len(x), -1)"),
         (
             spaces.Dict({"a": spaces.MultiDiscrete([2])}),
             {"a": np.zeros((3, 1), int)},

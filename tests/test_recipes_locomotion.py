@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from common import recipes
-from common.recipes import locomotion
-from common.recipes.locomotion import Episode, Policy
+from common.recipes import locomotion, rollouts
+from common.recipes.rollouts import Episode, Policy
 
 TASKS = list(locomotion.TASKS)
 BEHAVIOUR = Path(__file__).parents[1] / "benchmarks" / "behaviour"
@@ -160,7 +160,7 @@ def test_falls_are_terminations(task):
         obs = episode.observations
         fallen = ~((low < obs[:, 0]) & (obs[:, 0] < high) & (np.abs(obs[:, 1]) < angle))
         assert episode.terminated and fallen[-1] and not fallen[:-1].any()
-        buffer = locomotion.to_buffer(episode, max_steps=1000)
+        buffer = rollouts.to_buffer(episode, max_steps=1000)
         assert buffer.terminations.sum() == 1 and buffer.terminations[-1] and not buffer.truncations.any()
 
 
@@ -169,7 +169,7 @@ def test_timeouts_are_truncations():
     env = locomotion.make_env("halfcheetah")
     episode = locomotion.rollout(env, locomotion.policy("halfcheetah", 0), (0, 0))
     env.close()
-    buffer = locomotion.to_buffer(episode, max_steps=5000)
+    buffer = rollouts.to_buffer(episode, max_steps=5000)
     assert len(buffer.rewards) == 1000
     assert not buffer.terminations.any() and buffer.truncations.sum() == 1 and buffer.truncations[-1]
 
@@ -178,7 +178,7 @@ def test_timeouts_are_truncations():
 def test_cuts_are_truncations(max_steps, terminated):
     rows = np.arange(4.0)
     episode = Episode(rows[:, None], rows[:3, None].astype(np.float32), rows[:3], terminated=True, seed=7)
-    buffer = locomotion.to_buffer(episode, max_steps)
+    buffer = rollouts.to_buffer(episode, max_steps)
     length = min(max_steps, 3)
     assert len(buffer.actions) == len(buffer.rewards) == len(buffer.observations) - 1 == length
     expected = [False] * (length - 1) + [True]
@@ -195,8 +195,8 @@ def test_same_seed_same_bits_whatever_the_processes():
     assert len({env_seed for env_seed, *_ in one}) == len(one)  # no start twice, in neither part
     env = locomotion.make_env("hopper")
     locomotion.rollout(env, None, (1, 0, 0))  # the environment's past does not matter
-    first = locomotion.to_buffer(locomotion.rollout(env, None, (0, 0, 0)), 1000)
-    other = locomotion.to_buffer(locomotion.rollout(env, None, (1, 0, 0)), 1000)
+    first = rollouts.to_buffer(locomotion.rollout(env, None, (0, 0, 0)), 1000)
+    other = rollouts.to_buffer(locomotion.rollout(env, None, (1, 0, 0)), 1000)
     env.close()
     assert bits([first]) == one[:1] != bits([other])
 

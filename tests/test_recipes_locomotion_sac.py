@@ -256,4 +256,11 @@ def test_a_finished_training_becomes_the_three_files(tmp_path, monkeypatch, caps
     assert record["training"]["config"] == config and record["training"]["commit"] == "abc"
     assert str(tmp_path) not in json.dumps(record) and "place on" not in json.dumps(record)
     assert record["command"] == "python benchmarks/behaviour/measure_sac.py --task hopper --expert-return 0.1"
+    # A second time plays what has no returns yet
+    monkeypatch.setattr(measure_sac, "play", lambda task, policies, episodes: np.full((len(policies), episodes), 7.0))
+    policies, file = [None] * 6, training / "returns.npz"
+    curve = measure_sac.curve_of("hopper", policies[:5], steps, file)
+    np.testing.assert_array_equal(curve, kept["curve_return"])
+    curve = measure_sac.curve_of("hopper", policies, np.append(steps, 50), file)
+    np.testing.assert_array_equal(curve, np.vstack([kept["curve_return"], [7, 7]]))
     assert (tmp_path / "hopper-sac.png").exists() and "expert: {'step': 40" in capsys.readouterr().out

@@ -2,7 +2,8 @@
 
     python benchmarks/behaviour/measure_sac.py --task hopper
 
-Plays 20 episodes of each policy that the training kept, in NumPy, with a process for each core, and writes
+Plays 20 episodes of each policy that the training kept, in NumPy, with a process for each core (their returns stay in
+the training's folder, and the same command goes on), and writes
     common/recipes/behaviour/TASK-sac.npz   the policies that the recipes need, in half precision, and their returns
     benchmarks/behaviour/TASK-sac.png       the learning curve
     benchmarks/behaviour/TASK-sac.json      returns, the settings of the training, versions and commits
@@ -15,6 +16,7 @@ All returns are of policies in half precision, as they are kept, and of episodes
 data.
 """
 
+import itertools
 import json
 import os
 import sys
@@ -63,11 +65,27 @@ def evaluate(job):
 
 
 def play(task, policies, num_episodes):
-    """(policies, num_episodes) returns."""
+    """Yields the returns (num_episodes,) of each policy in turn."""
     jobs = ((task, policy, number) for policy in policies for number in range(num_episodes))
     with rollouts.processes(os.cpu_count()) as run:
-        returns = list(tqdm(run(evaluate, jobs), total=len(policies) * num_episodes, desc=task, unit=" episodes"))
-    return np.reshape(returns, (len(policies), num_episodes))
+        returns = run(evaluate, jobs)
+        for _ in tqdm(policies, desc=task, unit=" policies"):
+            yield np.array(list(itertools.islice(returns, num_episodes)))
+
+
+def curve_of(task, policies, steps, file):
+    """(policies, CURVE_EPISODES) returns. `file` keeps them along the way: what was played once is not played again."""
+    known = {}
+    if file.exists():
+        with np.load(file) as saved:
+            known = dict(zip(saved["step"].tolist(), saved["returns"], strict=True))
+    missing = [i for i, step in enumerate(steps.tolist()) if step not in known]
+    played = play(task, [policies[i] for i in missing], CURVE_EPISODES) if missing else []
+    for i, returns in zip(missing, played, strict=True):
+        known[int(steps[i])] = returns
+        np.savez(file.with_suffix(".tmp.npz"), step=list(known), returns=list(known.values()))
+        os.replace(file.with_suffix(".tmp.npz"), file)
+    return np.stack([known[step] for step in steps.tolist()])
 
 
 def choose(steps, returns, random_steps, expert_return):
@@ -94,18 +112,18 @@ def choose(steps, returns, random_steps, expert_return):
     return np.append(replay, expert), REPLAY - 1
 
 
-def measure(cfg, snapshots, random_steps):
+def measure(cfg, snapshots, random_steps, training):
     """What goes into the .npz file."""
     policies, steps = policies_of(snapshots), snapshots["step"]
-    curve = play(cfg.task, policies, CURVE_EPISODES)
+    curve = curve_of(cfg.task, policies, steps, training / "returns.npz")
     kept, medium = choose(steps, curve.mean(axis=1), random_steps, cfg.expert_return or EXPERT_RETURNS[cfg.task])
-    reference = play(cfg.task, [policies[kept[medium]], policies[kept[-1]]], REFERENCE_EPISODES)
+    medium_return, expert_return = play(cfg.task, [policies[kept[medium]], policies[kept[-1]]], REFERENCE_EPISODES)
     return {name: snapshots[name][kept].astype(np.float16) for name in locomotion_sac.Policy._fields} | {
         "step": steps[kept],
         "return": curve[kept],  # (kept policies, CURVE_EPISODES)
         "medium": medium,
-        "medium_return": reference[0],  # (REFERENCE_EPISODES,)
-        "expert_return": reference[1],
+        "medium_return": medium_return,  # (REFERENCE_EPISODES,)
+        "expert_return": expert_return,
         "curve_step": steps,
         "curve_return": curve,  # (all policies, CURVE_EPISODES)
     }
@@ -171,7 +189,7 @@ def main(cfg):
             f"name a finished one of {cfg.task}."
         )
     with np.load(training / "snapshots.npz") as file:
-        behaviour = measure(cfg, dict(file), config["random_steps"])
+        behaviour = measure(cfg, dict(file), config["random_steps"], training)
     np.savez_compressed(locomotion_sac.BEHAVIOUR / f"{cfg.task}-sac.npz", **behaviour)
     draw(HERE / f"{cfg.task}-sac.png", cfg.task, behaviour)
     record = record_of(cfg, behaviour, saved, json.loads((training / "progress.json").read_text()))

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from common.recipes import (
+    adroit,
     cartpole,
     locomotion,
     locomotion_sac,
@@ -65,6 +66,13 @@ RECIPES: dict[str, Recipe] = {
     **{
         f"stitch/{task}-play-v0": Recipe(functools.partial(manipulation.write, task), 1_000_000)
         for task in manipulation.TASKS
+    },
+    **{
+        f"stitch/adroit-{task}-{quality}-v0": Recipe(
+            functools.partial(adroit.write, task, quality), adroit.TASKS[task].num_transitions
+        )
+        for task in adroit.TASKS
+        for quality in adroit.QUALITIES
     },
     # Reward-free, for policies of goals
     **{

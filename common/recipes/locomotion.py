@@ -31,15 +31,14 @@ What differs from D4RL (https://arxiv.org/abs/2004.07219), whose names these are
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
-from tqdm import tqdm
 
 from common.recipes import rollouts, storage
+from common.recipes.rollouts import Episode, Policy, rollout
 
 if TYPE_CHECKING:
     import gymnasium as gym
@@ -54,34 +53,6 @@ QUALITIES = {
     "expert": "the last PPO snapshot",
 }
 EPISODE_STEPS = 1000  # the time limit of the three tasks
-
-
-class Policy(NamedTuple):
-    """A Gaussian policy: two tanh layers to its mean, and a standard deviation that is the same in all states."""
-
-    w0: np.ndarray  # (obs_dim, hidden_dim), the observations' normalisation included
-    b0: np.ndarray
-    w1: np.ndarray
-    b1: np.ndarray
-    w2: np.ndarray  # (hidden_dim, action_dim)
-    b2: np.ndarray
-    std: np.ndarray  # (action_dim,)
-
-    def mean(self, obs: np.ndarray) -> np.ndarray:
-        """(..., obs_dim) -> (..., action_dim), not clipped."""
-        return np.tanh(np.tanh(obs @ self.w0 + self.b0) @ self.w1 + self.b1) @ self.w2 + self.b2
-
-    def act(self, obs: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """(obs_dim,) -> (action_dim,): a draw, clipped."""
-        return np.clip(self.mean(obs) + self.std * rng.standard_normal(self.std.shape), -1, 1)
-
-
-class Episode(NamedTuple):
-    observations: np.ndarray  # (T + 1, obs_dim)
-    actions: np.ndarray  # (T, action_dim) float32 in [-1, 1]
-    rewards: np.ndarray  # (T,)
-    terminated: bool  # else truncated
-    seed: int  # of the environment's reset
 
 
 # --- Recipe ---------------------------------------------------------------------------------------
@@ -143,28 +114,6 @@ def make_env(task: str) -> gym.Env:
     return gym.make(TASKS[task])
 
 
-def rollout(env: gym.Env, policy: Policy | None, seed: tuple[int, ...]) -> Episode:
-    """One episode; without a policy, of uniform actions. A function of its arguments only.
-
-    A policy is whatever has `act(obs, rng)`, a draw of an action.
-    """
-    rng = np.random.default_rng(np.random.SeedSequence(seed))
-    env_seed = int(rng.integers(2**31))
-    obs, _ = env.reset(seed=env_seed)
-    observations, actions, rewards = [obs], [], []
-    terminated = truncated = False
-    while not (terminated or truncated):
-        if policy is None:
-            action = rng.uniform(-1, 1, env.action_space.shape)
-        else:
-            action = policy.act(obs, rng)
-        actions.append(action.astype(np.float32))
-        obs, reward, terminated, truncated, _ = env.step(actions[-1])
-        observations.append(obs)
-        rewards.append(float(reward))
-    return Episode(np.stack(observations), np.stack(actions), np.array(rewards), bool(terminated), env_seed)
-
-
 def collect(
     task: str,
     snapshots: list[int | None],
@@ -174,54 +123,16 @@ def collect(
     desc: str = "roll-outs",
     policies: Callable = policy,
 ) -> Iterator[EpisodeBuffer]:
-    """Episodes of exactly `num_transitions` transitions, an equal part from each snapshot, in the order of `snapshots`.
+    """Episodes of exactly `num_transitions` transitions, an equal part from each of `snapshots`, in their order.
 
     `policies`: (task, snapshot) -> policy, a function of a module, since other processes call it.
-    The number of processes, by default one for each core, changes nothing but the time it takes: every episode has a
-    seed of its own, and the episodes come in the order of their seeds.
     """
-    ends = np.linspace(0, num_transitions, len(snapshots) + 1).astype(int)
-    num_processes = num_processes or min(os.cpu_count(), num_full_episodes(num_transitions))
-    with rollouts.processes(num_processes) as run, tqdm(total=num_transitions, desc=desc, unit=" steps") as progress:
-        for part, (snapshot, steps_left) in enumerate(zip(snapshots, np.diff(ends).tolist(), strict=True)):
-            num_episodes = 0
-            while steps_left > 0:
-                # All of these are needed, even if none of them ends early: no roll-out is ever thrown away.
-                batch = range(num_episodes, num_episodes + num_full_episodes(steps_left))
-                num_episodes = batch.stop
-                for episode in run(_rollout, [(policies, task, snapshot, (seed, part, k)) for k in batch]):
-                    yield to_buffer(episode, max_steps=steps_left)
-                    num_steps = min(len(episode.rewards), steps_left)
-                    steps_left -= num_steps
-                    progress.update(num_steps)
+    parts = [(policies, task, snapshot) for snapshot in snapshots]
+    return rollouts.equal_parts(_rollout, parts, num_transitions, EPISODE_STEPS, desc, seed, num_processes)
 
 
-def num_full_episodes(num_steps: int) -> int:
-    """The fewest episodes that hold `num_steps` steps."""
-    return -(-num_steps // EPISODE_STEPS)
-
-
-def to_buffer(episode: Episode, max_steps: int) -> EpisodeBuffer:
-    """In Minari's form; what is cut off after `max_steps` leaves a truncated episode."""
-    from minari.data_collector import EpisodeBuffer
-
-    length = len(episode.rewards)
-    kept = min(length, max_steps)
-    last = np.arange(1, kept + 1) == kept
-    terminated = episode.terminated and kept == length
-    return EpisodeBuffer(
-        seed=episode.seed,
-        observations=episode.observations[: kept + 1],
-        actions=episode.actions[:kept],
-        rewards=episode.rewards[:kept],
-        terminations=last & terminated,
-        truncations=last & (not terminated),
-    )
-
-
-def _rollout(job: tuple[Callable, str, int | None, tuple[int, ...]]) -> Episode:
+def _rollout(policies: Callable, task: str, snapshot: int | None, seed: tuple[int, ...]) -> Episode:
     """In a process of the pool."""
-    policies, task, snapshot, seed = job
     return rollout(process_env(task), None if snapshot is None else policies(task, snapshot), seed)
 
 
