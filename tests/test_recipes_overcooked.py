@@ -221,6 +221,21 @@ def test_people_s_games_are_all_there(people):
     assert sum(overcooked.PAY * game.reward.sum() for game in cramped) == 5680
 
 
+def test_where_the_kitchen_is_as_at_the_start_people_mostly_wait(people):
+    """What the page of scores says of these rows."""
+    from common.recipes.kitchen import Kitchen
+
+    grid, games = people["cramped-room"]
+    env, there = Kitchen(grid), []
+    start, _ = env.reset()
+    for game in games:
+        obs, _ = env.reset()
+        for action in game.action:
+            there += [int(action)] * np.array_equal(obs, start)
+            obs, *_ = env.step(action)
+    assert (len(there), there.count(28)) == (225, 208)
+
+
 @pytest.mark.parametrize("name", overcooked.KITCHENS)
 def test_people_s_games_are_played_again_move_for_move(people, name):
     """The recorded states, which the recipe does not read, of the beginning of a kitchen's first game."""
