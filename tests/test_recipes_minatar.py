@@ -52,7 +52,8 @@ def test_the_weights_are_those_that_were_measured(game):
     snapshots = weights_of(game)
     assert [x["step"] for x in found["snapshots"]] == found["config"]["snapshots"] and len(snapshots) == 3
     assert minatar.REFERENCES[game] == (found["random"]["return"], found["snapshots"][-1]["return"])
-    assert [x["return"] for x in found["snapshots"]] == sorted(x["return"] for x in found["snapshots"])
+    first, _, last = (x["return"] for x in found["snapshots"])
+    assert found["random"]["return"] < first < last  # the second one of Space Invaders is better than its last
     (height, width, channels), actions = GAMES[game]
     assert snapshots[0]["conv"].shape == (3, 3, channels, 16) and snapshots[0]["w1"].shape[1] == actions
     path = ROOT / "common" / "recipes" / "behaviour" / f"minatar-{game}.npz"
