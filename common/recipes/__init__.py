@@ -20,6 +20,7 @@ from common.recipes import (
     locomotion,
     locomotion_sac,
     manipulation,
+    minatar,
     ogbench_maze,
     open_bandit,
     overcooked,
@@ -44,6 +45,8 @@ RECIPES: dict[str, Recipe] = {
     "stitch/cartpole-random-v0": Recipe(cartpole.random, 50_000),
     "stitch/cartpole-medium-v0": Recipe(cartpole.medium, 50_000),
     "stitch/cartpole-mixed-v0": Recipe(cartpole.mixed, 50_000),
+    "stitch/minatar-breakout-mixed-v0": Recipe(functools.partial(minatar.mixed, "breakout"), 100_000),
+    "stitch/minatar-space-invaders-mixed-v0": Recipe(functools.partial(minatar.mixed, "space_invaders"), 100_000),
     **{
         f"stitch/{task}-{quality}-v0": Recipe(functools.partial(locomotion.write, task, quality), 1_000_000)
         for task in locomotion.TASKS
