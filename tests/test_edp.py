@@ -326,7 +326,7 @@ def test_both_gradients_are_of_the_networks_before_the_update():
     state = with_networks(state, critic=critic_of(state.target_critic, np.array(CRITICS) + [0, 0, 1]))
     at_once, later = (
         gradient(
-            update({"learning_rate": rate}, state, batch_of(np.tile(ROWS, (16, 1)), action=0.3, reward=9.0))[0].actor
+            update({"learning_rate": rate}, state, batch_of(np.tile(ROWS, (16, 1)), action=0.3, reward=-9.0))[0].actor
         )
         for rate in (0.0, 1.0)
     )
