@@ -199,7 +199,7 @@ class Solver(NamedTuple):
 
 
 def solver(num_steps, solver_steps) -> Solver:
-    """DPM-Solver-fast (https://arxiv.org/abs/2206.00927, appendix B): third-order steps, and lower ones for the rest.
+    """DPM-Solver-fast (https://arxiv.org/abs/2206.00927): steps of third order, and lower ones for the rest.
 
     With lambda = log(signal / noise), the ODE of a constant noise is solved exactly by signal * x / signal_0 - noise *
     (exp(lambda - lambda_0) - 1) * first. The higher orders add how the noise changes along lambda.
