@@ -24,6 +24,7 @@ from common.recipes import (
     open_bandit,
     pointmaze,
     sepsis,
+    traffic,
 )
 
 
@@ -43,6 +44,10 @@ RECIPES: dict[str, Recipe] = {
     "stitch/cartpole-random-v0": Recipe(cartpole.random, 50_000),
     "stitch/cartpole-medium-v0": Recipe(cartpole.medium, 50_000),
     "stitch/cartpole-mixed-v0": Recipe(cartpole.mixed, 50_000),
+    **{
+        f"stitch/traffic-single-{quality}-v0": Recipe(functools.partial(traffic.write, quality), 30_000)
+        for quality in traffic.QUALITIES
+    },
     **{
         f"stitch/{task}-{quality}-v0": Recipe(functools.partial(locomotion.write, task, quality), 1_000_000)
         for task in locomotion.TASKS
