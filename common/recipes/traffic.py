@@ -31,7 +31,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from common.layouts import DatasetError
 from common.recipes import rollouts, storage
 
 if TYPE_CHECKING:
@@ -62,7 +61,7 @@ def write(quality: str, dataset_id: str, data_path: Path, num_transitions: int) 
     from common.recipes.traffic_env import missing
 
     if absent := missing():
-        raise DatasetError(f"Building {dataset_id} needs {absent}.")
+        raise SystemExit(f"Building {dataset_id} needs {absent}.")
     check_rule({behaviour: returns(behaviour, 2, seed=1).mean() for behaviour in NAMES})
     env, behaviours = simulator(), QUALITIES[quality]
     low, high = REFERENCES["random"], REFERENCES["queue"]
@@ -86,7 +85,7 @@ def check_rule(means: dict[str, float]) -> None:
     """Refuses data in which longest queue first (the mean return "queue") is not better than the other behaviours."""
     if max(means, key=means.get) != "queue":
         found = ", ".join(f"{name} {mean:.1f}" for name, mean in means.items())
-        raise DatasetError(
+        raise SystemExit(
             f"Longest queue first is not the best behaviour (mean returns: {found}), as where lanes have another order "
             f"than common/recipes/traffic.py says: pip install {' '.join(REQUIREMENTS)}."
         )
