@@ -519,7 +519,9 @@ def test_what_failed_in_the_committed_results_is_of_today_s_protocol(sweep):
         assert failed["config"] | cell.config == failed["config"] and sweep.does_not_apply(failed["reason"]), path
 
 
-@pytest.mark.parametrize("name", ["quick", "full", "goals", "goals-full", "models", "play", "standard", "hands", "traffic"])
+@pytest.mark.parametrize(
+    "name", ["quick", "full", "goals", "goals-full", "models", "play", "standard", "hands", "traffic"]
+)
 def test_the_protocols_have_every_algorithm_and_no_setting_that_fits_nothing(sweep, name):
     protocols = tomllib.loads((ROOT / "benchmarks" / "protocols.toml").read_text())
     cells = sweep.make_cells(sweep.Options(name), protocols)  # refuses a field that an algorithm does not have
@@ -534,7 +536,7 @@ def test_the_protocols_have_every_algorithm_and_no_setting_that_fits_nothing(swe
         algos = {"bc", "td3_bc", "iql", "rebrac", "awac", "xql", "cql", "edac"}
     if name == "hands":  # the family's three
         algos = {"bc", "iql", "rebrac"}
-    if name == "traffic":
+    if name == "traffic":  # discrete actions: cloning, and two that learn values
         algos = {"bc", "iql", "cql_discrete"}
     assert {cell.algo for cell in cells} == algos
     for algo, patterns in protocols[name]["tuned"].items():
