@@ -339,6 +339,24 @@ def test_dict_observations_are_in_the_sorted_order_of_their_keys(data_format):
     np.testing.assert_array_equal(flatten({"dict": {"z": [1], "a": [1]}}, {"z": [1], "a": [2]}), [2, 1])
 
 
+def test_the_kitchens_observations_load():
+    """FrankaKitchen's goals are a Dict of their own, with a name for each of its tasks, some of two words."""
+    box = lambda n: spaces.Box(-np.inf, np.inf, (n,), np.float64)  # noqa: E731
+    goal = spaces.Dict({"microwave": box(1), "light switch": box(2)})
+    space = spaces.Dict({"desired_goal": goal, "achieved_goal": goal, "observation": box(59)})
+    samples = [space.sample() for _ in range(6)]
+    write([episode(0, 5, observations=stack(samples))], observation_space=space)
+    data, env = load_dataset(NAME)
+    names = [("achieved_goal", "light switch"), ("achieved_goal", "microwave")]
+    names += [("desired_goal", "light switch"), ("desired_goal", "microwave")]
+    expected = [np.concatenate([*(x[a][b] for a, b in names), x["observation"]]) for x in samples]
+    np.testing.assert_allclose(data.obs, expected[:-1], rtol=1e-6)
+    assert env.spec.obs_dim == 3 + 3 + 59
+    data, env = load_dataset(NAME, goals=True)
+    assert (env.spec.obs_dim, env.spec.goal_dim) == (3 + 59, 3)
+    np.testing.assert_allclose(data.achieved, np.array(expected)[:-1, :3], rtol=1e-6)
+
+
 def test_a_discrete_observation_costs_its_own_rows_alone():
     """K1.9: an identity matrix of 200,000 rows and columns would take 149 GiB."""
     write([episode(0, 3, observations=np.array([199_999, 0, 7, 7]))], observation_space=spaces.Discrete(200_000))

@@ -529,3 +529,9 @@ def test_the_table_of_the_page_is_that_of_the_formula():
         for cell, size in zip(cells.split(" | "), sizes, strict=True):
             assert float(f"{n * size / 1e9:.2g}") == pytest.approx(float(cell.replace(",", "")), rel=0.03)
             assert cell.replace(",", "") in {f"{n * size / 1e9:.{d}f}" for d in range(4)}
+    card = (pathlib.Path(__file__).parents[1] / "benchmarks" / "cards" / "minatar-breakout-mixed-v0.md").read_text()
+    episodes, n = (
+        int(x.replace(",", "")) for x in re.search(r"([0-9,]+) episodes, ([0-9,]+) transitions", card).groups()
+    )
+    size = (n + episodes) * 400 + n * (4 * 2 + 12)
+    assert f"{n:,} rows in {episodes:,} episodes, take {size / 1e6:.1f} MB" in " ".join(page.split())

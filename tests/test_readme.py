@@ -262,6 +262,26 @@ def test_what_the_scores_page_says_of_imitation_and_of_naive_methods(quick):
         assert quick[dataset, "bc-top-10"].scores.min() > quick[dataset, "bc"].scores.max()
 
 
+def test_what_the_scores_page_says_of_people():
+    runs = {run.place.split("/")[1]: run for run in read_runs(RESULTS / "people")}
+    text = page("scores.md").partition("### What an argmax makes of people")[2].partition("\n## ")[0]
+    card = (ROOT / "benchmarks" / "cards" / "overcooked-cramped-room-human-v0.md").read_text()
+    shares = re.search(r"In ([\d.]+)% of the steps both stay where they are, and a person does so in ([\d.]+)%", card)
+    said = {*shares.groups(), *(f"{run.scores.mean():.1f}" for run in runs.values()), "6.7"}
+    assert set(re.findall(r"(?<![\d.])-?\d+\.\d(?!\d)", text)) <= said and f"{shares[1]} %" in text
+    assert runs["bc"].scores.max() == 0 and runs["bc-sample"].scores.min() > 10
+    cloning = " ".join((ROOT / "algos" / "bc.md").read_text().split())
+    drawn = runs["bc-sample"].scores.mean()
+    assert f"scores 0.0, where a draw from the same clone (`--act sample`) scores {drawn:.1f}." in cloning
+    assert f"as it was with people: {drawn:.1f}." in " ".join(text.split())
+    lines = [
+        (RESULTS / "people" / runs[name].place / "metrics.jsonl").read_text().splitlines()
+        for name in ("bc", "bc-sample")
+    ]
+    losses = [[json.loads(line)["actor_loss"] for line in of_one] for of_one in lines]
+    assert losses[0] == losses[1]
+
+
 def test_what_the_scores_page_says_of_goals():
     runs = {tuple(run.place.split("/")): run for run in read_runs(RESULTS / "goals")}
     text = page("scores.md").partition("### What a few updates show")[2].partition("\n## ")[0]

@@ -1445,6 +1445,9 @@ def test_committed_cards_are_those_of_the_recipes(card, monkeypatch):
     said = {}
     if card.stem.startswith("ogbench") or "-play-goals-" in card.stem:
         pytest.importorskip("ogbench")
+    if card.stem.startswith("overcooked"):
+        pytest.importorskip("overcooked_ai_py")
+        pytest.importorskip("pandas")
     monkeypatch.setattr(storage, "write", lambda *args, **fields: said.update(fields))
     monkeypatch.setattr(pointmaze, "collect_walks", lambda *args, **fields: [])
     monkeypatch.setattr(manipulation, "simulators", lambda task: [unittest.mock.MagicMock()] * 3)  # seconds each

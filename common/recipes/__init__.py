@@ -20,8 +20,10 @@ from common.recipes import (
     locomotion,
     locomotion_sac,
     manipulation,
+    minatar,
     ogbench_maze,
     open_bandit,
+    overcooked,
     pointmaze,
     sepsis,
     traffic,
@@ -44,6 +46,8 @@ RECIPES: dict[str, Recipe] = {
     "stitch/cartpole-random-v0": Recipe(cartpole.random, 50_000),
     "stitch/cartpole-medium-v0": Recipe(cartpole.medium, 50_000),
     "stitch/cartpole-mixed-v0": Recipe(cartpole.mixed, 50_000),
+    "stitch/minatar-breakout-mixed-v0": Recipe(functools.partial(minatar.mixed, "breakout"), 100_000),
+    "stitch/minatar-space-invaders-mixed-v0": Recipe(functools.partial(minatar.mixed, "space_invaders"), 100_000),
     **{
         f"stitch/traffic-single-{quality}-v0": Recipe(functools.partial(traffic.write, quality), 30_000)
         for quality in traffic.QUALITIES
@@ -62,6 +66,10 @@ RECIPES: dict[str, Recipe] = {
         f"stitch/open-bandit-{log}-{campaign}-v0": Recipe(functools.partial(open_bandit.write, log, campaign), 10_000)
         for log in ("random", "bts")
         for campaign in open_bandit.CAMPAIGNS
+    },
+    **{
+        f"stitch/overcooked-{name}-human-v0": Recipe(functools.partial(overcooked.write, name), kitchen.num_steps)
+        for name, kitchen in overcooked.KITCHENS.items()
     },
     **{
         f"stitch/{task}-play-v0": Recipe(functools.partial(manipulation.write, task), 1_000_000)
