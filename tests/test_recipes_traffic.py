@@ -1,6 +1,7 @@
 """Traffic lights in SUMO: which lane is where, what the rule does, and the data that are made of it."""
 
 import importlib.util
+import json
 import xml.etree.ElementTree as xml
 from pathlib import Path
 
@@ -261,3 +262,15 @@ def test_policies_are_evaluated_in_the_environment_of_the_file(mixed):
     env._dismiss()
     env.num_workers = 2
     np.testing.assert_array_equal(env.evaluate(rule, [0], 2).returns, returns)  # side by side, as in turn
+
+
+def test_what_the_scores_say_of_episodes_is_in_the_result_files():
+    benchmarks = Path(__file__).parents[1] / "benchmarks"
+    runs = benchmarks / "results" / "traffic" / "traffic-single-mixed-20k-v0"
+    returns = {p.parent.name: np.ravel(json.loads(p.read_text())["returns"]) for p in runs.glob("*/summary.json")}
+    text = " ".join((benchmarks / "scores.md").read_text().split())
+    bad = returns["bc"] < -60
+    assert bad.sum() == 3 and returns["bc"][~bad].min() >= -32 and len(bad) == 15
+    assert "Three of cloning's 15 episodes return less than -60" in text and "the others at least -32." in text
+    assert min(returns["iql"].min(), returns["cql_discrete"].min()) >= -30
+    assert "No episode of IQL or CQL returns less than -30" in text
