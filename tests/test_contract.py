@@ -42,14 +42,14 @@ N, B = 64, 16  # rows of the data and of a batch
 # What papers do on purpose, and a test would take for a defect
 # Weights relative to the batch's own scale
 RELATIVE = {"marwil", "reps", "td3_bc", "td3_awr", "rebrac", "spot", "gc_td3_bc", "gciql", "qrl", "crl"}
-RELATIVE |= {"diffusion_ql"}
+RELATIVE |= {"diffusion_ql", "edp"}
 PROPOSES = dict.fromkeys(("cql", "cal_ql", "wsrl", "combo"), {"weight": 0.0})  # pi(.|s') proposes in every row
 PROPOSES["mobile"] = {"penalty": 0.0}  # its doubt asks a model that is measured on these rows before
 # Pushes values up, or doubts them, in a part of the rows alone. This makes it all of them, or none
 ALL_REAL = dict.fromkeys(("combo", "mobile"), {"real_ratio": 1.0})
 NEEDS = dict.fromkeys(("cql", "cal_ql"), {"lagrange": True})  # options without which a float of theirs does nothing
 ACTS_ON_SAMPLES = {"bcq", "bear", "emaq", "qt_opt", "actionable_models"}  # act takes the best of actions that it draws
-ACTS_ON_SAMPLES |= {"diffusion_ql", "idql"}
+ACTS_ON_SAMPLES |= {"diffusion_ql", "edp", "idql"}
 ACTS_ON_SAMPLES |= {"fql", "ifql", "qc"}  # or the one that it draws
 MIXES = {"bcq", "bear", "emaq"}  # q is min_weight of the smaller critic, and the rest of the larger one
 MEANS = {"fql"}  # q is the mean of the critics: its paper believes that

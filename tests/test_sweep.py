@@ -531,7 +531,7 @@ def test_the_protocols_have_every_algorithm_and_no_setting_that_fits_nothing(swe
     if name == "models":  # those that learn one, and what they are compared with
         algos = {algo for algo in algos if "model_hidden" in (ROOT / "algos" / f"{algo}.py").read_text()} | {"bc"}
     if name == "play":  # models of many modes, and what they are compared with
-        names = ("fql", "ifql", "qc", "idql", "diffusion_ql")
+        names = ("fql", "ifql", "qc", "idql", "diffusion_ql", "edp")
         algos = {"bc", "iql", "rebrac"} | algos & set(names)
     if name == "people":  # of their paper's methods cloning alone learns from data
         algos = {"bc", "iql"}
