@@ -174,7 +174,7 @@ def draw_online(key, rows, state, cfg: Config):
     number = len(dataset.reward)
     index = jax.random.randint(key, (cfg.batch_size,), 0, number + ring.size)
     from_dataset = jax.tree.map(lambda x: x[jnp.minimum(index, number - 1)], dataset)
-    own = jax.tree.map(lambda x: x[jnp.maximum(index - number, 0)], ring.rows)
+    own = ring.take(jnp.maximum(index - number, 0))
     return jax.tree.map(lambda x, y: jax.vmap(jnp.where)(index < number, x, y), from_dataset, own)
 
 
@@ -357,7 +357,7 @@ class Runs:
         action, self.episode = self.interface.act(self.act, observation, reward, self.episode)
         return action
 
-    def every(self, function, donate=()):
+    def every(self, function, donate=(), shared_specs=None):
         """`function(cfg, agent, *row, **shared)` of every run, with its row of each array: (fields, rows, shared)."""
 
         def of_run(fields, row, shared):
@@ -369,7 +369,7 @@ class Runs:
                 return jax.lax.map(lambda row: of_run(*row, shared), (fields, rows))
             return jax.vmap(of_run, in_axes=(0, 0, None))(fields, rows, shared)
 
-        specs = {"in_specs": (P("run"), P("run"), P()), "out_specs": P("run"), "check_vma": False}
+        specs = {"in_specs": (P("run"), P("run"), shared_specs or P()), "out_specs": P("run"), "check_vma": False}
         return jax.jit(jax.shard_map(of_device, mesh=self.mesh, **specs), donate_argnums=donate)
 
     def lower(self, phase: str, shared):
@@ -509,12 +509,16 @@ def main(cfg: Config, grid: dict[str, list[float]] | None = None):
 class Ring(NamedTuple):
     """The newest rows that a run has seen itself: its row i is in place i % capacity."""
 
-    rows: Transition  # (capacity, ...)
+    rows: Transition  # (capacity, ...), or (runs, capacity, ...) with those of all runs on a device
     count: jax.Array  # of all that it has seen
+    run: jax.Array | None = None  # which run this is, where the rows are those of all
 
     @property
     def size(self):
-        return jnp.minimum(self.count, len(self.rows.reward))
+        return jnp.minimum(self.count, self.rows.reward.shape[-1])
+
+    def take(self, index):
+        return jax.tree.map(lambda x: x[index] if self.run is None else x[self.run, index], self.rows)
 
 
 def insert(ring: Ring, rows: Transition, number) -> Ring:
@@ -524,17 +528,13 @@ def insert(ring: Ring, rows: Transition, number) -> Ring:
     return Ring(jax.tree.map(lambda x, new: x.at[place].set(new, mode="drop"), ring.rows, rows), ring.count + number)
 
 
-def fill(cfg: Config, agent: Agent, state, ring, rows, number, dataset):
-    return (state, insert(ring, rows, number), rows, number), {}  # all that is donated is given back
-
-
-def learn(cfg: Config, agent: Agent, state, ring, rows, number, dataset):
-    """Inserts a block of rows and makes its updates, for which the ring is as constant as the dataset."""
-    ring, length = insert(ring, rows, number), cfg.online_block * cfg.updates_per_step
+def learn(cfg: Config, agent: Agent, state, run, dataset, ring):
+    """The updates of a block. `ring` has the rows of all runs on the device: nothing of it is copied, or changes."""
+    cfg = dataclasses.replace(cfg, log_interval=cfg.online_block * cfg.updates_per_step)
     cycle = getattr(agent, "online_cycle", getattr(agent, "cycle", [agent.update]))
     online = types.SimpleNamespace(update=agent.update, cycle=cycle, draw=draw_online)
-    state, info = make_train(dataclasses.replace(cfg, log_interval=length), online)(state, (dataset, ring))
-    return (state, ring, rows, number), info
+    state, info = make_train(cfg, online)(state, (dataset, ring._replace(count=ring.count[run], run=run)))
+    return (state, run), info  # all that is donated is given back
 
 
 def explore_at(cfg: Config, agent: Agent, state, obs, t):
@@ -575,8 +575,11 @@ class Online:
         ring = jax.tree.map(lambda x: np.zeros((len(seeds), capacity, *x.shape[1:]), x.dtype), shared["dataset"])
         ring = Ring(ring, np.zeros(len(seeds), np.int32))
         ring = flax.serialization.from_state_dict(ring, kept.get("ring", flax.serialization.to_state_dict(ring)))
-        ring = jax.device_put(ring, NamedSharding(runs.mesh, P("run")))
-        explore, *programs = runs.every(explore_at), runs.every(fill, donate=1), runs.every(learn, donate=1)
+        of_runs = {"in_specs": P("run"), "out_specs": P("run"), "check_vma": False}
+        add = jax.jit(jax.shard_map(jax.vmap(insert), mesh=runs.mesh, **of_runs), donate_argnums=0)
+        run = np.arange(len(seeds)) % (len(seeds) // runs.mesh.size)  # places of the runs, each on its device
+        ring, run = jax.device_put((ring, run), NamedSharding(runs.mesh, P("run")))
+        explore, update = runs.every(explore_at), runs.every(learn, 1, {"dataset": P(), "ring": P("run")})
 
         def act(obs, t):
             return explore(runs.fields, (runs.states, obs[:, None]), {"t": t})[:, 0]
@@ -587,12 +590,12 @@ class Online:
             while stepper.steps < cfg.online_steps:
                 infos, since = [], [len(returns) for returns in stepper.returns]
                 for _ in range(cfg.eval_interval // cfg.online_block):
-                    begun = stepper.steps >= cfg.online_start
                     rows, number = stepper.collect(act, cfg.online_block)
                     started = time.perf_counter()
-                    given = runs.fields, (runs.states, ring, rows, number), shared
-                    (runs.states, ring, *_), info = programs[begun](*given)
-                    infos += [jax.device_get(info)] * begun
+                    ring = add(ring, rows, number)
+                    if stepper.steps > cfg.online_start:
+                        (runs.states, run), info = update(runs.fields, (runs.states, run), {**shared, "ring": ring})
+                        infos.append(jax.device_get(info))
                     runs.seconds["train_seconds"] += time.perf_counter() - started
                     bar.update(cfg.online_block)
                 runs.step += cfg.eval_interval

@@ -286,7 +286,7 @@ class Runs:
         action, self.episode = self.interface.act(self.act, observation, reward, self.episode)
         return action
 
-    def every(self, function, donate=()):
+    def every(self, function, donate=(), shared_specs=None):
         """`function(cfg, agent, *row, **shared)` of every run, with its row of each array: (fields, rows, shared)."""
 
         def of_run(fields, row, shared):
@@ -298,7 +298,7 @@ class Runs:
                 return jax.lax.map(lambda row: of_run(*row, shared), (fields, rows))
             return jax.vmap(of_run, in_axes=(0, 0, None))(fields, rows, shared)
 
-        specs = {"in_specs": (P("run"), P("run"), P()), "out_specs": P("run"), "check_vma": False}
+        specs = {"in_specs": (P("run"), P("run"), shared_specs or P()), "out_specs": P("run"), "check_vma": False}
         return jax.jit(jax.shard_map(of_device, mesh=self.mesh, **specs), donate_argnums=donate)
 
     def lower(self, phase: str, shared):

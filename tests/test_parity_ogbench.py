@@ -1,8 +1,8 @@
 """Parity with OGBench's own code: the same weights and the same batch give the same losses, gradients and updates.
 
 The numbers in parity/ogbench_*.npz are OGBench's (parity/ogbench_reference.py calls its code at a commit);
-parity/ogbench_provenance.json holds its hyper-parameters. Goals are in the batch; how often which goal is drawn for which
-row is compared with parity/ogbench_goals.npz, by the last test.
+parity/ogbench_provenance.json holds its hyper-parameters. Goals are in the batch; how often which goal is drawn for
+which row is compared with parity/ogbench_goals.npz, by the last test.
 
 A gradient is read from Adam: after the first update its first moment is mu = (1 - b1) gradient.
 """

@@ -46,14 +46,13 @@ def test_twenty_critic_steps_and_one_of_the_actor_for_each_step():
     cfg, agent, state = agent_of(policy_delay=20, updates_per_step=20, online_block=1, tau=0.005, learning_rate=0.0)
     far = state._replace(target_critic=jax.tree.map(lambda x: x + 1.0, state.critic.params))
     data = rows()
-    ring = rlpd.Ring(jax.tree.map(jnp.zeros_like, data), jnp.int32(0))
-    block = jax.tree.map(lambda x: x[:1], data)
-    (after, ring, *_), info = jax.jit(lambda *x: rlpd.learn(cfg, agent, *x))(far, ring, block, 1, data)
+    ring = rlpd.Ring(jax.tree.map(lambda x: x[None], data), jnp.array([1]))
+    (after, _), info = jax.jit(lambda *x: rlpd.learn(cfg, agent, *x))(far, 0, data, ring)
     moved = jax.tree.map(lambda new, online: np.asarray(1 - (new - online)), after.target_critic, state.critic.params)
     for leaf in jax.tree.leaves(moved):
         np.testing.assert_allclose(leaf, 0.0953895, rtol=1e-3)
     counts = [optax.tree.get(x.opt_state, "count") for x in (after.critic, after.actor, after.log_alpha)]
-    assert [int(x) for x in counts] == [20, 1, 1] and ring.count == 1
+    assert [int(x) for x in counts] == [20, 1, 1]
     assert {"critic_loss", "actor_loss", "alpha_loss", "alpha", "entropy"} <= info.keys()
 
 
@@ -67,9 +66,9 @@ def test_each_critic_step_has_a_batch_of_its_own_half_of_the_data_half_of_the_ri
         return state, {"reward": batch.reward.mean()}
 
     agent = agent._replace(update=note, cycle=[note] * 5)
-    ring = rlpd.Ring(jax.tree.map(jnp.zeros_like, data), jnp.int32(0))
-    block = jax.tree.map(lambda x: x[:2], data._replace(reward=jnp.ones(8)))
-    _, info = jax.jit(lambda *x: rlpd.learn(cfg, agent, *x))(state, ring, block, 2, data)
+    own = data._replace(reward=jnp.where(jnp.arange(8) < 2, 1.0, jnp.nan))
+    ring = rlpd.Ring(jax.tree.map(lambda x: x[None], own), jnp.array([2]))
+    _, info = jax.jit(lambda *x: rlpd.learn(cfg, agent, *x))(state, 0, data, ring)
     jax.effects_barrier()
     assert len(seen) == 10 and all(x.tolist() == [0.0] * 8 + [1.0] * 8 for x in seen)
     np.testing.assert_allclose(info["reward"], 0.5)

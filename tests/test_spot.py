@@ -162,12 +162,12 @@ def test_lambda_falls_with_the_updates_on_line_and_with_no_others():
     data = batch_of(np.linspace(-1, 1, 8), 0.1, 1.0)
     state, info = jax.jit(spot.make_train(cfg, agent))(jax.jit(agent.init)(jax.random.key(0)), data)
     assert state.online_updates == 0 and info["weight"] == 0.5
-    ring = spot.Ring(zeros(data), jnp.int32(0))
+    ring = spot.Ring(jax.tree.map(lambda x: x[None], data), jnp.array([8]))
     learn = jax.jit(lambda *at: spot.learn(cfg, agent, *at))
-    (state, ring, *_), info = learn(state, ring, data, 8, data)
+    (state, _), info = learn(state, 0, data, ring)
     assert state.online_updates == 10
     np.testing.assert_allclose(info["weight"], 0.5 * 0.7, rtol=1e-6)
-    (state, *_), info = learn(state, ring, data, 8, data)  # 1 - 16 / 20, but at least 0.2: 0.4, 0.3, 0.2, 0.2, 0.2
+    (state, _), info = learn(state, 0, data, ring)  # 1 - 16 / 20, but at least 0.2: 0.4, 0.3, 0.2, 0.2, 0.2
     np.testing.assert_allclose(info["weight"], 0.5 * 0.26, rtol=1e-6)
     actor_steps = state.actor.opt_state[0].count
     assert actor_steps == 5 + 5 + 5, "and Adam goes on with its moments where it was"

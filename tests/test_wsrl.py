@@ -143,8 +143,8 @@ def test_four_critic_steps_and_one_of_the_actor_for_each_step_in_the_environment
     cfg, agent, state = agent_of(online_block=1, tau=0.005, learning_rate=0.0)
     far = state._replace(target_critic=jax.tree.map(lambda x: x + 1.0, state.critic.params))
     data = rows()
-    ring = wsrl.Ring(jax.tree.map(jnp.zeros_like, data), jnp.int32(0))
-    (after, ring, *_), info = jax.jit(lambda *x: wsrl.learn(cfg, agent, *x))(far, ring, data, 8, data)
+    ring = wsrl.Ring(jax.tree.map(lambda x: x[None], data), jnp.array([8]))
+    (after, _), info = jax.jit(lambda *x: wsrl.learn(cfg, agent, *x))(far, 0, data, ring)
     moved = jax.tree.map(lambda new, online: np.asarray(1 - (new - online)), after.target_critic, state.critic.params)
     for leaf in jax.tree.leaves(moved):
         np.testing.assert_allclose(leaf, 0.01985, rtol=1e-2)
@@ -156,11 +156,11 @@ def test_four_critic_steps_and_one_of_the_actor_for_each_step_in_the_environment
 def test_on_line_no_row_of_the_dataset_is_drawn_and_no_return_is_read():
     cfg, agent, state = agent_of(online_block=2)
     data, own = rows()._replace(reward=jnp.full(8, jnp.nan)), rows(jnp.nan)
-    ring = wsrl.Ring(jax.tree.map(jnp.zeros_like, data), jnp.int32(0))
-    (after, *_), info = jax.jit(lambda *x: wsrl.learn(cfg, agent, *x))(state, ring, own, 8, data)
+    ring = wsrl.Ring(jax.tree.map(lambda x: x[None], own), jnp.array([8]))
+    (after, _), info = jax.jit(lambda *x: wsrl.learn(cfg, agent, *x))(state, 0, data, ring)
     chex.assert_tree_all_finite((after._replace(key=None), info))
     kept = wsrl.Config(**SMALL, online_block=2, offline_ratio=0.5)
-    (after, *_), _ = jax.jit(lambda *x: wsrl.learn(kept, agent, *x))(state, ring, own, 8, data)
+    (after, _), _ = jax.jit(lambda *x: wsrl.learn(kept, agent, *x))(state, 0, data, ring)
     assert np.isnan(jax.tree.leaves(after.critic.params)[0]).all(), "half of the batches, if one says so"
 
 

@@ -26,6 +26,7 @@ from common.recipes import (
     overcooked,
     pointmaze,
     sepsis,
+    traffic,
 )
 
 
@@ -47,6 +48,10 @@ RECIPES: dict[str, Recipe] = {
     "stitch/cartpole-mixed-v0": Recipe(cartpole.mixed, 50_000),
     "stitch/minatar-breakout-mixed-v0": Recipe(functools.partial(minatar.mixed, "breakout"), 100_000),
     "stitch/minatar-space-invaders-mixed-v0": Recipe(functools.partial(minatar.mixed, "space_invaders"), 100_000),
+    **{
+        f"stitch/traffic-single-{quality}-v0": Recipe(functools.partial(traffic.write, quality), 30_000)
+        for quality in traffic.QUALITIES
+    },
     **{
         f"stitch/{task}-{quality}-v0": Recipe(functools.partial(locomotion.write, task, quality), 1_000_000)
         for task in locomotion.TASKS
