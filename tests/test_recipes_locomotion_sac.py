@@ -1,7 +1,9 @@
 """The locomotion datasets v1: their policies are SAC's, chosen by D4RL's definitions, and what is missing is named."""
 
 import contextlib
+import dataclasses
 import json
+import shlex
 import sys
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import jax
 import minari
 import numpy as np
 import pytest
+import tyro
 
 from common import recipes
 from common.datasets import DatasetError, load_dataset
@@ -156,6 +159,10 @@ def test_committed_policies_are_those_of_their_definitions(task):
     behaviour = locomotion_sac.load(task)
     record = json.loads((BEHAVIOUR / f"{task}-sac.json").read_text())
     assert "dirty" not in record["commit"] and record["training"]["config"]["task"] == task
+    command = shlex.split(record["training"]["command"])
+    assert command[:2] == ["python", "benchmarks/behaviour/train_sac.py"]
+    trained = dataclasses.asdict(tyro.cli(train_sac.Config, args=command[2:]))
+    assert json.loads(json.dumps(trained)) == record["training"]["config"]
     random_steps, mean = record["training"]["config"]["random_steps"], behaviour["curve_return"].mean(1)
     bar = float(record["command"].partition("--expert-return ")[2] or measure_sac.EXPERT_RETURNS[task])
     kept, medium = measure_sac.choose(behaviour["curve_step"], mean, random_steps, bar)
@@ -254,6 +261,7 @@ def test_a_finished_training_becomes_the_three_files(tmp_path, monkeypatch, caps
     record = json.loads((tmp_path / "hopper-sac.json").read_text())
     assert record["medium"]["step"] == 30 and record["expert"]["step"] == 40
     assert record["training"]["config"] == config and record["training"]["commit"] == "abc"
+    assert record["training"]["command"].endswith("--task hopper --num-steps 40 --random-steps 10")
     assert str(tmp_path) not in json.dumps(record) and "place on" not in json.dumps(record)
     assert record["command"] == "python benchmarks/behaviour/measure_sac.py --task hopper --expert-return 0.1"
     # A second time plays what has no returns yet

@@ -16,6 +16,7 @@ All returns are of policies in half precision, as they are kept, and of episodes
 data.
 """
 
+import dataclasses
 import itertools
 import json
 import os
@@ -32,6 +33,8 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
+
+import train_sac  # noqa: E402
 
 from common.environments import provenance  # noqa: E402
 from common.recipes import locomotion, locomotion_sac, rollouts  # noqa: E402
@@ -150,6 +153,14 @@ def draw(path, task, behaviour):
     plt.close(figure)
 
 
+def training_command(config):
+    """The command of a training with this config, as the checkpoint has it: its task, and what is not the default."""
+    default = json.loads(json.dumps(dataclasses.asdict(train_sac.Config(config["task"]))))
+    changed = {name: value for name, value in config.items() if value != default[name]}
+    options = [f" --{name.replace('_', '-')} {' '.join(map(str, np.ravel(value)))}" for name, value in changed.items()]
+    return f"python benchmarks/behaviour/train_sac.py --task {config['task']}{''.join(options)}"
+
+
 def record_of(cfg, behaviour, saved, progress):
     """What the .json file says; the folder of the training is a place on one machine, and not in it."""
     option = f" --expert-return {cfg.expert_return:g}" if cfg.expert_return else ""
@@ -157,12 +168,13 @@ def record_of(cfg, behaviour, saved, progress):
     def about(returns):
         return {"return_mean": round(float(returns.mean()), 1), "return_std": round(float(returns.std()), 1)}
 
+    config = json.loads(saved["config"])
     policies = zip(behaviour["step"].tolist(), behaviour["return"], strict=True)
     return provenance() | {
         "command": f"python benchmarks/behaviour/measure_sac.py --task {cfg.task}{option}",
         "training": {
-            "command": f"python benchmarks/behaviour/train_sac.py --task {cfg.task}",
-            "config": json.loads(saved["config"]),
+            "command": training_command(config),
+            "config": config,
             "steps": saved["step"],
             "seconds": round(saved["seconds"]),
             **{name: progress[name] for name in ("commit", "device", "versions") if name in progress},

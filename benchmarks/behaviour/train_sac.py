@@ -4,7 +4,7 @@
 
 The losses, networks and updates are those of algos/sac.py; here are the environment and the replay buffer around them:
 one update for each step, 50 at a time. The settings are those of the SAC paper (https://arxiv.org/abs/1812.05905,
-appendix D), which D4RL's policies were trained with, too.
+appendix D). D4RL's policies were trained with SAC, too.
 
 It takes hours. It can be stopped at any time: the same command goes on from the last checkpoint, in
 runs/behaviour/TASK, and ends with the same policies; with a larger --num-steps a finished training goes on, too.
@@ -176,6 +176,7 @@ def train(cfg: Config, folder: Path):
             (folder / "checkpoint.tmp").write_bytes(flax.serialization.msgpack_serialize(saved))
             os.replace(folder / "checkpoint.tmp", folder / "checkpoint.msgpack")
             progress = {"step": step, "return": np.mean(returns[-10:]), "seconds": saved["seconds"], **provenance()}
+            progress["device"] = jax.devices()[0].device_kind
             (folder / "progress.json").write_text(json.dumps(progress))
             print(f"{step} steps: return {np.mean(returns[-10:]):.0f}", flush=True)
 
