@@ -495,7 +495,7 @@ def test_the_standard_page_shows_the_last_five_evaluations_the_last_one_and_what
         ]
     ]
     assert "Not run yet: awac, xql, cql, edac. Rank correlation" in text
-    assert "v5 of Gymnasium and not v2 of Gym, and the published runs have 1,000,000 updates" in text
+    assert "v5 of Gymnasium and not v2 of Gym, and the published runs have 1,000,000 updates (EDAC: 3,000,000)" in text
     assert text.count("Rank correlation") == 1  # none of the maze: nothing is published there
 
 

@@ -104,7 +104,7 @@ def foot(runs: list[Run], published: dict) -> str:
         text += (
             f" The last column is published, on D4RL's set of that name ({published['like_source']}), and is no "
             "target: these data were rolled out anew, by policies of other trainings, the environments are v5 of "
-            "Gymnasium and not v2 of Gym, and the published runs have 1,000,000 updates."
+            "Gymnasium and not v2 of Gym, and the published runs have 1,000,000 updates (EDAC: 3,000,000)."
         )
     return text
 
@@ -131,7 +131,7 @@ def small(runs: list[Run], failures: list[Failure], results: str, root: str, pub
     text = (
         "With the papers' networks and settings: the mean score of the last five evaluations of "
         f"{updates} updates, over {seeds} seeds, and in parentheses what is published for D4RL's data of the like "
-        f"name, after a million. An empty place is not run yet: {count(runs)}. "
+        f"name, after a million updates or more. An empty place is not run yet: {count(runs)}. "
         f"[What differs, intervals and last evaluations]({join(root, 'benchmarks/standard.md')})."
     )
     return f"## Scores on data like D4RL's\n\n{table}\n\n{text}"
