@@ -207,15 +207,17 @@ def leaf(tree, part):
 def test_the_target_is_of_the_target_policy_and_the_smaller_target_critic():
     # A policy that sees much positive noise acts by -1, and the online one by 1, but for what noise is left at the
     # first step: 0.001 of 100,000. Q1 = 3 a and Q2 = 2 a + 0.5 there are -3 and -1.5, so y = 1 - 3 * 0.99 = -1.97, and
-    # 1 in terminal rows. The critics say 0, so their loss is 2 E[y^2].
+    # 1 in terminal rows. The critics say 0, so their loss is 2 E[y^2]. Of obs 1, Q1 and Q2 would be larger by 5: only
+    # next_obs counts, and this is 0.
     state, update, _ = program(1, 1, num_steps=100_000)
     state = with_networks(
         state,
         actor=actor_of(state.target_actor, -1e4),
         target_actor=actor_of(state.target_actor, 1e4),
-        target_critic=critic_of(state.target_critic, [[0, 3], [0, 2]], [0.0, 0.5]),
+        target_critic=critic_of(state.target_critic, [[5, 3], [5, 2]], [0.0, 0.5]),
     )
-    _, info = update({}, state, batch_of(np.zeros((4, 1)), reward=1.0, terminal=jnp.array([0.0, 0, 0, 1])))
+    batch = batch_of(np.ones((4, 1)), reward=1.0, terminal=jnp.array([0.0, 0, 0, 1]))
+    _, info = update({}, state, batch._replace(next_obs=jnp.zeros((4, 1))))
     np.testing.assert_allclose(info["critic_loss"], 2 * (3 * 1.97**2 + 1) / 4, rtol=5e-3)
 
 
