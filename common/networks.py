@@ -172,9 +172,22 @@ class Encoder(nn.Module):
         x = image.astype(jnp.float32) / self.high
         for filters, width, stride in self.layers:
             init = _uniform((width * width * x.shape[-1]) ** -0.5)
-            options = {"padding": "VALID", "kernel_init": init, "bias_init": init}
+            options = {"padding": "VALID", "kernel_init": init, "bias_init": init, "conv_general_dilated": _by_patches}
             x = nn.relu(nn.Conv(filters, (width, width), stride, **options)(x))
         return x.reshape(*x.shape[:-3], -1)
+
+
+def _by_patches(x, kernel, strides, *_, **__):
+    """The convolution without padding of x (n, H, W, C) and a kernel (w, w, C, filters), for nn.Conv: each patch of an
+    image becomes a row, and the rows are multiplied with the kernel.
+
+    A kernel's gradient is a product of matrices then. XLA's own convolution takes far longer for it on a CPU, and more
+    than for all the rest of an update; under vmap, each run would be a group of its channels.
+    """
+    side, step = kernel.shape[0], strides[0]
+    rows, columns = ([slice(i, size - side + i + 1, step) for i in range(side)] for size in x.shape[1:3])
+    patches = jnp.concatenate([x[:, i, j] for i in rows for j in columns], axis=-1)
+    return patches @ kernel.reshape(-1, kernel.shape[-1])
 
 
 ENCODERS = {  # a Config's `encoder`, and the layers that it names
