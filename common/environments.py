@@ -76,7 +76,8 @@ TERMINATIONS = {
 def provenance():
     """What a result depends on besides its configuration and data, for config.json; None where that is not known."""
     versions, commit = {}, None
-    for name in ("jax", "flax", "optax", "numpy", "minari", "gymnasium", "gymnasium-robotics", "mujoco", "minatar"):
+    simulators = "gymnasium", "gymnasium-robotics", "mujoco", "minatar", "sumo-rl", "libsumo", "overcooked-ai"
+    for name in ("jax", "flax", "optax", "numpy", "minari", *simulators):
         versions[name] = None
         with suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
