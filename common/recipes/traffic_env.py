@@ -1,7 +1,7 @@
 """The crossing of traffic.py as an environment, with SUMO in a process of its own.
 
-libsumo has one simulation for each process, and an evaluation plays several episodes side by side. Each process takes
-about 80 MB of memory and a second to start.
+libsumo has one simulation for each process, and an evaluation plays all its episodes side by side. Each process takes
+about 80 MB of memory and a second to start: 20 episodes of each of 3 seeds are 60 processes, with 5 GB.
 """
 
 from __future__ import annotations
