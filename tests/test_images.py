@@ -212,8 +212,9 @@ def test_images_are_read_as_they_were_and_again_from_the_cache(root):
         assert data.obs is None and data.next_obs is None
         fingerprint = env.fingerprint
     assert (root / NAME / "data" / "stitch-cache.npz").exists() and fingerprint["obs_dim"] == 40 * 44 * 3
-    frames[0][0, 0, 0, 0] ^= 1
     assert load_dataset(NAME, images=True)[1].fingerprint == fingerprint
+    edit(root, frame_stack={"frames": 2, "padding": "zero"})  # a policy of other stacks is of other data
+    assert load_dataset(NAME, images=True)[1].fingerprint != fingerprint
 
 
 def test_grey_images_and_images_of_few_numbers(root):
