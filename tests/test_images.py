@@ -173,7 +173,8 @@ def test_data_and_environment_show_the_same(root, padding):
     for t, image in enumerate(minari.load_dataset(NAME)[1].observations[:3]):
         action, episode = interface.act(act, image, None if t == 0 else 0.0, episode)
         assert action == 0
-    np.testing.assert_array_equal(given, rows.obs[3:])
+    interface.act(act, minari.load_dataset(NAME)[1].observations[0], None, episode)  # another episode
+    np.testing.assert_array_equal(given, rows.obs[[3, 4, 5, 3]])
 
 
 def test_before_the_first_image_stands_what_the_metadata_say(root):
