@@ -174,7 +174,7 @@ def test_data_and_environment_show_the_same(root, padding):
         action, episode = interface.act(act, image, None if t == 0 else 0.0, episode)
         assert action == 0
     interface.act(act, minari.load_dataset(NAME)[1].observations[0], None, episode)  # another episode
-    np.testing.assert_array_equal(given, rows.obs[[3, 4, 5, 3]])
+    np.testing.assert_array_equal(given, rows.obs[np.array([3, 4, 5, 3])])
 
 
 def test_before_the_first_image_stands_what_the_metadata_say(root):
