@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import fnmatch
 import importlib.util
+import functools
 import json
 import math
 import os
@@ -322,7 +323,9 @@ def test_a_signal_to_the_sweep_alone_ends_its_cell(tmp_path, sent):
     script = script.replace("Path(__file__)", f"Path({str(ROOT / 'benchmarks' / 'sweep.py')!r})")
     (tmp_path / "sleeper.py").write_text(script)
     arguments = [sys.executable, str(tmp_path / "sleeper.py"), *command(tmp_path / "out")[2:]]
-    process = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    # A shell's background job ignores SIGINT, and so would all that it starts
+    options = {"preexec_fn": functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL), "text": True}
+    process = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, **options)
     pid = tmp_path / "out" / "pointmaze-umaze-v0" / "bc" / "pid"
     try:
         deadline = time.time() + 60
