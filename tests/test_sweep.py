@@ -4,8 +4,8 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import fnmatch
-import importlib.util
 import functools
+import importlib.util
 import json
 import math
 import os
