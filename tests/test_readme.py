@@ -219,7 +219,11 @@ def test_the_table_of_learning_on_line_is_that_of_its_result_file():
     measured = json.loads((RESULTS / "online-speed.json").read_text())
     mark, text = "<!-- report:speed-online", page("speed.md")
     assert f"{mark}:begin -->\n{speed_online.table(measured)}\n{mark}:end -->" in text
-    assert "dirty" not in measured["commit"] and len(measured["results"]) == 4 and "So far four files" in text
+    assert "dirty" not in measured["commit"] and {row["algo"] for row in measured["results"]} == set(speed_online.ALGOS)
+    rates = {row["algo"]: row["updates_per_second"] for row in measured["results"]}
+    ratios = {algo: rate["online"][0] / rate["data"][0] for algo, rate in rates.items()}
+    assert {algo for algo, ratio in ratios.items() if not 0.85 < ratio < 1.15} == {"wsrl", "rlpd"}
+    assert ratios["rlpd"] < 1 < ratios["wsrl"] and "in eight of the ten files" in text
     simulator = [100 * share["simulator"] for row in measured["results"] for share in row["share"]]
     assert f"{min(simulator):.0f} to {max(simulator):.0f} % of it" in " ".join(text.split())
 
