@@ -45,9 +45,9 @@ from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
-from common.datasets import Transition, aligned, load_dataset
+from common.datasets import Transition, load_dataset
 from common.environments import Interface, Spec, provenance
-from common.networks import CategoricalActor, DeterministicActor, GaussianActor
+from common.networks import CategoricalActor, DeterministicActor, GaussianActor, image_encoder
 
 
 # --- Configuration -------------------------------------------------------------------------------------
@@ -67,6 +67,7 @@ class Config:
     batch_size: int = 256  # transitions of one gradient step
     learning_rate: float = 3e-4  # of Adam
     hidden: tuple[int, ...] = (256, 256)  # units of the hidden layers
+    encoder: Literal["identity", "minatar", "nature"] = "identity"  # what images pass first; identity: vectors
     # BC
     deterministic: bool = False  # squared error of a deterministic policy, instead of a Gaussian's log-likelihood
     top_fraction: float = 1.0  # share of the transitions that filtered BC keeps, in whole episodes; 1 keeps all
@@ -83,14 +84,13 @@ def keep_best(dataset: Transition, fraction: float) -> Transition:
     best_first = np.argsort(returns, kind="stable")[::-1]
     fits = np.cumsum(length[best_first]) <= round(fraction * len(dataset.reward), 6)  # 0.29 * 100 is 28.999...
     kept = best_first[: max(1, fits.sum())]
-    rows = np.isin(dataset.episode, kept)
-    return jax.tree.map(lambda x: aligned(x[rows]), dataset)
+    return dataset.part(np.isin(dataset.episode, kept))
 
 
 def load_data(cfg: Config):
     if not 0 < cfg.top_fraction <= 1:
         raise SystemExit(f"top_fraction must be above 0 and at most 1, not {cfg.top_fraction}.")
-    dataset, env = load_dataset(cfg.dataset, columns=("episode",))
+    dataset, env = load_dataset(cfg.dataset, images=True, columns=("episode",))
     return keep_best(dataset, cfg.top_fraction)._replace(episode=None), env
 
 
@@ -145,8 +145,7 @@ class Agent(NamedTuple):
 # --- Algorithm -----------------------------------------------------------------------------------------
 def draw(key, dataset, state, cfg: Config):
     """A batch: rows of the dataset, uniformly and with replacement."""
-    index = jax.random.randint(key, (cfg.batch_size,), 0, len(dataset.reward))
-    return jax.tree.map(lambda x: x[index], dataset)
+    return dataset.take(jax.random.randint(key, (cfg.batch_size,), 0, len(dataset.reward)))
 
 
 def descend(tx, loss_fn, trainable, *args):
@@ -158,14 +157,15 @@ def descend(tx, loss_fn, trainable, *args):
 
 
 def make_agent(cfg: Config, spec: Spec) -> Agent:
+    encoder = image_encoder(cfg.encoder, spec)
     if spec.discrete:
-        actor = CategoricalActor(spec.action_dim, cfg.hidden)
+        actor = CategoricalActor(spec.action_dim, cfg.hidden, encoder=encoder)
     elif cfg.deterministic and cfg.act == "sample":
         raise SystemExit("A deterministic policy has no density to draw from: leave out --act sample.")
     elif cfg.deterministic:
-        actor = DeterministicActor(spec.action_dim, cfg.hidden)
+        actor = DeterministicActor(spec.action_dim, cfg.hidden, encoder=encoder)
     else:
-        actor = GaussianActor(spec.action_dim, cfg.hidden)
+        actor = GaussianActor(spec.action_dim, cfg.hidden, encoder=encoder)
     adam = optax.adam(cfg.learning_rate)
 
     def actor_loss(params, batch):
@@ -179,7 +179,7 @@ def make_agent(cfg: Config, spec: Spec) -> Agent:
 
     def init(key):
         key, key_actor = jax.random.split(key)
-        params = actor.init(key_actor, jnp.zeros((1, spec.obs_dim)))
+        params = actor.init(key_actor, spec.zeros(1))
         return State(key, Trainable(params, adam.init(params)))
 
     def update(state, batch):

@@ -34,7 +34,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import chex
 import filelock
@@ -52,7 +52,7 @@ from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
 from common.datasets import load_dataset
 from common.environments import Interface, Spec, provenance
-from common.networks import MLP, CategoricalActor, select
+from common.networks import MLP, CategoricalActor, image_encoder, select
 
 
 # --- Configuration -------------------------------------------------------------------------------------
@@ -72,6 +72,7 @@ class Config:
     batch_size: int = 256  # transitions of one gradient step
     learning_rate: float = 1e-3  # of Adam (the reference: 3e-4)
     hidden: tuple[int, ...] = (256, 256)  # units of the hidden layers
+    encoder: Literal["identity", "minatar", "nature"] = "identity"  # what images pass first; identity: vectors
     discount: float = 0.99  # gamma
     tau: float = 0.05  # Polyak step of the target critic (the reference: 0.005)
     # BCQ
@@ -82,7 +83,7 @@ class Config:
 
 
 def load_data(cfg: Config):
-    return load_dataset(cfg.dataset, reward_shift=cfg.reward_shift)
+    return load_dataset(cfg.dataset, images=True, reward_shift=cfg.reward_shift)
 
 
 def check(cfg: Config, grid: dict[str, list[float]]):
@@ -138,8 +139,7 @@ class Agent(NamedTuple):
 # --- Algorithm -----------------------------------------------------------------------------------------
 def draw(key, dataset, state, cfg: Config):
     """A batch: rows of the dataset, uniformly and with replacement."""
-    index = jax.random.randint(key, (cfg.batch_size,), 0, len(dataset.reward))
-    return jax.tree.map(lambda x: x[index], dataset)
+    return dataset.take(jax.random.randint(key, (cfg.batch_size,), 0, len(dataset.reward)))
 
 
 def descend(tx, loss_fn, trainable, *args):
@@ -159,8 +159,9 @@ def likely(probs, threshold, absolute):
 def make_agent(cfg: Config, spec: Spec) -> Agent:
     if not spec.discrete:
         raise SystemExit("Discrete BCQ needs discrete actions and this dataset's are continuous: use bcq.py.")
-    actor = CategoricalActor(spec.action_dim, cfg.hidden, initializer="torch")  # G, the clone
-    critic = MLP(spec.action_dim, cfg.hidden, initializer="torch")  # obs -> Q(s, .)
+    encoder = image_encoder(cfg.encoder, spec)
+    actor = CategoricalActor(spec.action_dim, cfg.hidden, initializer="torch", encoder=encoder)  # G, the clone
+    critic = MLP(spec.action_dim, cfg.hidden, initializer="torch", encoder=encoder)  # obs -> Q(s, .)
     adam = optax.adam(cfg.learning_rate)
 
     def critic_loss(params, batch, target):
@@ -182,7 +183,7 @@ def make_agent(cfg: Config, spec: Spec) -> Agent:
 
     def init(key):
         key, key_critic, key_actor = jax.random.split(key, 3)
-        obs = jnp.zeros((1, spec.obs_dim))
+        obs = spec.zeros(1)
         actor_params = actor.init(key_actor, obs)
         critic_params = critic.init(key_critic, obs)
         return State(

@@ -31,7 +31,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import chex
 import filelock
@@ -49,7 +49,7 @@ from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
 from common.datasets import load_dataset
 from common.environments import Interface, Spec, provenance
-from common.networks import MLP, select
+from common.networks import MLP, image_encoder, select
 
 
 # --- Configuration -------------------------------------------------------------------------------------
@@ -69,6 +69,7 @@ class Config:
     batch_size: int = 256  # transitions of one gradient step
     learning_rate: float = 1e-3  # of Adam (the reference, on Atari: 5e-5)
     hidden: tuple[int, ...] = (256, 256)  # units of the hidden layers
+    encoder: Literal["identity", "minatar", "nature"] = "identity"  # what images pass first; identity: vectors
     discount: float = 0.99  # gamma
     tau: float = 0.05  # Polyak step of the target critic (the reference: a copy every 2,000 gradient steps)
     # CQL
@@ -79,7 +80,7 @@ class Config:
 
 
 def load_data(cfg: Config):
-    return load_dataset(cfg.dataset, reward_shift=cfg.reward_shift)
+    return load_dataset(cfg.dataset, images=True, reward_shift=cfg.reward_shift)
 
 
 def check(cfg: Config, grid: dict[str, list[float]]):
@@ -134,8 +135,7 @@ class Agent(NamedTuple):
 # --- Algorithm -----------------------------------------------------------------------------------------
 def draw(key, dataset, state, cfg: Config):
     """A batch: rows of the dataset, uniformly and with replacement."""
-    index = jax.random.randint(key, (cfg.batch_size,), 0, len(dataset.reward))
-    return jax.tree.map(lambda x: x[index], dataset)
+    return dataset.take(jax.random.randint(key, (cfg.batch_size,), 0, len(dataset.reward)))
 
 
 def descend(tx, loss_fn, trainable, *args):
@@ -162,12 +162,14 @@ def conservative_loss(q, action):
 def make_agent(cfg: Config, spec: Spec) -> Agent:
     if not spec.discrete:
         raise SystemExit("Discrete CQL needs discrete actions and this dataset's are continuous: use cql.py.")
-    critic = MLP(cfg.num_quantiles * spec.action_dim, cfg.hidden, initializer="torch")
+    encoder = image_encoder(cfg.encoder, spec)
+    critic = MLP(cfg.num_quantiles * spec.action_dim, cfg.hidden, initializer="torch", encoder=encoder)
     adam = optax.adam(cfg.learning_rate)
 
     def quantiles(params, obs):
         """Z(s, .): (..., obs_dim) -> (..., num_quantiles, action_dim)."""
-        return critic.apply(params, obs).reshape(*obs.shape[:-1], cfg.num_quantiles, spec.action_dim)
+        z = critic.apply(params, obs)
+        return z.reshape(*z.shape[:-1], cfg.num_quantiles, spec.action_dim)
 
     def critic_loss(params, batch, target):
         z = quantiles(params, batch.obs)
@@ -182,7 +184,7 @@ def make_agent(cfg: Config, spec: Spec) -> Agent:
 
     def init(key):
         key, key_critic = jax.random.split(key)
-        critic_params = critic.init(key_critic, jnp.zeros((1, spec.obs_dim)))
+        critic_params = critic.init(key_critic, spec.zeros(1))
         return State(
             key=key,
             critic=Trainable(critic_params, adam.init(critic_params)),

@@ -50,7 +50,7 @@ from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
 from common.datasets import load_dataset
 from common.environments import Interface, Spec, provenance
-from common.networks import CategoricalActor, Critic, DiscreteCritic, GaussianActor
+from common.networks import CategoricalActor, Critic, DiscreteCritic, GaussianActor, image_encoder
 
 
 # --- Configuration -------------------------------------------------------------------------------------
@@ -70,6 +70,7 @@ class Config:
     batch_size: int = 256  # transitions of one gradient step
     learning_rate: float = 1e-3  # of every Adam (the reference: 1e-4)
     hidden: tuple[int, ...] = (256, 256)  # units of the hidden layers
+    encoder: Literal["identity", "minatar", "nature"] = "identity"  # what images pass first; identity: vectors
     discount: float = 0.99  # gamma
     tau: float = 0.02  # Polyak step of the targets
     # CRR
@@ -83,7 +84,7 @@ class Config:
 
 
 def load_data(cfg: Config):
-    return load_dataset(cfg.dataset, reward_shift=cfg.reward_shift)
+    return load_dataset(cfg.dataset, images=True, reward_shift=cfg.reward_shift)
 
 
 def check(cfg: Config, grid: dict[str, list[float]]):
@@ -141,8 +142,7 @@ class Agent(NamedTuple):
 # --- Algorithm -----------------------------------------------------------------------------------------
 def draw(key, dataset, state, cfg: Config):
     """A batch: rows of the dataset, uniformly and with replacement."""
-    index = jax.random.randint(key, (cfg.batch_size,), 0, len(dataset.reward))
-    return jax.tree.map(lambda x: x[index], dataset)
+    return dataset.take(jax.random.randint(key, (cfg.batch_size,), 0, len(dataset.reward)))
 
 
 def descend(tx, loss_fn, trainable, *args):
@@ -154,8 +154,12 @@ def descend(tx, loss_fn, trainable, *args):
 
 
 def make_agent(cfg: Config, spec: Spec) -> Agent:
-    actor = (CategoricalActor if spec.discrete else GaussianActor)(spec.action_dim, cfg.hidden)
-    critic = DiscreteCritic(spec.action_dim, 2, cfg.hidden) if spec.discrete else Critic(2, cfg.hidden)
+    encoder = image_encoder(cfg.encoder, spec)
+    actor = (CategoricalActor if spec.discrete else GaussianActor)(spec.action_dim, cfg.hidden, encoder=encoder)
+    if spec.discrete:
+        critic = DiscreteCritic(spec.action_dim, 2, cfg.hidden, encoder=encoder)
+    else:
+        critic = Critic(2, cfg.hidden, encoder=encoder)
     adam = optax.adam(cfg.learning_rate)
 
     def policy_value(critic_params, actor_params, obs, key, maximum=False):
@@ -188,7 +192,7 @@ def make_agent(cfg: Config, spec: Spec) -> Agent:
 
     def init(key):
         key, key_actor, key_critic = jax.random.split(key, 3)
-        obs = jnp.zeros((1, spec.obs_dim))
+        obs = spec.zeros(1)
         action = jnp.zeros(1, int) if spec.discrete else jnp.zeros((1, spec.action_dim))
         actor_params = actor.init(key_actor, obs)
         critic_params = critic.init(key_critic, obs, action)

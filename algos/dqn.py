@@ -32,7 +32,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import chex
 import filelock
@@ -50,7 +50,7 @@ from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
 from common.datasets import load_dataset
 from common.environments import Interface, Spec, provenance
-from common.networks import MLP, select
+from common.networks import MLP, image_encoder, select
 
 
 # --- Configuration -------------------------------------------------------------------------------------
@@ -70,6 +70,7 @@ class Config:
     batch_size: int = 256  # transitions of one gradient step
     learning_rate: float = 1e-3  # of Adam (the reference: 3e-4)
     hidden: tuple[int, ...] = (256, 256)  # units of the hidden layers
+    encoder: Literal["identity", "minatar", "nature"] = "identity"  # what images pass first; identity: vectors
     discount: float = 0.99  # gamma
     tau: float = 0.05  # Polyak step of the target critic (the reference: 0.005)
     # DQN
@@ -78,7 +79,7 @@ class Config:
 
 
 def load_data(cfg: Config):
-    return load_dataset(cfg.dataset, reward_shift=cfg.reward_shift)
+    return load_dataset(cfg.dataset, images=True, reward_shift=cfg.reward_shift)
 
 
 def check(cfg: Config, grid: dict[str, list[float]]):
@@ -133,8 +134,7 @@ class Agent(NamedTuple):
 # --- Algorithm -----------------------------------------------------------------------------------------
 def draw(key, dataset, state, cfg: Config):
     """A batch: rows of the dataset, uniformly and with replacement."""
-    index = jax.random.randint(key, (cfg.batch_size,), 0, len(dataset.reward))
-    return jax.tree.map(lambda x: x[index], dataset)
+    return dataset.take(jax.random.randint(key, (cfg.batch_size,), 0, len(dataset.reward)))
 
 
 def descend(tx, loss_fn, trainable, *args):
@@ -148,7 +148,8 @@ def descend(tx, loss_fn, trainable, *args):
 def make_agent(cfg: Config, spec: Spec) -> Agent:
     if not spec.discrete:
         raise SystemExit("DQN needs discrete actions and this dataset's are continuous: use IQL or TD3+BC.")
-    critic = MLP(spec.action_dim, cfg.hidden, initializer="torch")  # obs -> Q(s, .)
+    encoder = image_encoder(cfg.encoder, spec)
+    critic = MLP(spec.action_dim, cfg.hidden, initializer="torch", encoder=encoder)  # obs -> Q(s, .)
     adam = optax.adam(cfg.learning_rate)
 
     def critic_loss(params, batch, target):
@@ -158,7 +159,7 @@ def make_agent(cfg: Config, spec: Spec) -> Agent:
 
     def init(key):
         key, key_critic = jax.random.split(key)
-        critic_params = critic.init(key_critic, jnp.zeros((1, spec.obs_dim)))
+        critic_params = critic.init(key_critic, spec.zeros(1))
         return State(
             key=key,
             critic=Trainable(critic_params, adam.init(critic_params)),

@@ -50,7 +50,7 @@ from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
 from common.datasets import Transition, load_dataset
 from common.environments import Interface, Spec, provenance
-from common.networks import CategoricalActor, Critic, DiscreteCritic, GaussianActor, Value
+from common.networks import CategoricalActor, Critic, DiscreteCritic, GaussianActor, Value, image_encoder
 from common.stepper import Stepper, time_limit
 
 
@@ -71,6 +71,7 @@ class Config:
     batch_size: int = 256  # transitions of one gradient step
     learning_rate: float = 1e-3  # of every Adam; the actor's decays to 0 along a cosine (the reference: 3e-4)
     hidden: tuple[int, ...] = (256, 256)  # units of the hidden layers
+    encoder: Literal["identity", "minatar", "nature"] = "identity"  # what images pass first; identity: vectors
     discount: float = 0.99  # gamma
     tau: float = 0.05  # Polyak step of the target critic (the reference: 0.005)
     # IQL
@@ -90,7 +91,8 @@ class Config:
 
 
 def load_data(cfg: Config):
-    return load_dataset(cfg.dataset, normalize_reward=cfg.normalize_reward, reward_shift=cfg.reward_shift)
+    how = {"normalize_reward": cfg.normalize_reward, "reward_shift": cfg.reward_shift}
+    return load_dataset(cfg.dataset, images=cfg.online_steps == 0, **how)
 
 
 def check(cfg: Config, grid: dict[str, list[float]]):
@@ -149,8 +151,7 @@ class Agent(NamedTuple):
 # --- Algorithm -----------------------------------------------------------------------------------------
 def draw(key, dataset, state, cfg: Config):
     """A batch: rows of the dataset, uniformly and with replacement."""
-    index = jax.random.randint(key, (cfg.batch_size,), 0, len(dataset.reward))
-    return jax.tree.map(lambda x: x[index], dataset)
+    return dataset.take(jax.random.randint(key, (cfg.batch_size,), 0, len(dataset.reward)))
 
 
 def draw_online(key, rows, state, cfg: Config):
@@ -177,9 +178,13 @@ def expectile_loss(u, expectile):
 
 
 def make_agent(cfg: Config, spec: Spec) -> Agent:
-    actor = (CategoricalActor if spec.discrete else GaussianActor)(spec.action_dim, cfg.hidden)
-    critic = DiscreteCritic(spec.action_dim, 2, cfg.hidden) if spec.discrete else Critic(2, cfg.hidden)
-    value = Value(cfg.hidden)
+    encoder = image_encoder(cfg.encoder, spec)
+    actor = (CategoricalActor if spec.discrete else GaussianActor)(spec.action_dim, cfg.hidden, encoder=encoder)
+    if spec.discrete:
+        critic = DiscreteCritic(spec.action_dim, 2, cfg.hidden, encoder=encoder)
+    else:
+        critic = Critic(2, cfg.hidden, encoder=encoder)
+    value = Value(cfg.hidden, encoder=encoder)
     adam = optax.adam(cfg.learning_rate)
     constant, rate = cfg.online_steps > 0, cfg.learning_rate  # a rate that has decayed to 0 could not learn on-line
     actor_adam = optax.adam((lambda _: rate) if constant else optax.cosine_decay_schedule(rate, cfg.num_updates))
@@ -202,7 +207,7 @@ def make_agent(cfg: Config, spec: Spec) -> Agent:
 
     def init(key):
         key, key_actor, key_critic, key_value = jax.random.split(key, 4)
-        obs = jnp.zeros((1, spec.obs_dim))
+        obs = spec.zeros(1)
         action = jnp.zeros(1, int) if spec.discrete else jnp.zeros((1, spec.action_dim))
         actor_params = actor.init(key_actor, obs)
         critic_params = critic.init(key_critic, obs, action)

@@ -227,8 +227,10 @@ def fingerprint(dataset_id: str) -> dict | None:
 
     from common.datasets import DatasetError, load_dataset
 
+    if not Path(get_dataset_path(dataset_id)).exists():
+        return None
     try:
-        return load_dataset(dataset_id)[1].fingerprint if Path(get_dataset_path(dataset_id)).exists() else None
+        return load_dataset(dataset_id, images=True)[1].fingerprint
     except DatasetError:
         return {}
 

@@ -1,11 +1,8 @@
-"""The environment of a dataset: what lies between it and a network, and what a policy is worth in it.
+"""The environment of a dataset, and what a policy is worth in it.
 
-    policy.interface.observe(observation)                # raw, or a batch of them -> flat, normalised, for networks
-    policy.interface.to_env(action)                      # [-1, 1] or 0 .. n - 1 -> the environment's own units
     env.measure(policy, q, seeds, num_episodes=20)       # columns of metrics.jsonl; a failure costs a line, not the run
     env.evaluate(policy, seeds, num_episodes=20)         # the episodes behind them (Evaluation)
 
-An Interface is a few numbers, in config.json of every run: with it a trained policy acts without the dataset.
 Environments live in worker processes, one per core, which import neither JAX nor the caller's main module: whatever an
 environment does, be it an abort of its simulator, costs a score and never the training.
 """
@@ -18,26 +15,15 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-from common.layouts import DatasetError, flatten, flatten_with_goal, width
+from common.layouts import DatasetError, Interface, Spec  # noqa: F401 the last two are for the files of algos/
 from common.recipes import tabular
 from common.recipes.worker import EnvironmentFailure, one_line, reason, work
-
-
-class Spec(NamedTuple):
-    """What an algorithm must know of its dataset to build its networks."""
-
-    obs_dim: int
-    action_dim: int  # length of the action vector, or the number of discrete actions
-    discrete: bool = False
-    goal_dim: int = 0  # length of the goal that follows an observation handed to the policy; 0: no goals
-    terminal_of: Callable | None = None  # un-normalised next_obs (..., obs_dim) -> whether it ends an episode, if known
 
 
 class Evaluation(NamedTuple):
@@ -50,7 +36,7 @@ class Evaluation(NamedTuple):
 
     returns: np.ndarray  # (num_seeds, num_episodes) float64, undiscounted, of the environment's own rewards
     value: np.ndarray  # (num_seeds,) float64: the true value, a mean over the episodes
-    obs: np.ndarray  # (num_seeds, num_starts, obs_dim + goal_dim) float32: where the episodes start
+    obs: np.ndarray  # (num_seeds, num_starts, ...) as the policy sees it: where the episodes start
     action: np.ndarray  # (num_seeds, num_starts, ...): of the policy there
     weight: np.ndarray  # (num_starts,) float64, sums to 1: how likely each start is
 
@@ -87,73 +73,6 @@ TERMINATIONS = {
 }
 
 
-# --- Between an environment and a network ----------------------------------------------------------------
-
-
-class Interface(NamedTuple):
-    """How observations reach the networks, and actions the environment. `Interface(*x)` of its JSON is itself again."""
-
-    observation: Any  # layout: a Box's shape [4], a Discrete's {"n": 5, "start": 0}, or a Dict's {"dict": {key: ...}}
-    action: Any  # {"n", "start"}, or of a Box {"low", "high", "dtype"}
-    obs_mean: list  # (obs_dim + goal_dim,) of the rows' observations and the goals in them, or zeros
-    obs_scale: list
-    termination: Any = None  # (closed, ranges) of `ends`, as TERMINATIONS has them; None: not known
-    goal: Any = None  # layout of the goal, which is then no part of `observation`; None: there is none
-
-    @property
-    def spec(self) -> Spec:
-        discrete, known = "n" in self.action, self.termination is not None
-        action_dim = self.action["n"] if discrete else len(self.action["low"])
-        terminal_of = partial(ends, *self.termination) if known else None
-        goal_dim = 0 if self.goal is None else width(self.goal)
-        return Spec(width(self.observation), action_dim, discrete, goal_dim, terminal_of)
-
-    def observe(self, observation):
-        """Raw observations (...) -> (..., obs_dim + goal_dim) float32, flat and normalised. Where there are goals, they
-        are Dicts with a desired_goal or, of a Box, {"observation": observations, "goal": other ones}."""
-        if self.goal is None:
-            obs = flatten(self.observation, observation)
-        else:
-            obs = flatten_with_goal(self.observation, self.goal, observation)
-        return (obs - np.array(self.obs_mean, np.float32)) / np.array(self.obs_scale, np.float32)
-
-    def act(self, act, observation, reward=None, episode=None):
-        """A policy's action at what an environment gives, one observation or a batch, and the episode so far.
-
-        act: (obs (1, n, obs_dim), step, memory, last rewards (1, n)) -> (actions (1, n, ...), memory). `reward` is that
-        of the step before, None where an episode begins (policies without a memory need none); `episode` is what the
-        call before gave. Returns (action in the environment's own units, episode).
-        """
-        step, memory = episode or (0, None)
-        obs = self.observe(observation)
-        rows = obs.reshape(1, -1, obs.shape[-1])
-        rewards = np.zeros(rows.shape[:2]) + (0 if reward is None else np.ravel(reward))
-        action, memory = act(rows, step, None if reward is None else memory, rewards.astype(np.float32))
-        action = np.asarray(action)[0]
-        action = self.to_env(action.reshape(obs.shape[:-1] + action.shape[1:]))
-        return action[()], (step + 1, memory)  # a number, not an array of shape ()
-
-    def to_env(self, action):
-        """Actions (..., action_dim) in [-1, 1], or (...) indices -> the environment's."""
-        if "n" in self.action:
-            return np.asarray(action).astype(np.int64) + self.action["start"]
-        low, high = self.bounds
-        middle, half = (low + high) / 2, (high - low) / 2
-        # Clipped again: in float32, middle + half may lie beyond the bound
-        action = (middle + half * np.asarray(action, np.float64)).astype(self.action["dtype"])
-        return np.clip(action, low.astype(action.dtype), high.astype(action.dtype))
-
-    def from_env(self, action):
-        """The environment's actions of a Box, scaled to [-1, 1] and clipped to it."""
-        low, high = self.bounds
-        middle, half = (low + high) / 2, (high - low) / 2
-        return np.clip((action - middle) / np.where(half > 0, half, 1), -1, 1).astype(np.float32)
-
-    @property
-    def bounds(self):  # in float64, so that half of it neither overflows nor makes -1 .. 1 anything but itself
-        return np.array(self.action["low"], np.float64), np.array(self.action["high"], np.float64)
-
-
 def provenance():
     """What a result depends on besides its configuration and data, for config.json; None where that is not known."""
     versions, commit = {}, None
@@ -165,16 +84,6 @@ def provenance():
     with suppress(OSError, subprocess.CalledProcessError):  # no git, no repository, or one of another user
         commit = subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
     return {"command": shlex.join(sys.argv), "commit": commit, "versions": versions}
-
-
-def ends(closed, ranges, next_obs):
-    """Whether un-normalised next observations (..., obs_dim), NumPy's or JAX's, end an episode: (...) bool."""
-    ended = np.zeros(next_obs.shape[:-1], bool)
-    for _, first, stop, low, high in ranges:
-        x, low, high = next_obs[..., first:stop], -np.inf if low is None else low, np.inf if high is None else high
-        inside = (low <= x) & (x <= high) if closed else (low < x) & (x < high)
-        ended = ended | ~inside.all(-1)
-    return ended
 
 
 # --- The environment ------------------------------------------------------------------------------------
@@ -285,8 +194,9 @@ class Environment:
         """Plays `num_episodes` episodes for each of `seeds`, in step: one `policy` call per step for all of them.
 
         Args:
-          policy: (observations (num_seeds, num_episodes, obs_dim + goal_dim) float32, step, memory, last rewards
-            (num_seeds, num_episodes) float32) -> (actions with the same leading axes, in [-1, 1] or discrete; memory).
+          policy: (observations (num_seeds, num_episodes, obs_dim + goal_dim) float32, or images (num_seeds,
+            num_episodes, *obs_shape) uint8, step, memory, last rewards (num_seeds, num_episodes) float32) -> (actions
+            with the same leading axes, in [-1, 1] or discrete; memory).
             At step 0 the memory is None and the rewards are 0; then both are those of the step before.
             An episode that has ended keeps its last observation and reward, so shapes never change.
           seeds: of the runs. Episode j of seed i starts from the same state whatever the other seeds and episodes are.
@@ -305,6 +215,7 @@ class Environment:
         if not self.probe():
             unknown, one = np.full((len(seeds), num_episodes), np.nan), (len(seeds), 1)
             obs = np.full((*one, self.spec.obs_dim + self.spec.goal_dim), np.nan, np.float32)
+            obs = self.spec.zeros(*one) if self.spec.obs_shape else obs  # bytes know no NaN
             action = np.zeros(one, int) if self.spec.discrete else np.zeros((*one, self.spec.action_dim), np.float32)
             return Evaluation(unknown, unknown[:, 0], obs, action, np.ones(1))
         limit = max_steps or self._limit or self._longest
@@ -327,17 +238,17 @@ class Environment:
         starts = [int(episode.generate_state(1)[0]) for episode in episodes]
         workers = self._hire(count)
         own = [np.arange(i, count, len(workers)) for i in range(len(workers))]  # environment i is in worker i % n
-        obs = np.zeros((count, self.spec.obs_dim + self.spec.goal_dim), np.float32)
+        obs = self.spec.zeros(count) if self.spec.obs_shape else np.zeros((count, *self.interface.shape), np.float32)
         tasks = [self.tasks[j % len(self.tasks)] for _ in seeds for j in range(num_episodes)]
         messages = [("reset", mine // len(workers), [(starts[i], tasks[i]) for i in mine]) for mine in own]
         resets = self._ask(workers, messages)
         for mine, observations in zip(own, resets, strict=True):
-            obs[mine] = observations
-        start, start_action, memory = obs.reshape(*shape, -1).copy(), None, None
+            obs[mine] = self.interface.stack(observations)
+        start, start_action, memory = obs.reshape(*shape, *obs.shape[1:]).copy(), None, None
         returns, values, rewards = np.zeros(count), np.zeros(count), np.zeros(count)
         alive, factor, discounts = np.ones(count, bool), np.ones(count), np.repeat(discount, num_episodes)
         for step in tqdm(range(limit), "evaluation", unit="step", leave=False, delay=10):
-            now = obs.reshape(*shape, -1), step, memory, rewards.reshape(shape).astype(np.float32)
+            now = obs.reshape(*shape, *obs.shape[1:]), step, memory, rewards.reshape(shape).astype(np.float32)
             actions, memory = policy(*now)
             actions = np.asarray(actions)
             if step == 0:  # as the environment gets it
@@ -352,7 +263,8 @@ class Environment:
             turns = [own[i][alive[own[i]]] for i in acting]
             messages = [("step", mine // len(workers), actions[mine]) for mine in turns]
             for mine, answer in zip(turns, self._ask([workers[i] for i in acting], messages), strict=True):
-                obs[mine], rewards[mine], _, ended = answer
+                observations, rewards[mine], _, ended = answer
+                obs[mine] = self.interface.stack(observations, obs[mine])
                 returns[mine] += rewards[mine]
                 values[mine] += factor[mine] * (self._reward_scale * rewards[mine] + self._reward_shift)
                 alive[mine] = ~ended

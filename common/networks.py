@@ -1,7 +1,8 @@
 """Networks (flax.linen) and the action distributions of their policies.
 
-Shapes: obs (..., obs_dim), continuous actions (..., action_dim) in [-1, 1], discrete actions (...,) integers; leading
-axes are free. An ensemble's axis comes first: a Critic returns (num_critics, ...).
+Shapes: obs (..., obs_dim), or images (..., H, W, C) where there is an encoder; continuous actions (..., action_dim) in
+[-1, 1], discrete actions (...,) integers; leading axes are free. An ensemble's axis comes first: a Critic returns
+(num_critics, ...).
 
 A policy is a network that returns a distribution with `sample(key)`, `log_prob(action)` (summed over the action's
 dimensions), `mode()` and `entropy()`. An algorithm that needs no more works with discrete and continuous actions.
@@ -156,10 +157,56 @@ def _alone(initializer):
     return init
 
 
+class Encoder(nn.Module):
+    """Convolutions with ReLU: images (..., H, W, C) of numbers from 0 to `high`, by which they are divided -> (..., n).
+
+    No padding; kernels and biases are uniform in +-1 / sqrt(inputs of a unit), as PyTorch has it, and Torch had it when
+    DQN was written. A critic's ensemble shares one; networks that are trained apart have one each.
+    """
+
+    layers: Sequence[tuple[int, int, int]]  # (filters, width of the kernel, stride)
+    high: float = 255.0
+
+    @nn.compact
+    def __call__(self, image):
+        x = image.astype(jnp.float32) / self.high
+        for filters, width, stride in self.layers:
+            init = _uniform((width * width * x.shape[-1]) ** -0.5)
+            options = {"padding": "VALID", "kernel_init": init, "bias_init": init}
+            x = nn.relu(nn.Conv(filters, (width, width), stride, **options)(x))
+        return x.reshape(*x.shape[:-3], -1)
+
+
+ENCODERS = {  # a Config's `encoder`, and the layers that it names
+    "minatar": ((16, 3, 1),),  # of MinAtar's DQN, https://github.com/kenjyoung/MinAtar at 4241f24, examples/dqn.py
+    "nature": ((32, 8, 4), (64, 4, 2), (64, 3, 1)),  # of DQN, https://www.nature.com/articles/nature14236
+}
+
+
+def image_encoder(name, spec):
+    """The Encoder that a Config names for the images of a Spec; None for vectors, which need none ("identity")."""
+    if not spec.obs_shape and name != "identity":
+        raise SystemExit(f"These observations are vectors, which {name} cannot take: leave out --encoder.")
+    if spec.obs_shape and name == "identity":
+        raise SystemExit(
+            "These observations are images: say --encoder nature (36 x 36 or more) or minatar (small ones)."
+        )
+    if not spec.obs_shape:
+        return None
+    left = least = np.array(spec.obs_shape[:2])
+    for _, width, stride in ENCODERS[name]:
+        left = (left - width) // stride + 1
+        least = np.minimum(left, least)
+    if least.min() < 1:
+        size = f"{spec.obs_shape[0]} x {spec.obs_shape[1]}"
+        raise SystemExit(f"Images of {size} are too small for the encoder {name}: say --encoder minatar.")
+    return Encoder(ENCODERS[name], float(spec.obs_high))
+
+
 class MLP(nn.Module):
     """Hidden layers with ReLU (LayerNorm before or after it), then a linear layer: (..., inputs) -> (..., outputs).
 
-    `activation` stands in the place of the ReLU.
+    `activation` stands in the place of the ReLU. An `encoder` of images comes before the first layer.
     """
 
     outputs: int
@@ -169,9 +216,11 @@ class MLP(nn.Module):
     relu_first: bool = False  # LayerNorm after the ReLU
     output_bound: float | str | None = None  # initializer of the last layer, where it is another one
     activation: Callable = nn.relu
+    encoder: Encoder | None = None
 
     @nn.compact
     def __call__(self, x):
+        x = x if self.encoder is None else self.encoder(x)
         for features in self.hidden:
             x = Dense(features, self.initializer)(x)
             norm = nn.LayerNorm() if self.layer_norm else (lambda x: x)
@@ -192,10 +241,11 @@ class GaussianActor(nn.Module):
     action_dim: int
     hidden: Sequence[int] = (256, 256)
     initializer: str = "orthogonal"
+    encoder: Encoder | None = None
 
     @nn.compact
     def __call__(self, obs):
-        mean = jnp.tanh(MLP(self.action_dim, self.hidden, self.initializer)(obs))
+        mean = jnp.tanh(MLP(self.action_dim, self.hidden, self.initializer, encoder=self.encoder)(obs))
         log_std = self.param("log_std", nn.initializers.zeros, (self.action_dim,))
         return Normal(mean, jnp.broadcast_to(jnp.clip(log_std, -5.0, 2.0), mean.shape))
 
@@ -222,10 +272,12 @@ class DeterministicActor(nn.Module):
     hidden: Sequence[int] = (256, 256)
     initializer: str = "torch"
     output_bound: float | None = None
+    encoder: Encoder | None = None
 
     @nn.compact
     def __call__(self, obs):
-        return jnp.tanh(MLP(self.action_dim, self.hidden, self.initializer, output_bound=self.output_bound)(obs))
+        options = {"output_bound": self.output_bound, "encoder": self.encoder}
+        return jnp.tanh(MLP(self.action_dim, self.hidden, self.initializer, **options)(obs))
 
 
 class CategoricalActor(nn.Module):
@@ -234,10 +286,11 @@ class CategoricalActor(nn.Module):
     action_dim: int
     hidden: Sequence[int] = (256, 256)
     initializer: str = "orthogonal"
+    encoder: Encoder | None = None
 
     @nn.compact
     def __call__(self, obs):
-        return Categorical(MLP(self.action_dim, self.hidden, self.initializer)(obs))
+        return Categorical(MLP(self.action_dim, self.hidden, self.initializer, encoder=self.encoder)(obs))
 
 
 # --- Sequences: networks that read a part of an episode -----------------------------------------------------
@@ -403,10 +456,11 @@ class Value(nn.Module):
     layer_norm: bool = False
     relu_first: bool = False
     activation: Callable = nn.relu
+    encoder: Encoder | None = None
 
     @nn.compact
     def __call__(self, obs):
-        options = self.initializer, self.layer_norm, self.relu_first, None, self.activation
+        options = self.initializer, self.layer_norm, self.relu_first, None, self.activation, self.encoder
         return MLP(1, self.hidden, *options)(obs).squeeze(axis=-1)
 
 
@@ -420,9 +474,11 @@ class Critic(nn.Module):
     relu_first: bool = False
     output_bound: float | None = None
     activation: Callable = nn.relu
+    encoder: Encoder | None = None  # one for all members
 
     @nn.compact
     def __call__(self, obs, action):
+        obs = obs if self.encoder is None else self.encoder(obs)
         x = jnp.concatenate([obs, action], axis=-1)
         options = self.initializer, self.layer_norm, self.relu_first, self.output_bound, self.activation
         return _ensemble(self.num_critics)(1, self.hidden, *options)(x).squeeze(axis=-1)
@@ -438,9 +494,11 @@ class DiscreteCritic(nn.Module):
     num_critics: int = 2
     hidden: Sequence[int] = (256, 256)
     initializer: str = "orthogonal"
+    encoder: Encoder | None = None  # one for all members
 
     @nn.compact
     def __call__(self, obs, action=None):
+        obs = obs if self.encoder is None else self.encoder(obs)
         q = _ensemble(self.num_critics)(self.action_dim, self.hidden, self.initializer)(obs)
         return q if action is None else select(q, jnp.broadcast_to(action, q.shape[:-1]))
 

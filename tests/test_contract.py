@@ -34,6 +34,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 TRAIN_NOTHING = {"importance_sampling", "doubly_robust"}
 ALGOS = sorted({p.stem for p in (ROOT / "algos").glob("*.py")} - {"__init__"} - TRAIN_NOTHING)
 CONTINUOUS, DISCRETE = Spec(3, 2), Spec(3, 4, discrete=True)
+IMAGES = Spec(5 * 6 * 4, 4, discrete=True, obs_shape=(5, 6, 4))  # stacks of two images with two channels
 # Files that learn to reach goals: `draw` finds them in the data, and the policy is handed (obs, goal)
 GOALS = {name for name in ALGOS if "goals=True" in (ROOT / "algos" / f"{name}.py").read_text()}
 ROOMS = ("datasets", "environments", "networks", "stepper")  # of common/; the first two share its layouts
@@ -124,6 +125,10 @@ def random_data(spec, key):
         action, next_action = (jax.random.randint(k[i], (N,), 0, spec.action_dim) for i in (1, 5))
     else:
         action, next_action = (jax.random.uniform(k[i], (N, spec.action_dim), minval=-1) for i in (1, 5))
+    if spec.obs_shape:  # all of one episode, after whose last row there is one image more
+        frames = jax.random.randint(k[0], (N + 1, *spec.obs_shape[:2], 2), 0, 256).astype(jnp.uint8)
+        window = jnp.maximum(jnp.arange(N)[:, None] + jnp.array([[-1, 0, 1]]), 0)
+        return random_data(DISCRETE, key)._replace(obs=None, next_obs=None, frames=frames, window=window)
     return Transition(
         obs=jax.random.normal(k[0], (N, spec.obs_dim)),
         action=action,
@@ -142,6 +147,7 @@ def random_data(spec, key):
 CASES = [(name, spec, {}) for name in ALGOS for spec in (CONTINUOUS, DISCRETE) if takes(load(name), spec)]
 CASES += [(name, spec, AWR) for name in sorted(EXTRACTS) for spec in (CONTINUOUS, DISCRETE)]
 CASES += [("qc", CONTINUOUS, {"policy": "one-step"})]
+CASES += [(name, IMAGES, {"encoder": "minatar"}) for name in ("bc", "dqn", "cql_discrete", "iql") if name in ALGOS]
 
 
 def id_of(name, spec, options):
@@ -160,7 +166,7 @@ def case(request):
     if hasattr(agent, "pretrain"):
         pretrain = jax.jit(algo.make_train(cfg, agent, "pretrain"))
     state = lifted(name, agent.init(jax.random.key(0)))
-    batch, obs = jax.tree.map(lambda x: x[:B], data), data.obs
+    batch, obs = data.take(np.arange(B)), data.take(np.arange(N)).obs
     if name in GOALS | WINDOWS:
         batch = algo.draw(jax.random.key(1), data, state, cfg)
     if name in GOALS:
@@ -462,7 +468,8 @@ def test_every_network_learns(case):
 
 
 def test_act_is_in_bounds_and_deterministic_where_the_paper_is(case):
-    a, b = (case.agent.act(case.state, 1e3 * case.obs, jax.random.key(k)) for k in (0, 1))
+    far = case.obs if case.spec.obs_shape else 1e3 * case.obs
+    a, b = (case.agent.act(case.state, far, jax.random.key(k)) for k in (0, 1))
     assert case.algo.__name__.removeprefix("algos.") in ACTS_ON_SAMPLES or np.array_equal(a, b)
     chex.assert_equal_shape([a, case.data.action])
     if case.spec.discrete:
@@ -472,7 +479,7 @@ def test_act_is_in_bounds_and_deterministic_where_the_paper_is(case):
 
 
 def test_act_takes_any_number_of_leading_axes(case):
-    obs = case.obs.reshape(4, N // 4, -1)
+    obs = case.obs.reshape(4, N // 4, *case.obs.shape[1:])
     flat = case.agent.act(case.state, case.obs, jax.random.key(0))
     deep = case.agent.act(case.state, obs, jax.random.key(0))
     chex.assert_equal_shape([deep.reshape(flat.shape), flat])

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from common.recipes import cartpole, locomotion, manipulation, ogbench_maze, open_bandit, pointmaze, sepsis
+from common.recipes import cartpole, locomotion, manipulation, minatar, ogbench_maze, open_bandit, pointmaze, sepsis
 
 
 class Recipe(NamedTuple):
@@ -33,6 +33,8 @@ RECIPES: dict[str, Recipe] = {
     "stitch/cartpole-random-v0": Recipe(cartpole.random, 50_000),
     "stitch/cartpole-medium-v0": Recipe(cartpole.medium, 50_000),
     "stitch/cartpole-mixed-v0": Recipe(cartpole.mixed, 50_000),
+    "stitch/minatar-breakout-mixed-v0": Recipe(functools.partial(minatar.mixed, "breakout"), 100_000),
+    "stitch/minatar-space-invaders-mixed-v0": Recipe(functools.partial(minatar.mixed, "space_invaders"), 100_000),
     **{
         f"stitch/{task}-{quality}-v0": Recipe(functools.partial(locomotion.write, task, quality), 1_000_000)
         for task in locomotion.TASKS

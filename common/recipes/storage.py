@@ -36,7 +36,12 @@ def write(
 
     # The storage and not `minari.create_dataset_from_buffers`, which writes only below MINARI_DATASETS_PATH.
     storage = MinariStorage.new(
-        data_path, env.observation_space, env.action_space, env_spec=env.spec, data_format="hdf5"
+        data_path,
+        env.observation_space,
+        env.action_space,
+        env_spec=env.spec,
+        data_format="hdf5",
+        jpeg_encoding=False,  # else Minari stores images with a loss
     )
     if eval_env.spec:
         metadata["eval_env_spec"] = eval_env.spec.to_json()

@@ -44,7 +44,7 @@ class Held:
     def __init__(self, env_spec, observation_space, action_space, interface, needed):
         self.env_spec, self.observation_space, self.action_space = env_spec, observation_space, action_space
         self.interface, self.needed, self.envs = interface, [needed] if isinstance(needed, str) else needed, []
-        self.spec = interface.spec
+        self.spec, self.shape = interface.spec, interface.shape  # the shape of what the policy sees of one environment
         self.goals, self.random = {}, {}  # of the episode in each slot; what NumPy's global generator draws from there
 
     def make(self):
@@ -104,21 +104,21 @@ class Held:
         return self.observe(slots, observations), rewards, terminal.astype(bool), ended.astype(bool)
 
     def observe(self, slots, observations):
-        """What the policy sees of the environments in `slots`, (n, obs_dim + goal_dim)."""
+        """What the policy sees of the environments in `slots`, (n, obs_dim + goal_dim), or an image of each."""
         goals = [self.goals[slot] for slot in slots]
         with suppress(Exception):  # all at once, which costs little more than one
             given = [with_goal(self.interface, *pair) for pair in zip(observations, goals, strict=True)]
             obs = self.interface.observe(stacked(given))
-            if obs.shape == (len(slots), self.spec.obs_dim + self.spec.goal_dim) and np.isfinite(obs).all():
+            if obs.shape == (len(slots), *self.shape) and np.isfinite(obs).all():
                 return obs
         return np.stack([self.observe_one(*pair) for pair in zip(observations, goals, strict=True)])  # says which
 
     def observe_one(self, observation, goal):
-        length = self.spec.obs_dim + self.spec.goal_dim
         if self.spec.goal_dim and goal is None and not isinstance(observation, dict):
             raise EnvironmentFailure('its reset gives no goal, which is looked for in info["goal"]')
         obs = self.interface.observe(with_goal(self.interface, observation, goal))
-        if obs.shape != (length,) or not np.isfinite(obs).all():
+        if obs.shape != self.shape or not np.isfinite(obs).all():
+            length = np.prod(self.shape)
             raise EnvironmentFailure(f"its observation is {one_line(observation)}, not {length} finite numbers")
         return obs
 
