@@ -116,8 +116,8 @@ def play(env, policy, episodes, seed):
             total, length, ended = total + reward, length + 1, terminated or truncated
         returns.append(total)
         lengths.append(length)
-    error = np.std(returns) / len(returns) ** 0.5
-    return {"return": round(np.mean(returns), 2), "error": round(error, 2), "length": round(np.mean(lengths), 1)}
+    found = {"return": np.mean(returns), "error": np.std(returns) / len(returns) ** 0.5, "length": np.mean(lengths)}
+    return {name: round(float(x), 2) for name, x in found.items()}
 
 
 def main(cfg: Config):
