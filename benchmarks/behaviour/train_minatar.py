@@ -34,13 +34,13 @@ from common.recipes import minatar  # noqa: E402
 class Config:
     game: Literal["breakout", "space_invaders"]
     seed: int = 0
-    num_steps: int = 300_000  # of all games together
-    snapshots: tuple[int, ...] = (60_000, 150_000, 300_000)  # after as many of them a policy is kept
+    num_steps: int = 200_000  # of all games together
+    snapshots: tuple[int, ...] = (48_000, 96_000, 200_000)  # after as many of them a policy is kept
     num_games: int = 16  # played side by side
     updates: int = 4  # after each step of all of them
     batch_size: int = 32
     random_steps: int = 5_000  # before the first update
-    noise_steps: int = 100_000  # in which the share of random actions falls from 1 to that of the end
+    noise_steps: int = 80_000  # in which the share of random actions falls from 1 to that of the end
     noise: float = 0.05  # share of random actions from there on
     learning_rate: float = 2.5e-4
     discount: float = 0.99
