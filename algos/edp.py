@@ -22,7 +22,7 @@ Deviations            1. Diffusion-QL's schedule ("vp" there, not its default) a
                       2. The target policy moves from the first update on, and not from the 1,000th.
                       3. The solver's actions are clipped; the two critics' gradients are scaled down together.
                       4. `reward_shift` is not in the paper, which makes AntMaze's rewards -2 and 2 instead.
-                      5. Batches are drawn on the device, with replacement.
+                      5. Batches are drawn on the device, with replacement. The data's actions are not cut at 0.999.
 Run                   python algos/edp.py --dataset stitch/pointmaze-umaze-v0
 """
 
