@@ -110,9 +110,9 @@ def program(obs_dim, action_dim, **counts):
     return state._replace(key=jax.random.key(0)), update, act
 
 
-def actor_of(params, bias, noisy=0.0):
-    """An actor that predicts noisy * x + bias, in a space of one action; x is the first of its inputs."""
-    kernel = jnp.zeros(leaf(params, f"{LAYER}['kernel']").shape).at[0, 0].set(noisy)
+def actor_of(params, bias, noisy=0.0, of_obs=0.0):
+    """An actor that predicts noisy * x + of_obs * obs + bias, of one number each: x is its first input, obs the last."""
+    kernel = jnp.zeros(leaf(params, f"{LAYER}['kernel']").shape).at[0, 0].set(noisy).at[-1, 0].set(of_obs)
     return set_layers(params, {f"{LAYER}['kernel']": kernel, f"{LAYER}['bias']": bias})
 
 
@@ -148,14 +148,16 @@ def leaf(tree, part):
 def test_the_target_is_of_the_target_policy_and_the_smaller_target_critic():
     # A policy that sees much positive noise acts by -1, and the online one by 1. Q1 = 3 a and Q2 = 2 a + 0.5 there are
     # -3 and -1.5, so y = 1 - 3 * 0.99 = -1.97, and 1 in terminal rows. The critics say 0, so their loss is 2 E[y^2].
+    # Only next_obs counts, and this is 0: of obs 1, the policy would act by 1, and Q1 and Q2 would be larger by 5.
     state, update, _ = program(1, 1)
     state = with_networks(
         state,
         actor=actor_of(state.target_actor, -1e4),
-        target_actor=actor_of(state.target_actor, 1e4),
-        target_critic=critic_of(state.target_critic, [[0, 3], [0, 2]], [0.0, 0.5]),
+        target_actor=actor_of(state.target_actor, 1e4, of_obs=-2e4),
+        target_critic=critic_of(state.target_critic, [[5, 3], [5, 2]], [0.0, 0.5]),
     )
-    _, info = update({}, state, batch_of(np.zeros((4, 1)), reward=1.0, terminal=jnp.array([0.0, 0, 0, 1])))
+    batch = batch_of(np.ones((4, 1)), reward=1.0, terminal=jnp.array([0.0, 0, 0, 1]))
+    _, info = update({}, state, batch._replace(next_obs=jnp.zeros((4, 1))))
     np.testing.assert_allclose(info["critic_loss"], 2 * (3 * 1.97**2 + 1) / 4, rtol=1e-4)
 
 
