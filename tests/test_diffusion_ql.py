@@ -111,7 +111,7 @@ def program(obs_dim, action_dim, **counts):
 
 
 def actor_of(params, bias, noisy=0.0, of_obs=0.0):
-    """An actor that predicts noisy * x + of_obs * obs + bias, of one number each: x is its first input, obs the last."""
+    """An actor that predicts noisy * x + of_obs * obs + bias, all of one number: x is its first input, obs the last."""
     kernel = jnp.zeros(leaf(params, f"{LAYER}['kernel']").shape).at[0, 0].set(noisy).at[-1, 0].set(of_obs)
     return set_layers(params, {f"{LAYER}['kernel']": kernel, f"{LAYER}['bias']": bias})
 

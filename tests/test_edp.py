@@ -170,7 +170,7 @@ def program(obs_dim, action_dim, **counts):
 
 
 def actor_of(params, bias, noisy=0.0, of_obs=0.0):
-    """An actor that predicts noisy * x + of_obs * obs + bias, of one number each: x is its first input, obs the last."""
+    """An actor that predicts noisy * x + of_obs * obs + bias, all of one number: x is its first input, obs the last."""
     kernel = jnp.zeros(leaf(params, f"{LAYER}['kernel']").shape).at[0, 0].set(noisy).at[-1, 0].set(of_obs)
     return set_layers(params, {f"{LAYER}['kernel']": kernel, f"{LAYER}['bias']": bias})
 
@@ -207,8 +207,8 @@ def leaf(tree, part):
 def test_the_target_is_of_the_target_policy_and_the_smaller_target_critic():
     # A policy that sees much positive noise acts by -1, and the online one by 1, but for what noise is left at the
     # first step: 0.001 of 100,000. Q1 = 3 a and Q2 = 2 a + 0.5 there are -3 and -1.5, so y = 1 - 3 * 0.99 = -1.97, and
-    # 1 in terminal rows. The critics say 0, so their loss is 2 E[y^2]. Only next_obs counts, and this is 0: of obs 1, the
-    # policy would act by 1, and Q1 and Q2 would be larger by 5.
+    # 1 in terminal rows. The critics say 0, so their loss is 2 E[y^2]. Only next_obs counts, and this is 0: of obs 1,
+    # the policy would act by 1, and Q1 and Q2 would be larger by 5.
     state, update, _ = program(1, 1, num_steps=100_000)
     state = with_networks(
         state,
