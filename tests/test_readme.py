@@ -224,6 +224,11 @@ def test_the_table_of_learning_on_line_is_that_of_its_result_file():
     ratios = {algo: rate["online"][0] / rate["data"][0] for algo, rate in rates.items()}
     assert {algo for algo, ratio in ratios.items() if not 0.85 < ratio < 1.15} == {"wsrl", "rlpd"}
     assert ratios["rlpd"] < 1 < ratios["wsrl"] and "in eight of the ten files" in text
+    [again] = json.loads((RESULTS / "online-speed-rlpd.json").read_text())["results"]
+    rates = [speed_online.spread(again["updates_per_second"][where]) for where in ("data", "online")]
+    data, online = (rate.replace(" (", " {} (", 1) for rate in rates)
+    said = f"gave {data.format('updates/s on the data')} and {online.format('on-line')}"
+    assert again["algo"] == "rlpd" and said in " ".join(text.split())
     simulator = [100 * share["simulator"] for row in measured["results"] for share in row["share"]]
     assert f"{min(simulator):.0f} to {max(simulator):.0f} % of it" in " ".join(text.split())
 
