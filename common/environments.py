@@ -58,7 +58,9 @@ D4RL_REFERENCE_SCORES = {
 }
 HANDS = "D4RL/door/", "D4RL/hammer/", "D4RL/pen/", "D4RL/relocate/"  # gymnasium-robotics pays or ends otherwise
 REMARKS = dict.fromkeys(HANDS, "paid and ended as in D4RL")
-REMARKS["D4RL/antmaze/"] = "an episode counts once"  # Minari's goes on at the goal, and is paid there at every step
+# Minari's ant goes on at its goal, paid at each step there. Its files have sums of that as reference scores: not used
+ONCE = "D4RL/antmaze/"
+REMARKS[ONCE] = "an episode counts once"
 
 # When episodes end, from `terminated` in the sources of Gymnasium: possible lengths of an observation; whether bounds
 # are inside; (name of the argument healthy_.._range, first column, one past the last, low, high), to leave which ends.
@@ -189,7 +191,7 @@ class Environment:
         if self._reference is None:
             return np.asarray(returns)
         low, high = self._reference
-        once = self.dataset_id.startswith("D4RL/antmaze/") or any(self.tasks)
+        once = self.dataset_id.startswith(ONCE) or any(self.tasks)
         return 100 * (np.minimum(returns, high if once else np.inf) - low) / (high - low)
 
     def evaluate(self, policy: Callable, seeds, num_episodes: int, discount=1.0, max_steps=0) -> Evaluation:
@@ -351,7 +353,7 @@ def _reference(dataset_id, metadata):
     if "eval_tasks" in metadata:
         return (0.0, 1.0), f"success, %, mean over {len(metadata['eval_tasks'])} tasks"
     low, high = own = [metadata.get(f"ref_{side}_score") for side in ("min", "max")]
-    if own != [None, None]:
+    if own != [None, None] and not dataset_id.startswith(ONCE):
         if all(type(x) in (int, float) and abs(x) < 1e30 for x in own) and high - low > 1e-30:
             return own, "normalised by the dataset's reference scores"
         print(f"{dataset_id}: scores are raw returns, since its reference scores, {low} and {high}, are no range.")

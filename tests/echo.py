@@ -9,6 +9,7 @@ import time
 import gymnasium
 import numpy as np
 from gymnasium import spaces
+from gymnasium.utils import RecordConstructorArgs
 
 LABELS = spaces.Box(-np.inf, np.inf, (2,), np.float64)
 OBSERVATIONS = {
@@ -200,3 +201,26 @@ class Reach(gymnasium.Env):
 
 
 gymnasium.register("stitch-test/Reach-v0", entry_point=f"{__name__}:Reach", max_episode_steps=6)
+
+
+class Put(gymnasium.Wrapper, RecordConstructorArgs):
+    """Puts an ant of gymnasium-robotics' mazes at its goal before step `arrive`, and back to its start before `leave`.
+
+    No ant here can walk, so that this is how one gets there."""
+
+    def __init__(self, env, arrive, leave):
+        RecordConstructorArgs.__init__(self, arrive=arrive, leave=leave)
+        gymnasium.Wrapper.__init__(self, env)
+        self.arrive, self.leave = arrive, leave
+
+    def reset(self, **kwargs):
+        obs, info = self.env.reset(**kwargs)
+        self.t, self.places = 0, {self.arrive: obs["desired_goal"], self.leave: obs["achieved_goal"]}
+        return obs, info
+
+    def step(self, action):
+        if self.t in self.places:
+            ant = self.unwrapped.ant_env
+            ant.set_state(np.concatenate([self.places[self.t], ant.init_qpos[2:]]), ant.init_qvel)
+        self.t += 1
+        return self.env.step(action)
