@@ -13,6 +13,7 @@ From equation to code
 
 Order of one update   pi.
 Hyper-parameters      Config defaults: CORL's algorithms/offline/any_percent_bc.py, with fewer updates.
+Images                random_shift: as in V-D4RL's BC, https://github.com/conglu1997/v-d4rl at 1ceaf22, bcagent.py
 Deviations            1. The Gaussian policy and the initialisation are IQL's, so that IQL with beta = 0 is this file.
                       2. CORL normalises observations; here nothing is normalised.
                       3. Batches are drawn on the device, with replacement.
@@ -47,7 +48,7 @@ from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
 from common.datasets import Transition, load_dataset
 from common.environments import Interface, Spec, provenance
-from common.networks import CategoricalActor, DeterministicActor, GaussianActor, image_encoder
+from common.networks import CategoricalActor, DeterministicActor, GaussianActor, image_encoder, random_shift
 
 
 # --- Configuration -------------------------------------------------------------------------------------
@@ -68,6 +69,7 @@ class Config:
     learning_rate: float = 3e-4  # of Adam
     hidden: tuple[int, ...] = (256, 256)  # units of the hidden layers
     encoder: Literal["identity", "minatar", "nature"] = "identity"  # what images pass first; identity: vectors
+    random_shift: int | None = None  # pixels by which images in batches are moved at random, at most; None: not moved
     # BC
     deterministic: bool = False  # squared error of a deterministic policy, instead of a Gaussian's log-likelihood
     top_fraction: float = 1.0  # share of the transitions that filtered BC keeps, in whole episodes; 1 keeps all
@@ -144,8 +146,12 @@ class Agent(NamedTuple):
 
 # --- Algorithm -----------------------------------------------------------------------------------------
 def draw(key, dataset, state, cfg: Config):
-    """A batch: rows of the dataset, uniformly and with replacement."""
-    return dataset.take(jax.random.randint(key, (cfg.batch_size,), 0, len(dataset.reward)))
+    """A batch: rows of the dataset, uniformly and with replacement; of images, with `random_shift`, each obs moved."""
+    batch = dataset.take(jax.random.randint(key, (cfg.batch_size,), 0, len(dataset.reward)))
+    if cfg.random_shift is None:
+        return batch
+    key_obs = jax.random.fold_in(key, 2)  # randint itself spends what 0 and 1 would give
+    return batch._replace(obs=random_shift(key_obs, batch.obs, cfg.random_shift))
 
 
 def descend(tx, loss_fn, trainable, *args):
@@ -157,7 +163,7 @@ def descend(tx, loss_fn, trainable, *args):
 
 
 def make_agent(cfg: Config, spec: Spec) -> Agent:
-    encoder = image_encoder(cfg.encoder, spec)
+    encoder = image_encoder(cfg.encoder, spec, cfg.random_shift)
     if spec.discrete:
         actor = CategoricalActor(spec.action_dim, cfg.hidden, encoder=encoder)
     elif cfg.deterministic and cfg.act == "sample":

@@ -16,6 +16,7 @@ Hyper-parameters      expectile, beta, reward_shift: the reference's configs/ant
 Deviations            1. Batches are drawn on the device, with replacement.
                       2. No dropout on the actor (the reference uses 0.1 on Adroit and Kitchen).
                       3. Data actions are not clipped to +-(1 - 1e-5): the density is finite on the bounds.
+Images                random_shift: V, Q and pi see the same shift of s, and s' has its own, as in jaxrl2's pixel_iql.
 On-line               The union of data and own rows, samples of the policy, a constant rate: its train_finetune.py.
 Run                   python algos/iql.py --dataset stitch/pointmaze-umaze-v0 --num-seeds 3
 """
@@ -50,7 +51,7 @@ from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
 from common.datasets import Transition, load_dataset
 from common.environments import Interface, Spec, provenance
-from common.networks import CategoricalActor, Critic, DiscreteCritic, GaussianActor, Value, image_encoder
+from common.networks import CategoricalActor, Critic, DiscreteCritic, GaussianActor, Value, image_encoder, random_shift
 from common.stepper import Stepper, time_limit
 
 
@@ -72,6 +73,7 @@ class Config:
     learning_rate: float = 1e-3  # of every Adam; the actor's decays to 0 along a cosine (the reference: 3e-4)
     hidden: tuple[int, ...] = (256, 256)  # units of the hidden layers
     encoder: Literal["identity", "minatar", "nature"] = "identity"  # what images pass first; identity: vectors
+    random_shift: int | None = None  # pixels by which images in batches are moved at random, at most; None: not moved
     discount: float = 0.99  # gamma
     tau: float = 0.05  # Polyak step of the target critic (the reference: 0.005)
     # IQL
@@ -150,8 +152,13 @@ class Agent(NamedTuple):
 
 # --- Algorithm -----------------------------------------------------------------------------------------
 def draw(key, dataset, state, cfg: Config):
-    """A batch: rows of the dataset, uniformly and with replacement."""
-    return dataset.take(jax.random.randint(key, (cfg.batch_size,), 0, len(dataset.reward)))
+    """A batch: rows of the dataset, uniformly and with replacement; of images, with `random_shift`, each one moved."""
+    batch = dataset.take(jax.random.randint(key, (cfg.batch_size,), 0, len(dataset.reward)))
+    if cfg.random_shift is None:
+        return batch
+    key_obs, key_next = (jax.random.fold_in(key, i) for i in (2, 3))  # randint itself spends what 0 and 1 would give
+    obs = random_shift(key_obs, batch.obs, cfg.random_shift)
+    return batch._replace(obs=obs, next_obs=random_shift(key_next, batch.next_obs, cfg.random_shift))
 
 
 def draw_online(key, rows, state, cfg: Config):
@@ -178,7 +185,7 @@ def expectile_loss(u, expectile):
 
 
 def make_agent(cfg: Config, spec: Spec) -> Agent:
-    encoder = image_encoder(cfg.encoder, spec)
+    encoder = image_encoder(cfg.encoder, spec, cfg.random_shift)
     actor = (CategoricalActor if spec.discrete else GaussianActor)(spec.action_dim, cfg.hidden, encoder=encoder)
     if spec.discrete:
         critic = DiscreteCritic(spec.action_dim, 2, cfg.hidden, encoder=encoder)

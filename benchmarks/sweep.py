@@ -230,7 +230,7 @@ def fingerprint(dataset_id: str) -> dict | None:
     if not Path(get_dataset_path(dataset_id)).exists():
         return None
     try:
-        return load_dataset(dataset_id, images=True)[1].fingerprint
+        return load_dataset(dataset_id, images=True, on_device=False)[1].fingerprint  # the runs need the device
     except DatasetError:
         return {}
 

@@ -15,7 +15,9 @@ OGBench the observation is a Box, any observation may be a goal, and that of an 
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -132,6 +134,57 @@ def with_stack(layout, frame_stack):
     return {**layout, **frame_stack}
 
 
+# --- Memory --------------------------------------------------------------------------------------------
+
+
+def sizes(observation, action, steps, episodes, columns=()):
+    """Of a dataset with these layouts and optional columns: (bytes of its arrays, bytes in use while it is read)."""
+    action_dim = 1 if "n" in action else len(action["low"])
+    rows = 4 * steps * (action_dim + 2 + sum(action_dim if name == "next_action" else 1 for name in columns))
+    if "image" in observation:  # a byte for each number, in memory twice: as read, and as frames
+        images = (steps + episodes + (observation["padding"] == "zero")) * int(np.prod(image_shape(observation)))
+        return rows + images + 4 * steps * (observation["frames"] + 1), 2 * images
+    obs_dim = width(observation)  # three times: as read, as obs and as next_obs
+    return rows + 8 * steps * obs_dim, 4 * steps * (3 * obs_dim + 3 * action_dim + 8)
+
+
+def check_memory(dataset_id, spaces, steps, episodes, columns, on_device):
+    """Ends with one sentence where a dataset is too large for the machine or, `on_device`, for JAX's device."""
+    rows, reading = sizes(*spaces, steps, episodes, columns)
+    if reading > (free := _free_memory()):
+        raise too_large(dataset_id, spaces, steps, episodes, f"{free / 2**30:.1f} GiB are free")
+    if on_device and rows > 2**30:  # to ask starts JAX, which takes most of a GPU's memory; each device has so much
+        import jax
+
+        device = jax.local_devices()[0]
+        limit = (device.memory_stats() or {}).get("bytes_limit", np.inf)  # a CPU's, which is the machine's, is not told
+        if rows > limit:
+            stacks = ", or each image once where it has stacks (frame_stack in metadata.json)" * ("image" in spaces[0])
+            raise DatasetError(
+                f"{dataset_id} needs {rows / 2**30:.1f} GiB on each device, where all seeds share its {steps:,} rows, "
+                f"and JAX may use {limit / 2**30:.1f} GiB of {device.device_kind}: use a device with more memory, or "
+                f"write fewer episodes{stacks}."
+            )
+
+
+def too_large(dataset_id, spaces, steps, episodes, there="less is free"):
+    """The sentence where the machine has too little memory."""
+    size, numbers = sizes(*spaces, steps, episodes)[1], width(spaces[0])
+    return DatasetError(
+        f"{dataset_id} needs about {size / 2**30:.1f} GiB of memory ({steps:,} steps with observations of {numbers:,} "
+        f"numbers), and {there}: free some, use a larger machine, or record fewer steps or numbers."
+    )
+
+
+def _free_memory():
+    """Bytes that programs can still have, infinite where the system does not tell. Linux does."""
+    with suppress(OSError, ValueError, IndexError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = [int(line.split()[1]) for line in lines if line.startswith(("MemAvailable:", "SwapFree:"))]
+        return 1024 * sum(free) or np.inf
+    return np.inf
+
+
 # --- Goals ---------------------------------------------------------------------------------------------
 
 
@@ -194,7 +247,13 @@ def describe(observation_space, action_space, frame_stack=None):
             raise _unsupported("Observations must be a Box vector, a Discrete, a Dict of these, or an image", part, 0)
     observation = layout(observation_space)
     if _is_image(observation_space):
-        observation = with_stack(observation, frame_stack or {"frames": 1, "padding": "repeat"})
+        one = {"frames": 1, "padding": "repeat"}
+        observation = with_stack(observation, one if frame_stack is None else frame_stack)
+    elif frame_stack is not None:
+        raise DatasetError(
+            "frame_stack in metadata.json is for images, and these observations are vectors: leave it out, and, if the "
+            "policy shall see several steps at once, store them as one vector, np.concatenate(steps, axis=-1)."
+        )
     if isinstance(action_space, spaces.Discrete):
         return observation, {"n": int(action_space.n), "start": int(action_space.start)}
     if _lacks(action_space):

@@ -196,8 +196,29 @@ ENCODERS = {  # a Config's `encoder`, and the layers that it names
 }
 
 
-def image_encoder(name, spec):
-    """The Encoder that a Config names for the images of a Spec; None for vectors, which need none ("identity")."""
+def random_shift(key, images, pad):
+    """Each image of a batch (n, H, W, C), or stack (n, H, W, k C), moved by up to `pad` pixels along H and along W.
+
+    DrQ's augmentation (https://arxiv.org/abs/2004.13649): `pad` copies of the outermost pixels are put round an image,
+    and a part of its own size is cut out of that, each of the (2 pad + 1)^2 places with the same probability. Every row
+    has a place of its own, and a stack is moved as one image. The numbers stay what they are, as bytes do.
+    """
+    padded = jnp.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)), mode="edge")
+    corner = jax.random.randint(key, (len(images), 2), 0, 2 * pad + 1)
+
+    def cut(image, corner):
+        return jax.lax.dynamic_slice(image, (corner[0], corner[1], 0), images.shape[1:])
+
+    return jax.vmap(cut)(padded, corner)
+
+
+def image_encoder(name, spec, shift=None):
+    """The Encoder that a Config names for the images of a Spec; None for vectors, which need none ("identity").
+
+    shift: the pixels by which random_shift may move the images, to be refused where it cannot.
+    """
+    if not spec.obs_shape and shift is not None:
+        raise SystemExit("These observations are vectors, which cannot be shifted: leave out --random-shift.")
     if not spec.obs_shape and name != "identity":
         raise SystemExit(f"These observations are vectors, which {name} cannot take: leave out --encoder.")
     if spec.obs_shape and name == "identity":
@@ -213,6 +234,9 @@ def image_encoder(name, spec):
     if least.min() < 1:
         size = f"{spec.obs_shape[0]} x {spec.obs_shape[1]}"
         raise SystemExit(f"Images of {size} are too small for the encoder {name}: say --encoder minatar.")
+    if shift is not None and not 0 < shift < min(spec.obs_shape[:2]):
+        most = min(spec.obs_shape[:2]) - 1
+        raise SystemExit(f"random_shift must be from 1 to {most} pixels for these images, not {shift}, or left out.")
     return Encoder(ENCODERS[name], float(spec.obs_high))
 
 

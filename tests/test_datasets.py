@@ -14,6 +14,7 @@ import re
 import shutil
 import subprocess
 import sys
+import types
 from concurrent.futures.process import BrokenProcessPool
 
 import gymnasium
@@ -27,10 +28,10 @@ from gymnasium import spaces
 from minari.data_collector import EpisodeBuffer
 
 from algos.bc import keep_best
-from common import datasets
+from common import datasets, layouts
 from common.datasets import DatasetError, Transition, load_dataset
 from common.environments import Spec
-from common.layouts import flatten, layout
+from common.layouts import flatten, layout, sizes
 from common.recipes import rollouts
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # Minari's, of missing authors and descriptions
@@ -636,17 +637,69 @@ def test_a_build_that_fails(monkeypatch, error, says):
 
 
 def test_too_little_memory(root, monkeypatch):
-    """1M steps would need 4 * (3 * 2 + 3 * 2 + 8) bytes each: 80 MB, 0.07 GiB."""
+    """A step needs 4 * (3 * 2 + 3 * 2 + 8) bytes while it is read: 1e9 of them 80 GB, 74.5 GiB."""
     write([episode(0, 2)])
     load_dataset(NAME)
-    monkeypatch.setattr(datasets, "aligned", raises(MemoryError()))
+    with monkeypatch.context() as patch:
+        patch.setattr(datasets, "aligned", raises(MemoryError()))
+        text = message()
+        assert "needs about 0.0 GiB of memory (2 steps with observations of 2 numbers), and less is free" in text
+        assert "remove" not in text
+    # Before anything is read
+    monkeypatch.setattr(datasets, "_read", raises(AssertionError("read")))
+    monkeypatch.setattr(layouts, "_free_memory", lambda: 160)
+    with pytest.raises(AssertionError, match="read"):  # just enough
+        load_dataset(NAME)
+    monkeypatch.setattr(layouts, "_free_memory", lambda: 74 * 2**30)
+    edit_metadata(root, total_steps=10**9)
+    assert "needs about 74.5 GiB of memory (1,000,000,000 steps" in message() and "74.0 GiB are free" in message()
+
+
+def test_more_rows_than_a_device_can_hold(root, monkeypatch):
+    """A row of two observations, an action, a reward and a terminal, of 2 + 2 + 2 + 1 + 1 numbers, has 32 bytes: 1e9 of
+    them are 29.8 GiB. This is said before anything is read, and before a device is asked for memory."""
+    write([episode(0, 2)])
+    edit_metadata(root, total_steps=10**9)
+    gpu = types.SimpleNamespace(device_kind="Some GPU", memory_stats=lambda: {"bytes_limit": 18 * 2**30})
+    monkeypatch.setattr(jax, "local_devices", lambda: [gpu, gpu])
+    monkeypatch.setattr(layouts, "_free_memory", lambda: 2**40)
+    monkeypatch.setattr(datasets, "_read", raises(AssertionError("read")))
     text = message()
-    assert "needs about 0.0 GiB of memory (2 steps with observations of 2 numbers)" in text and "remove" not in text
-    monkeypatch.setattr(minari.MinariDataset, "total_steps", 10**9)
-    assert "needs about 74.5 GiB of memory (1,000,000,000 steps" in message()
-    (root / NAME / "data" / "stitch-cache.npz").unlink()
-    monkeypatch.setattr(datasets, "_read_episodes", raises(MemoryError()))
-    assert "needs about 74.5 GiB" in message()
+    assert text.startswith(f"{NAME} needs 29.8 GiB on each device, where all seeds share its 1,000,000,000 rows, and ")
+    assert text.endswith("JAX may use 18.0 GiB of Some GPU: use a device with more memory, or write fewer episodes.")
+    optional = ("next_action", "episode", "timestep")  # 2 + 1 + 1 numbers more
+    with pytest.raises(DatasetError, match="needs 44.7 GiB"):
+        load_dataset(NAME, columns=optional)
+    for limit in ({"bytes_limit": 32 * 10**9}, {}, None):  # just enough; a platform that does not tell
+        gpu.memory_stats = lambda limit=limit: limit
+        with pytest.raises(AssertionError, match="read"):
+            load_dataset(NAME)
+    gpu.memory_stats = raises(AssertionError("asked"))
+    with pytest.raises(AssertionError, match="read"):  # by who needs no device
+        load_dataset(NAME, on_device=False)
+    edit_metadata(root, total_steps=2**25)  # a GiB
+    with pytest.raises(AssertionError, match="read"):
+        load_dataset(NAME)
+    edit_metadata(root, total_steps=2**25 + 1)
+    with pytest.raises(AssertionError, match="asked"):
+        load_dataset(NAME)
+
+
+@pytest.mark.parametrize("columns", [(), ("next_action", "episode", "end", "return_to_go")])
+@pytest.mark.parametrize("actions", [LABEL_ACTIONS, spaces.Discrete(3)])
+def test_the_bytes_of_a_dataset_are_known_before_it_is_read(root, columns, actions):
+    changes = {} if actions is LABEL_ACTIONS else {"actions": np.zeros(4, int)}
+    found = write([episode(k, 4, **changes) for k in range(3)], action_space=actions)
+    data, env = load_dataset(NAME, columns=columns)
+    size = sizes(env.interface.observation, env.interface.action, found.total_steps, found.total_episodes, columns)[0]
+    assert size == sum(x.nbytes for x in jax.tree.leaves(data))
+
+
+def test_the_free_memory_of_this_machine():
+    free = layouts._free_memory()
+    assert free == np.inf or 10**6 < free < 10**15
+    if sys.platform == "linux":
+        assert free < np.inf
 
 
 # What a field must hold: (what is written, what the sentence says of it, which space the actions have)

@@ -5,6 +5,7 @@ import importlib
 import json
 import pathlib
 import re
+import types
 
 import chex
 import flax.linen as nn
@@ -18,9 +19,10 @@ from gymnasium import spaces
 from minari.data_collector import EpisodeBuffer
 from screens import SHAPE, Screens
 
+from common import layouts
 from common.datasets import DatasetError, Transition, load_dataset
 from common.environments import Interface, Spec
-from common.layouts import fold, windows
+from common.layouts import fold, sizes, windows
 from common.networks import (
     ENCODERS,
     MLP,
@@ -32,12 +34,14 @@ from common.networks import (
     GaussianActor,
     Value,
     image_encoder,
+    random_shift,
 )
 from common.recipes import storage
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # Minari's, of missing authors and descriptions
 NAME = "test/screens-v0"
 TAKE_IMAGES = ["bc", "dqn", "cql_discrete", "bcq_discrete", "iql", "awac", "crr"]
+SHIFT = ["bc", "iql"]
 
 
 @pytest.fixture(autouse=True)
@@ -113,6 +117,9 @@ def test_the_windows_of_a_toy():
         np.testing.assert_array_equal(found, expected)
         assert found.dtype == np.int32
     np.testing.assert_array_equal(windows(np.array([3, 2]), 1, "zero"), [[0, 1], [1, 2], [2, 3], [4, 5], [5, 6]])
+    # Episodes of one row each, shorter than a stack: images 0, 1, then 2, 3, and 4 the black one
+    np.testing.assert_array_equal(windows(np.array([1, 1]), 3, "repeat"), [[0, 0, 0, 1], [2, 2, 2, 3]])
+    np.testing.assert_array_equal(windows(np.array([1, 1]), 3, "zero"), [[4, 4, 0, 1], [4, 4, 2, 3]])
 
 
 @pytest.mark.parametrize("frames", [1, 2, 3, 4])
@@ -368,6 +375,120 @@ def test_networks_of_vectors_are_as_ever():
     assert zeros.dtype == np.float32 and zeros.shape == (1, 3)
 
 
+# --- Random shift ----------------------------------------------------------------------------------------------
+
+
+def moved(images, corners, pad):
+    """By its definition, pixel by pixel: place (i, j) shows (i + row - pad, j + column - pad), or the nearest one."""
+    out, (height, width) = np.empty_like(images), images.shape[1:3]
+    for n, (row, column) in enumerate(corners):
+        for i in range(height):
+            for j in range(width):
+                y, x = (min(max(k, 0), most - 1) for k, most in ((i + row - pad, height), (j + column - pad, width)))
+                out[n, i, j] = images[n, y, x]
+    return out
+
+
+def corners_of(shifted, images, pad):
+    """The only place from which each image can have come."""
+    found = []
+    for one, image in zip(shifted, images, strict=True):
+        places = [(i, j) for i in range(2 * pad + 1) for j in range(2 * pad + 1)]
+        found.append([at for at in places if np.array_equal(moved(image[None], [at], pad)[0], one)])
+    assert all(len(places) == 1 for places in found)
+    return [places[0] for places in found]
+
+
+def test_a_shift_of_one_pixel_by_hand():
+    """All nine shifts of 0 1 2 / 3 4 5: what moves in from outside is the edge again, and never 0."""
+    image = np.array([[10, 11, 12], [13, 14, 15]], np.uint8)[None, :, :, None]
+    a, b, c = [10, 10, 11], [10, 11, 12], [11, 12, 12]  # the first row, moved to the right, not at all, to the left
+    d, e, f = [13, 13, 14], [13, 14, 15], [14, 15, 15]
+    expected = [[a, a], [b, b], [c, c], [a, d], [b, e], [c, f], [d, d], [e, e], [f, f]]
+    seen = random_shift(jax.random.key(0), np.repeat(image, 400, axis=0), 1)
+    assert seen.dtype == jnp.uint8 and seen.shape == (400, 2, 3, 1)
+    counts = [sum(np.array_equal(x[..., 0], y) for x in np.asarray(seen)) for y in expected]
+    assert sum(counts) == 400 and min(counts) > 20  # of 44 on average
+
+
+@pytest.mark.parametrize("pad", [1, 2, 4])
+def test_each_row_has_a_shift_of_its_own_for_all_images_of_its_stack(pad):
+    images = np.random.default_rng(0).integers(1, 256, size=(9, 6, 5, 4), dtype=np.uint8)  # two of two channels
+    shift = jax.jit(random_shift, static_argnums=2)
+    seen = np.asarray(shift(jax.random.key(1), images, pad))
+    corners = corners_of(seen, images, pad)
+    np.testing.assert_array_equal(seen, moved(images, corners, pad))  # all channels alike
+    assert seen.min() > 0 and len(set(corners)) > 3
+    np.testing.assert_array_equal(seen, shift(jax.random.key(1), images, pad))
+    assert corners_of(np.asarray(shift(jax.random.key(2), images, pad)), images, pad) != corners
+
+
+def shifted_case(name, root):
+    """(module, Config, data, environment, Agent) of a file on stacks of two images, shifted by at most two pixels."""
+    record(root, plays=((0, 1, 2),) * 9, frame_stack={"frames": 2, "padding": "repeat"})
+    algo, small = load(name), {"hidden": (8,), "batch_size": 8, "log_interval": 2, "eval_interval": 2, "num_updates": 2}
+    cfg = algo.Config(dataset=NAME, encoder="minatar", random_shift=2, **small)
+    data, env = algo.load_data(cfg)
+    return algo, cfg, data, env, algo.make_agent(cfg, env.spec)
+
+
+@pytest.mark.parametrize("name", SHIFT)
+def test_a_batch_is_the_unshifted_one_moved_and_next_obs_apart(name, root):
+    algo, cfg, data, _, _ = shifted_case(name, root)
+    draw = lambda key, **changes: algo.draw(key, data, None, dataclasses.replace(cfg, **changes))  # noqa: E731
+    plain, seen, other = draw(jax.random.key(5), random_shift=None), draw(jax.random.key(5)), draw(jax.random.key(6))
+    assert not np.array_equal(seen.obs, other.obs) and seen.obs.dtype == jnp.uint8
+    unmoved = {"obs": None} | ({"next_obs": None} if name == "iql" else {})
+    chex.assert_trees_all_equal(seen._replace(**unmoved), plain._replace(**unmoved))  # the same rows
+    of_obs = corners_of(np.asarray(seen.obs), np.asarray(plain.obs), 2)
+    assert len(set(of_obs)) > 3
+    if name == "iql":  # bc has no use for next_obs
+        of_next = corners_of(np.asarray(seen.next_obs), np.asarray(plain.next_obs), 2)
+        assert len(set(of_next)) > 3 and of_next != of_obs
+
+
+@pytest.mark.parametrize("name", SHIFT)
+def test_what_acts_and_believes_is_never_shifted(name, root):
+    """The programs are the same with and without; training's are not, and without it, it is as if there were none."""
+    algo, cfg, data, env, agent = shifted_case(name, root)
+    without = algo.make_agent(dataclasses.replace(cfg, random_shift=None), env.spec)
+    state, obs, key = jax.jit(agent.init)(jax.random.key(0)), data.take(np.arange(5)).obs, jax.random.key(0)
+    texts = [jax.jit(x.act).lower(state, obs, key).as_text() for x in (agent, without)]
+    assert texts[0] == texts[1]
+    if "q" in agent._fields:
+        texts = [jax.jit(x.q).lower(state, obs, np.zeros(5, int)).as_text() for x in (agent, without)]
+        assert texts[0] == texts[1]
+
+    def train(cfg, draw=None):
+        if draw:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(algo, "draw", draw)
+                return jax.jit(algo.make_train(cfg, agent))(state, data)[0].actor.params
+        return jax.jit(algo.make_train(cfg, agent))(state, data)[0].actor.params
+
+    off = train(dataclasses.replace(cfg, random_shift=None))
+    rows = lambda key, dataset, state, cfg: dataset.take(jax.random.randint(key, (8,), 0, len(dataset.reward)))  # noqa: E731
+    chex.assert_trees_all_equal(off, train(cfg, rows))
+    assert not np.array_equal(jax.tree.leaves(off)[0], jax.tree.leaves(train(cfg))[0])
+
+
+@pytest.mark.parametrize("name", SHIFT)
+def test_vectors_are_not_shifted_nor_images_by_more_than_they_have(name):
+    algo = load(name)
+    for spec, options, says in (
+        (Spec(3, 4, True), {"random_shift": 4}, "vectors, which cannot be shifted: leave out --random-shift"),
+        (STACK, {"random_shift": 0, "encoder": "minatar"}, "must be from 1 to 9 pixels for these images, not 0"),
+        (STACK, {"random_shift": -1, "encoder": "minatar"}, "must be from 1 to 9 pixels for these images, not -1"),
+        (STACK, {"random_shift": 10, "encoder": "minatar"}, "must be from 1 to 9 pixels for these images, not 10"),
+    ):
+        with pytest.raises(SystemExit, match=says) as error:
+            algo.make_agent(algo.Config(**options), spec)
+        assert "\n" not in str(error.value)
+    algo.make_agent(algo.Config(random_shift=9, encoder="minatar"), STACK)
+    for name in set(TAKE_IMAGES) - set(SHIFT):
+        assert "random_shift" not in {field.name for field in dataclasses.fields(load(name).Config)}
+
+
 # --- The files -----------------------------------------------------------------------------------------------
 
 
@@ -444,6 +565,8 @@ def test_main_trains_and_restores_on_images(root, tmp_path):
     assert policy(frames[0][:4]).shape == (4,)  # a batch
     with pytest.raises(ValueError, match="an image must hold whole numbers from 0 to 255"):
         policy(frames[0][0] / 255)
+    with pytest.raises(ValueError, match=r"as uint8 \(12, 11, 2\), not uint8 \(2, 12, 11\)"):
+        policy(np.moveaxis(frames[0][0], 2, 0))
 
 
 # --- Bad input -----------------------------------------------------------------------------------------------
@@ -470,6 +593,10 @@ def image(*shape, high=255, dtype=np.uint8):
         image(12, 12, 3, high=1.0, dtype=np.float32),
         spaces.Box(-1, 1, (12, 12), np.int8),
         image(4, 12, 12, 3),  # a stack with an axis of its own
+        image(12, 12, 13),  # more channels than rows
+        image(12, 12, 3, high=65535, dtype=np.uint16),
+        spaces.Box(1, 255, (12, 12, 3), np.uint8),  # not from 0 on
+        spaces.Box(0, np.array([9, 9, 8], np.uint8) + np.zeros((12, 12, 3), np.uint8), dtype=np.uint8),
         spaces.Dict({"camera": image(12, 12, 3), "speed": spaces.Box(-1, 1, (2,))}),
     ],
 )
@@ -480,7 +607,7 @@ def test_spaces_that_are_no_images(root, space):
     text = message()
     assert text.startswith("Observations must be a Box vector, a Discrete, a Dict of these, or an image")
     inner = space["camera"] if isinstance(space, spaces.Dict) else space
-    assert str(inner)[:20] in text and "store np.uint8 from 0 on as (H, W, C)" in text
+    assert " ".join(str(inner).split())[:20] in text and "store np.uint8 from 0 on as (H, W, C)" in text
 
 
 def test_images_that_are_not_what_they_declare(root):
@@ -501,6 +628,7 @@ def test_images_that_are_not_what_they_declare(root):
         (lambda x: x.astype(np.float32), "they have the type float32"),
         (lambda x: x.astype(np.int16), "they have the type int16"),
         (lambda x: x[:, :9], "they have the shape (3, 9, 11, 2) where (3, 12, 11, 2) is declared"),
+        (lambda x: np.moveaxis(x, 3, 1), "they have the shape (3, 2, 12, 11) where (3, 12, 11, 2) is declared"),
     ):
         old = put(change)
         text = message()
@@ -511,13 +639,96 @@ def test_images_that_are_not_what_they_declare(root):
 
 @pytest.mark.parametrize(
     "frame_stack",
-    [4, {"frames": 4}, {"frames": 0, "padding": "zero"}, {"frames": 2.0, "padding": "zero"}]
+    [4, 0, {}, {"frames": 4}, {"frames": 0, "padding": "zero"}, {"frames": 2.0, "padding": "zero"}]
     + [{"frames": 2, "padding": "reset"}, {"frames": True, "padding": "zero"}],
 )
 def test_a_frame_stack_that_is_none(root, frame_stack):
     record(root)
     edit(root, frame_stack=frame_stack)
     assert message().startswith("frame_stack in metadata.json must be like")
+
+
+@pytest.mark.parametrize("frame_stack", [{"frames": 2, "padding": "zero"}, {}, 0])
+def test_a_frame_stack_of_vectors(root, frame_stack):
+    write_raw(root, image(12), np.zeros((3, 12), np.uint8))
+    load_dataset(NAME)
+    edit(root, frame_stack=frame_stack)
+    for images in (False, True):
+        text = message(images=images)
+        assert text.startswith("frame_stack in metadata.json is for images, and these observations are vectors: leave")
+
+
+def test_images_of_bits(root):
+    images = np.random.default_rng(0).integers(2, size=(4, 10, 10, 4)).astype(bool)
+    write_raw(root, image(10, 10, 4, high=1, dtype=bool), images)
+    data, env = load_dataset(NAME, images=True)
+    assert data.frames.dtype == np.uint8 and env.spec.obs_high == 1
+    np.testing.assert_array_equal(data.frames, images)
+
+
+def test_a_reset_without_a_step_shifts_no_window(root):
+    """The observation of an episode without rows is none of the images."""
+    import h5py
+
+    shown = record(root, ((0, 1), (0,), (2, 2, 1)), {"frames": 2, "padding": "repeat"})
+    with h5py.File(root / NAME / "data" / "main_data.hdf5", "a") as file:
+        for name in ("actions", "rewards", "terminations", "truncations", "observations"):
+            old = file["episode_1"][name][:]
+            del file["episode_1"][name]
+            file["episode_1"][name] = old[: name == "observations"]
+    edit(root, total_steps=5)
+    data, _ = load_dataset(NAME, images=True)
+    np.testing.assert_array_equal(data.window, [[0, 0, 1], [0, 1, 2], [3, 3, 4], [3, 4, 5], [4, 5, 6]])
+    np.testing.assert_array_equal(data.frames, np.concatenate([shown[0], shown[2]]))
+
+
+def test_an_environment_that_repeats_actions(root):
+    """A row is what a policy decides, however often its action is repeated: the wrapper that does it is in the dataset,
+    and evaluations have it too. Rewards of both steps are summed."""
+    env = gymnasium.make("stitch-test/Screens-v0", disable_env_checker=True, length=6)
+    env, plays = gymnasium.wrappers.MaxAndSkipObservation(env, skip=2), ((0, 1, 2), (2, 2, 1))
+    write(env, [play(env, start(0, j), actions) for j, actions in enumerate(plays)])
+    edit(root, frame_stack={"frames": 2, "padding": "zero"})
+    data, env = load_dataset(NAME, images=True)
+    seen, env.num_workers = [], 1
+
+    def policy(obs, step, *_):
+        seen.append(obs.copy())
+        return np.array(plays)[None, :, min(step, 2)], None
+
+    np.testing.assert_array_equal(data.reward, [0, 2, 4, 4, 4, 2])
+    np.testing.assert_array_equal(env.evaluate(policy, [0], 2).returns, [[6, 10]])
+    np.testing.assert_array_equal(data.take(np.arange(6)).obs, np.stack(seen, axis=2).reshape(6, 12, 11, 4))
+
+
+def test_images_that_a_device_cannot_hold_are_refused_before_anything_else(root, tmp_path, monkeypatch):
+    """A row has an image of 12 x 11 x 2 bytes, three numbers of images and three others: 264 + 4 (3 + 3) bytes."""
+    record(root, frame_stack={"frames": 2, "padding": "zero"})
+    edit(root, total_steps=10**8)
+    gpu = types.SimpleNamespace(device_kind="Some GPU", memory_stats=lambda: {"bytes_limit": 18 * 2**30})
+    monkeypatch.setattr(jax, "local_devices", lambda: [gpu])
+    monkeypatch.setattr(layouts, "_free_memory", lambda: 2**40)
+    dqn = load("dqn")
+    for name in ("Runs", "make_agent"):
+        monkeypatch.setattr(dqn, name, None)
+    with pytest.raises(DatasetError) as error:
+        dqn.main(dqn.Config(NAME, encoder="minatar", out=str(tmp_path / "run")))
+    assert str(error.value) == (
+        f"{NAME} needs 26.8 GiB on each device, where all seeds share its 100,000,000 rows, and JAX may use 18.0 GiB "
+        "of Some GPU: use a device with more memory, or write fewer episodes, or each image once where it has stacks "
+        "(frame_stack in metadata.json)."
+    )
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setattr(layouts, "_free_memory", lambda: 49 * 2**30)  # twice 264 bytes: as read, and as frames
+    assert "needs about 49.2 GiB of memory" in message() and "and 49.0 GiB are free" in message()
+
+
+@pytest.mark.parametrize("padding", ["repeat", "zero"])
+def test_the_bytes_of_images_are_known_before_they_are_read(root, padding):
+    record(root, plays=((0,) * 3,) * 4, frame_stack={"frames": 3, "padding": padding})
+    data, env = load_dataset(NAME, images=True, columns=("next_action", "episode"))
+    of_rows, reading = sizes(env.interface.observation, env.interface.action, 12, 4, ("next_action", "episode"))
+    assert of_rows == sum(x.nbytes for x in jax.tree.leaves(data)) and reading == 2 * data.frames.nbytes
 
 
 def test_an_environment_that_shows_other_images_is_not_scored(root):
