@@ -366,10 +366,14 @@ def test_a_finished_cell_is_of_the_same_data_and_may_be_older_than_a_field(sweep
     assert sweep.ended_before(cell, tmp_path / "other") == ""
 
 
-def test_a_fingerprint_is_that_of_the_data_on_this_machine(sweep, umaze):
+def test_a_fingerprint_is_that_of_the_data_on_this_machine(sweep, umaze, monkeypatch):
     sweep.fingerprint.cache_clear()
     assert sweep.fingerprint(UMAZE)["rows"] == umaze.total_steps
     assert sweep.fingerprint("own/nowhere-v0") is None
+    seen = []  # to ask a GPU for its size would take its memory from the runs
+    monkeypatch.setattr("common.datasets.check_memory", lambda *args: seen.append(args[-1]))
+    sweep.fingerprint.cache_clear()
+    assert sweep.fingerprint(UMAZE)["rows"] == umaze.total_steps and seen == [False]
 
 
 def test_sweeps_that_write_at_the_same_time(sweep, tmp_path, monkeypatch):
