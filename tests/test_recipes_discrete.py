@@ -12,7 +12,7 @@ from minari.data_collector import EpisodeBuffer
 from common import recipes
 from common.datasets import load_dataset
 from common.environments import Spec
-from common.recipes import cartpole, rollouts, tabular
+from common.recipes import cartpole, rollouts, tabular, worker
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # Minari's, of missing authors and descriptions
 
@@ -108,9 +108,29 @@ def test_a_policy_that_remembers_its_episode_is_played(two_states):
     def policy(obs, step, memory, rewards):
         return np.full(obs.shape[:2], int(memory is None)), "an episode"
 
-    returns = two_states.evaluate(policy, [0, 1], 2).returns
+    shapes = []
+    returns = two_states.evaluate(lambda *at: shapes.append(at[0].shape) or policy(*at), [0, 1], 2).returns
     assert returns.shape == (2, 2) and np.all(returns % 1 == 0)  # of episodes, and not what is expected of them
     assert not two_states._scored_kind.endswith(", exact")
+    # On all states it was called once: memories of all states, from a call for each of many episodes, fill a machine
+    assert shapes[0] == (2, 3, 3) and set(shapes[1:]) == {(2, 2, 3)}
+
+
+def test_episodes_of_a_finite_mdp_share_its_arrays(two_states):
+    """An environment made for each of a thousand episodes would hold ICU-Sepsis' 205 MB a thousand times."""
+    held, starts = worker.Held(*two_states._task), [(seed, None) for seed in range(20)]
+    held.reset(range(20), starts)
+    arrays = [env.unwrapped.dynamics for env in held.envs]
+    assert all(x["tx_mat"] is arrays[0]["tx_mat"] and x["r_mat"] is arrays[0]["r_mat"] for x in arrays)
+    played = [held.step(range(20), np.array([1, 0] * 10)), held.step(range(10), np.zeros(10, int))]
+    # Apart from that they are environments of their own: each is at the state of one that is made and played alone
+    for i, start in enumerate(starts):
+        alone = worker.Held(*two_states._task)
+        alone.reset([0], [start])
+        for (obs, *rest), action in zip(played[: 2 if i < 10 else 1], ([1, 0][i % 2], 0), strict=False):
+            its_obs, *its = alone.step([0], np.array([action]))
+            np.testing.assert_array_equal(obs[i], its_obs[0])
+            assert [x[i] for x in rest] == [x[0] for x in its]
 
 
 def test_exact_evaluation_equals_roll_outs(two_states):

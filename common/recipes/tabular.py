@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -18,13 +19,24 @@ class Model(NamedTuple):
     initial: np.ndarray  # (S,): p(s_0)
 
 
-def model_of(env: gym.Env) -> Model | None:
-    """The model of an environment that has one, as icu-sepsis' has: `dynamics`, a dict with the keys below."""
+def dynamics_of(env: gym.Env) -> dict | None:
+    """The arrays of an environment that is a finite MDP and shows it, as icu-sepsis' does: a dict with these keys."""
     dynamics = getattr(env.unwrapped, "dynamics", None)
-    if not (isinstance(dynamics, dict) and {"tx_mat", "r_mat", "d_0"} <= dynamics.keys()):
+    return dynamics if isinstance(dynamics, dict) and {"tx_mat", "r_mat", "d_0"} <= dynamics.keys() else None
+
+
+def model_of(env: gym.Env) -> Model | None:
+    dynamics = dynamics_of(env)
+    if dynamics is None:
         return None
     transition = dynamics["tx_mat"]
     return Model(transition, np.einsum("sat,sat->sa", transition, dynamics["r_mat"]), dynamics["d_0"])
+
+
+def twin(env: gym.Env) -> gym.Env | None:
+    """Another environment of the same finite MDP, with the same arrays: those of ICU-Sepsis are 205 MB."""
+    dynamics = dynamics_of(env)
+    return dynamics and copy.deepcopy(env, {id(part): part for part in dynamics.values()})
 
 
 def expected_return(model: Model, policy: np.ndarray, num_steps: int, discount: float = 1.0) -> float:
@@ -56,11 +68,13 @@ def evaluate(model, policy, interface, num_seeds, num_episodes, num_steps, disco
     obs = interface.observe(np.arange(len(model.initial)) + interface.observation["start"])
     obs = np.broadcast_to(obs, (num_seeds, *obs.shape))
     rewards = np.zeros(obs.shape[:2], np.float32)
-    answers = [policy(obs, step, None, rewards) for step in range(num_episodes)]
-    if any(memory is not None for _, memory in answers):
-        return None
-    draws = np.stack([action for action, _ in answers])  # (episodes, seeds, S)
-    probs = np.eye(model.reward.shape[1])[draws].mean(axis=0)
+    draws = []  # (episodes, seeds, S)
+    for step in range(num_episodes):
+        action, memory = policy(obs, step, None, rewards)
+        if memory is not None:  # at the first call: a thousand memories of all states would fill the machine
+            return None
+        draws.append(action)
+    probs = np.eye(model.reward.shape[1])[np.stack(draws)].mean(axis=0)
     returns = np.array([expected_return(model, pi, num_steps) for pi in probs])
     values = [expected_return(model, pi, num_steps, g) for pi, g in zip(probs, discount, strict=True)]
     values = reward_scale * np.array(values) if reward_shift == 0 else np.full(num_seeds, np.nan)

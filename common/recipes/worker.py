@@ -80,7 +80,9 @@ class Held:
 
     def reset(self, slots, starts):
         """Begins an episode, (seed, task), in the environments in `slots`, made if need be: what the policy sees."""
-        self.envs += [self.make() for _ in range(max(slots) + 1 - len(self.envs))]
+        while len(self.envs) <= max(slots):
+            twin = tabular.twin(self.envs[0]) if self.envs else None
+            self.envs.append(self.make() if twin is None else twin)
         observations = []
         for slot, (seed, task) in zip(slots, starts, strict=True):
             self.random[slot] = np.random.MT19937()
