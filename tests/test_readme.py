@@ -29,6 +29,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))  # scripts that import each other a
 
 import report  # noqa: E402
 import speed  # noqa: E402
+import speed_act  # noqa: E402
 import speed_online  # noqa: E402
 import sweep  # noqa: E402
 from report import standard  # noqa: E402
@@ -231,6 +232,17 @@ def test_the_table_of_learning_on_line_is_that_of_its_result_file():
     assert again["algo"] == "rlpd" and said in " ".join(text.split())
     simulator = [100 * share["simulator"] for row in measured["results"] for share in row["share"]]
     assert f"{min(simulator):.0f} to {max(simulator):.0f} % of it" in " ".join(text.split())
+
+
+def test_the_table_of_acting_is_that_of_its_result_file():
+    file, mark = RESULTS / "act-speed.json", "<!-- report:speed-act"
+    shown = "Not measured yet."
+    if file.exists():
+        measured = json.loads(file.read_text())
+        assert "dirty" not in measured["commit"]
+        assert {row["algo"] for row in measured["results"]} == set(speed_act.ALGOS)
+        shown = speed_act.table(measured)
+    assert f"{mark}:begin -->\n{shown}\n{mark}:end -->" in page("speed.md")
 
 
 @pytest.mark.parametrize("file", ["speed-ensembles-cpu", "speed-ensembles-small-cpu"])

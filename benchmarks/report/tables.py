@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import speed  # benchmarks/speed.py
+import speed_act  # benchmarks/speed_act.py
 import speed_online  # benchmarks/speed_online.py
 from sweep import write  # benchmarks/sweep.py
 
@@ -59,6 +60,9 @@ def write_tables(root: Path, protocol: str, runs: list[Run], failures: list[Fail
         if "<!-- report:speed-online:begin -->" in text:
             measured = json.loads((results / "online-speed.json").read_text())
             new = fill(new, "speed-online", speed_online.table(measured), page)
+        if "<!-- report:speed-act:begin -->" in text and (results / "act-speed.json").exists():
+            measured = json.loads((results / "act-speed.json").read_text())
+            new = fill(new, "speed-act", speed_act.table(measured), page)
         if f"<!-- report:stopping:{protocol}:begin -->" in text:
             found = [(results / protocol / run.place, run) for run in runs]
             new = fill(new, f"stopping:{protocol}", stopping_table(found), page)
