@@ -27,6 +27,7 @@ NAMES = (
     "support",
     "when_rl_beats_cloning",
 )
+NAMES += ("multimodality",) if (STUDIES / "multimodality.json").exists() else ()
 
 
 def section(title):
@@ -776,10 +777,31 @@ def test_each_policy_is_a_file_as_it_is_and_is_measured(study, monkeypatch, tmp_
     changes = dict(COMMON=study.COMMON | tiny, SEEDS=1, SAMPLES=100, ROWS=200, WALKS=10, LIMIT=100, HERE=tmp_path)
     for name, value in (changes | {"METHODS": methods}).items():
         monkeypatch.setattr(study, name, value)
+    mark = "<!-- multimodality:{} -->\n"
+    (tmp_path / "README.md").write_text(f"Before.\n{mark.format('begin')}Old.\n{mark.format('end')}After.\n")
     study.main()
     result = json.loads((tmp_path / "multimodality.json").read_text())
+    page = (tmp_path / "README.md").read_text()
+    assert page == f"Before.\n{mark.format('begin')}{study.shown(result)}\n{mark.format('end')}After.\n"
     assert (tmp_path / "multimodality.png").exists() and result["results"].keys() == study.METHODS.keys()
     for one in result["results"].values():
         (ended,), (density,), (distance,) = one["fork"], one["density"], one["distance"]
         assert ended["reached"] + ended["hit"] + ended["stuck"] == pytest.approx(1)
         assert len(density) == 80 and 0 <= distance <= 1 and set(one["microseconds"]) == {"1", "1000"}
+
+
+@pytest.mark.parametrize("study", ["multimodality"], indirect=True)
+def test_the_table_of_the_policies_is_that_of_its_result(study):
+    fork = [{"reached": 0.5, "up": 0.25}, {"reached": 1.0, "up": 0.75}]
+    row = {"distance": [0.1, 0.3], "between": [0.01, 0.01], "fork": fork, "passes": 5}
+    row["microseconds"] = {"1": 1234.5, "1000": 6.78}
+    stuck = row | {"fork": [{"reached": 0.0, "up": None}] * 2}
+    lines = study.table({"results": {"flow": row, "Gaussian": stuck}}).splitlines()
+    assert lines[2] == (
+        "| flow | 0.20 (0.10 to 0.30) | 1.0 % | 75 % (50 to 100) | 50 % (25 to 75) | 5 | 1,234 µs | 6.8 µs |"
+    )
+    assert lines[3].startswith("| Gaussian | 0.20 (0.10 to 0.30) | 1.0 % | 0 % | – | 5 |")
+    page, shown = (STUDIES / "README.md").read_text(), "Not run yet."
+    if (STUDIES / "multimodality.json").exists():
+        shown = study.shown(json.loads((STUDIES / "multimodality.json").read_text()))
+    assert f"<!-- multimodality:begin -->\n{shown}\n<!-- multimodality:end -->\n" in page
