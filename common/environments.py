@@ -78,7 +78,7 @@ TERMINATIONS = {
 def provenance():
     """What a result depends on besides its configuration and data, for config.json; None where that is not known."""
     versions, commit = {}, None
-    simulators = "gymnasium", "gymnasium-robotics", "mujoco", "minatar", "sumo-rl", "libsumo", "overcooked-ai"
+    simulators = "gymnasium", "gymnasium-robotics", "mujoco", "minatar", "ale-py", "sumo-rl", "libsumo", "overcooked-ai"
     for name in ("jax", "flax", "optax", "numpy", "minari", *simulators):
         versions[name] = None
         with suppress(importlib.metadata.PackageNotFoundError):

@@ -7,7 +7,8 @@ and the Interface, which takes them from an environment and back.
 An Interface is a few numbers, in config.json of every run: with it a trained policy acts without the dataset.
 
 An image stays what it is: (H, W, C) whole numbers in a byte each. Where a policy sees several of an episode at once, a
-stack, they are joined along their channels, (H, W, k C), the oldest first.
+stack, they are joined along their channels, (H, W, k C), the oldest first. Atari's own images alone are made small and
+grey, in the data and in the environment by the same function, `grey`.
 
 Goals come in two forms. Of gymnasium-robotics a Dict has "achieved_goal", what is reached, and "desired_goal", what
 shall be. The latter is then no part of the observation: a policy would read from it where the recording went. Of
@@ -64,7 +65,8 @@ def flatten(layout, x):
         if x.dtype.kind not in "bu" or list(x.shape[x.ndim - len(shape) :]) != shape or np.any(x > layout["high"]):
             kind, high = f"{x.dtype} {x.shape}", layout["high"]
             raise ValueError(f"an image must hold whole numbers from 0 to {high} as uint8 {tuple(shape)}, not {kind}")
-        return x.astype(np.uint8).reshape(*x.shape[: x.ndim - len(shape)], *image_shape(layout))
+        x = grey(x, layout["grey"]) if "grey" in layout else x.astype(np.uint8)
+        return x.reshape(*x.shape[: x.ndim - len(shape)], *image_shape(layout))
     if "n" in layout:
         return (index(layout, x)[..., None] == np.arange(layout["n"])).astype(np.float32)  # one-hot
     return np.concatenate([flatten(inner, x[key]) for key, inner in sorted(layout["dict"].items())], axis=-1)
@@ -91,14 +93,38 @@ def _is_image(space):
 
 
 def image_shape(layout):
-    """(H, W, C) of one image; C is 1 where the space says (H, W)."""
-    return (*layout["image"], 1)[:3]
+    """(H, W, C) of one image; C is 1 where the space says (H, W), and where `grey` makes it."""
+    return (*layout.get("grey", layout["image"]), 1)[:3]
 
 
 def stack_shape(layout):
     """(H, W, k C): of what a policy sees."""
     height, width, channels = image_shape(layout)
     return height, width, layout.get("frames", 1) * channels
+
+
+ATARI = {"frames": 4, "padding": "repeat"}  # what the policies of Minari's atari/* saw: four, the first repeated
+
+
+def grey(images, shape):
+    """Colour images (..., H, W, 3) uint8 -> grey ones (..., *shape, 1) uint8, of another height and width: the mean over
+    the area of each new pixel. As gymnasium's GrayscaleObservation has them of its ResizeObservation, but for rounding.
+    """
+    flat = images.reshape(-1, *images.shape[-3:])
+    small = np.empty((len(flat), *shape, 1), np.uint8)
+    for i, image in enumerate(flat):  # one at a time: as floats, an episode would need eight times its memory
+        light = image @ np.array([0.2125, 0.7154, 0.0721])  # (H, W)
+        small[i, ..., 0] = np.rint(_means(_means(light, shape[1]).T, shape[0]).T)
+    return small.reshape(*images.shape[:-3], *small.shape[1:])
+
+
+def _means(x, new):
+    """(n, old) -> (n, new): the means of x as a step function over `new` equal parts of its length."""
+    old = x.shape[1]
+    edges = np.arange(new + 1) * old / new
+    last = np.minimum(edges.astype(int), old - 1)  # the pixel in which each part begins, of which some is before it
+    up_to = np.cumsum(x, axis=1)[:, last] - (last + 1 - edges) * x[:, last]
+    return np.diff(up_to, axis=1) * new / old
 
 
 def fold(x):
@@ -238,8 +264,11 @@ CONVERSIONS = {  # what is not supported: what to make of it as an observation, 
 }
 
 
-def describe(observation_space, action_space, frame_stack=None):
-    """(observation, action) of an Interface: what it must know of the two spaces, as JSON. See with_stack."""
+def describe(observation_space, action_space, frame_stack=None, atari=False):
+    """(observation, action) of an Interface: what it must know of the two spaces, as JSON. See with_stack.
+
+    atari: whether images are Atari's, as Minari records them: large and in colours, and no stacks.
+    """
     from gymnasium import spaces
 
     for part in _parts(observation_space):
@@ -247,8 +276,9 @@ def describe(observation_space, action_space, frame_stack=None):
             raise _unsupported("Observations must be a Box vector, a Discrete, a Dict of these, or an image", part, 0)
     observation = layout(observation_space)
     if _is_image(observation_space):
-        one = {"frames": 1, "padding": "repeat"}
-        observation = with_stack(observation, one if frame_stack is None else frame_stack)
+        usual = ATARI if atari else {"frames": 1, "padding": "repeat"}
+        observation |= {"grey": [84, 84]} if atari and observation["image"][2:] == [3] else {}
+        observation = with_stack(observation, usual if frame_stack is None else frame_stack)
     elif frame_stack is not None:
         raise DatasetError(
             "frame_stack in metadata.json is for images, and these observations are vectors: leave it out, and, if the "
@@ -310,7 +340,8 @@ class Interface(NamedTuple):
     """How observations reach the networks, and actions the environment. `Interface(*x)` of its JSON is itself again."""
 
     # Layout: a Box's shape [4], a Discrete's {"n": 5, "start": 0}, a Dict's {"dict": {key: ...}}, or of images
-    observation: Any  # {"image": [84, 84], "high": 255, "frames": 4, "padding": "zero" or "repeat"}
+    # {"image": [84, 84], "high": 255, "frames": 4, "padding": "zero" or "repeat"}, and "grey": [84, 84] if made so
+    observation: Any
     action: Any  # {"n", "start"}, or of a Box {"low", "high", "dtype"}
     obs_mean: list  # (obs_dim + goal_dim,) of the rows' observations and the goals in them, or zeros; images: []
     obs_scale: list

@@ -1447,6 +1447,9 @@ def test_committed_cards_are_those_of_the_recipes(card, monkeypatch):
         pytest.importorskip("ogbench")
     if card.stem.startswith("minatar"):
         pytest.importorskip("minatar")
+    if card.stem.startswith("atari"):
+        pytest.importorskip("ale_py")
+        pytest.importorskip("cv2")
     if card.stem.startswith("overcooked"):
         pytest.importorskip("overcooked_ai_py")
         pytest.importorskip("pandas")

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from common.recipes import (
     adroit,
+    atari,
     cartpole,
     locomotion,
     locomotion_sac,
@@ -48,6 +49,7 @@ RECIPES: dict[str, Recipe] = {
     "stitch/cartpole-mixed-v0": Recipe(cartpole.mixed, 50_000),
     "stitch/minatar-breakout-mixed-v0": Recipe(functools.partial(minatar.mixed, "breakout"), 100_000),
     "stitch/minatar-space-invaders-mixed-v0": Recipe(functools.partial(minatar.mixed, "space_invaders"), 100_000),
+    "stitch/atari-pong-scripted-v0": Recipe(atari.scripted, 50_000),
     **{
         f"stitch/traffic-single-{quality}-v0": Recipe(functools.partial(traffic.write, quality), 30_000)
         for quality in traffic.QUALITIES
