@@ -107,8 +107,9 @@ ATARI = {"frames": 4, "padding": "repeat"}  # what the policies of Minari's atar
 
 
 def grey(images, shape):
-    """Colour images (..., H, W, 3) uint8 -> grey ones (..., *shape, 1) uint8, of another height and width: the mean over
-    the area of each new pixel. As gymnasium's GrayscaleObservation has them of its ResizeObservation, but for rounding.
+    """Colour images (..., H, W, 3) uint8 -> grey ones (..., *shape, 1) uint8 of another height and width: a mean over
+    the area of each new pixel. Gymnasium's ResizeObservation and then GrayscaleObservation make the same of them, but
+    for rounding.
     """
     flat = images.reshape(-1, *images.shape[-3:])
     small = np.empty((len(flat), *shape, 1), np.uint8)

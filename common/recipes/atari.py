@@ -53,7 +53,7 @@ def scripted(dataset_id: str, data_path: Path, num_transitions: int) -> None:
         reference_scores=REFERENCES,
         algorithm_name=f"A script that reads the memory, with {NOISE:.0%} random actions",
         code_permalink="common/recipes/atari.py",
-        description=f"Atari Pong (ale-py 0.12.1; 84 x 84 grey, 4 frames a step, sticky actions 0.25, no no-ops, at most "
+        description="Atari Pong (ale-py 0.12.1; 84 x 84 grey, 4 frames a step, sticky actions 0.25, no no-ops, at most "
         f"{STEPS:,} steps): a script that steers to where the ball will arrive, with {NOISE:.0%} uniformly random "
         f"actions. The published return of random actions scores 0 ({low:g}), a person's 100 ({high:g}).",
         requirements=REQUIREMENTS,
