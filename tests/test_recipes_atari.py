@@ -270,7 +270,7 @@ def test_a_small_dataset(emulator, root, capsys):
         np.testing.assert_array_equal(batch.next_obs[t], np.moveaxis(obs, 0, -1))
     assert abs(agree / 300 - (1 - atari.NOISE * 5 / 6)) < 0.08
 
-    # What the page's lines count: a frame for each row, 20 bytes of window and 12 of columns; or eight frames and the 12
+    # What the lines of the page count: a frame for each row, 20 bytes of window and 12 of columns; or 8 frames and 12
     page = (pathlib.Path(__file__).parents[1] / "benchmarks" / "images.md").read_text()
     (block,) = re.findall(r"```python\n(.*?)```", page, re.S)
     capsys.readouterr()
@@ -339,3 +339,15 @@ def test_it_can_be_drawn(emulator):
     env.reset(seed=0)
     picture = env.render()
     assert picture.shape == COLOURS and picture.dtype == np.uint8 and picture.max() > 100
+
+
+def test_the_page_has_the_bytes_of_the_card_s_data():
+    """An image for each row and one more for each episode, and a black one; 20 bytes of window, 12 of columns."""
+    folder = pathlib.Path(__file__).parents[1] / "benchmarks"
+    card = (folder / "cards" / "atari-pong-scripted-v0.md").read_text()
+    episodes, n = map(int, re.search(r"(\d+) episodes, ([\d,]+) transitions", card.replace(",000", "000")).groups())
+    size = (n + episodes + 1) * 84 * 84 + n * (20 + 12)
+    text = " ".join((folder / "images.md").read_text().split())
+    assert f"{n:,} rows in {episodes} episodes take {size / 1e6:.1f} MB as frames, {size / n / 1e3:.1f} GB" in text
+    stacks = [k * 84 * 84 + 12 for k in (8, 4)]
+    assert "takes {:.1f} GB, and {:.1f} GB with one stack".format(*(x / 1e3 for x in stacks)) in text
