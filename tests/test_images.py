@@ -436,15 +436,17 @@ def shifted_case(name, root):
 def test_a_batch_is_the_unshifted_one_moved_and_next_obs_apart(name, root):
     algo, cfg, data, _, _ = shifted_case(name, root)
     draw = lambda key, **changes: algo.draw(key, data, None, dataclasses.replace(cfg, **changes))  # noqa: E731
-    plain, seen, other = draw(jax.random.key(5), random_shift=None), draw(jax.random.key(5)), draw(jax.random.key(6))
-    assert not np.array_equal(seen.obs, other.obs) and seen.obs.dtype == jnp.uint8
-    unmoved = {"obs": None} | ({"next_obs": None} if name == "iql" else {})
-    chex.assert_trees_all_equal(seen._replace(**unmoved), plain._replace(**unmoved))  # the same rows
-    of_obs = corners_of(np.asarray(seen.obs), np.asarray(plain.obs), 2)
-    assert len(set(of_obs)) > 3
-    if name == "iql":  # bc has no use for next_obs
-        of_next = corners_of(np.asarray(seen.next_obs), np.asarray(plain.next_obs), 2)
-        assert len(set(of_next)) > 3 and of_next != of_obs
+    places = []
+    for key in map(jax.random.key, (5, 6)):
+        plain, seen = draw(key, random_shift=None), draw(key)
+        unmoved = {"obs": None} | ({"next_obs": None} if name == "iql" else {})  # bc has no use for next_obs
+        chex.assert_trees_all_equal(seen._replace(**unmoved), plain._replace(**unmoved))  # the same rows
+        assert seen.obs.dtype == jnp.uint8
+        for column in unmoved:
+            found = corners_of(*(np.asarray(getattr(x, column)) for x in (seen, plain)), 2)
+            assert len(set(found)) > 3
+            assert found not in places  # of another key, or of the other column
+            places.append(found)
 
 
 @pytest.mark.parametrize("name", SHIFT)
