@@ -27,6 +27,7 @@ bytes do not depend on the order in which a CPU sums.
 
 import contextlib
 import functools
+import itertools
 import json
 import pathlib
 import platform
@@ -84,7 +85,8 @@ def learner(clone):
 
 
 def small(params):
-    """The network of the step with weights of 0 beyond the eighth unit, at both ends."""
+    """The network of the step with weights of 0 beyond the eighth unit, at both ends. Outputs are small, since with
+    large ones all actions would be clipped to the same corner."""
     step, blocks = dict(params["MLP_0"]), dict(params["MLPResNet_0"])
     inputs = {"Dense_0": 64, "Dense_1": UNITS}
     for name, rows in inputs.items():
@@ -92,6 +94,7 @@ def small(params):
         step[name] = {"kernel": kernel.at[rows:].set(0).at[:, UNITS:].set(0), "bias": bias.at[UNITS:].set(0)}
     first = ACTION_DIM + OBS_DIM + UNITS
     blocks["Dense_0"] = blocks["Dense_0"] | {"kernel": blocks["Dense_0"]["kernel"].at[first:].set(0)}
+    blocks["Dense_1"] = jax.tree_util.tree_map(lambda x: x / 8, blocks["Dense_1"])
     return params | {"MLP_0": step, "MLPResNet_0": blocks}
 
 
@@ -167,57 +170,84 @@ def training_draws(batch):
         yield
 
 
+def drawn_case(module, options, seed):
+    """(batch, agent_of, arrays of weights, batch and actions), all from that seed."""
+    rng = np.random.default_rng(seed)
+
+    def draw(*shape):
+        return rng.normal(size=shape).astype(np.float32)
+
+    batch = {
+        "obs": draw(BATCH, OBS_DIM), "action": rng.uniform(-1, 1, (BATCH, ACTION_DIM)).astype(np.float32),
+        "reward": draw(BATCH), "next_obs": draw(BATCH, OBS_DIM), "terminal": (rng.random(BATCH) < 0.3) * 1.0,
+        "t": rng.integers(0, options["T"], BATCH), "noise": draw(BATCH, ACTION_DIM),
+        "dropout": rng.random((BLOCKS, BATCH, UNITS)).astype(np.float32),
+    }  # fmt: skip
+    draws = draw(options["T"] + 1, options["N"], ROWS, ACTION_DIM)
+    choice = rng.integers(0, options["N"], ROWS)
+
+    def agent_of(rate):
+        spaces = [types.SimpleNamespace(sample=lambda n=n: np.zeros(n), shape=(n,)) for n in (OBS_DIM, ACTION_DIM)]
+        agent = module.DDPMIQLLearner.create(
+            0, *spaces, actor_architecture="ln_resnet", actor_num_blocks=BLOCKS, actor_layer_norm=True,
+            critic_hidden_dims=(UNITS, UNITS), actor_lr=rate, critic_lr=rate, value_lr=rate, **options,
+        )  # fmt: skip
+        weights = np.random.default_rng(seed)
+
+        def drawn(tree):
+            leaves, structure = jax.tree_util.tree_flatten(tree)
+            values = [weights.normal(size=x.shape).astype(np.float32) * 0.5 for x in leaves]
+            return structure.unflatten([jnp.asarray(x, jnp.float64) for x in values])
+
+        changed = {}
+        for ours, field in STATES.items():
+            state = getattr(agent, field)
+            params = drawn(state.params)
+            params = small(params) if "actor" in ours else params
+            opt_state = state.tx.init(params) if field in ("score_model", "critic", "value") else None
+            changed[field] = state.replace(params=params, opt_state=opt_state)
+        return agent.replace(**changed)
+
+    agent, acts, weights = agent_of(0.0), {"act": [], "act_implicit": []}, []
+    arrays = single(arrays_of(trees_of(agent)), "")
+    arrays |= {f"batch/{key}": np.asarray(value) for key, value in batch.items() if key != "dropout"}
+    arrays |= {f"batch/dropout/{i}": x for i, x in enumerate(batch["dropout"])}
+    for row in range(ROWS):
+
+        def chosen(key, number, p, row=row):
+            weights.append(np.asarray(p))
+            return choice[row]
+
+        for key, act in (("act", agent.eval_actions), ("act_implicit", agent.sample_implicit_policy)):
+            noise = iter(jnp.asarray(draws[:, :, row], jnp.float64))
+
+            def normal(key, shape, *dtype, noise=noise, normal=jax.random.normal):
+                return next(noise) if shape == (options["N"], ACTION_DIM) else normal(key, shape, *dtype)
+
+            with (
+                jax.disable_jit(),  # so that each step of the sampler draws anew
+                unittest.mock.patch.object(jax.random, "normal", normal),
+                unittest.mock.patch.object(jax.random, "choice", chosen),
+            ):
+                acts[key].append(act(jnp.asarray(batch["obs"][row], jnp.float64))[0])
+            assert next(noise, None) is None  # all of it is used
+    arrays |= single({key: np.stack(x) for key, x in acts.items()} | {"weights": np.stack(weights, axis=1)}, "")
+    return batch, agent_of, arrays | {"draws": draws, "choice": choice}
+
+
 def main(clone):
     module = learner(clone)
     for number, (name, options) in enumerate(CONFIG.items()):
-        rng = np.random.default_rng(SEED + number)
-
-        def draw(*shape, rng=rng):
-            return rng.normal(size=shape).astype(np.float32)
-
-        batch = {
-            "obs": draw(BATCH, OBS_DIM), "action": rng.uniform(-1, 1, (BATCH, ACTION_DIM)).astype(np.float32),
-            "reward": draw(BATCH), "next_obs": draw(BATCH, OBS_DIM), "terminal": (rng.random(BATCH) < 0.3) * 1.0,
-            "t": rng.integers(0, options["T"], BATCH), "noise": draw(BATCH, ACTION_DIM),
-            "dropout": rng.random((BLOCKS, BATCH, UNITS)).astype(np.float32),
-        }  # fmt: skip
-        draws = draw(options["T"] + 1, options["N"], ROWS, ACTION_DIM)
-        choice = rng.integers(0, options["N"], ROWS)
+        for seed in itertools.count(SEED + number, len(CONFIG)):
+            batch, agent_of, arrays = drawn_case(module, options, seed)
+            if np.abs(arrays["act"]).min() < 0.9 and np.ptp(arrays["weights"]) > 0.01:
+                break  # not all actions are in the same corner, nor are all draws on the same side of V
         names = {"observations": "obs", "actions": "action", "rewards": "reward", "next_observations": "next_obs"}
         theirs = {key: jnp.asarray(batch[ours], jnp.float64) for key, ours in names.items()}
         theirs["masks"] = jnp.asarray(1 - batch["terminal"])
-
-        def agent_of(rate, options=options, seed=SEED + number):
-            spaces = [
-                types.SimpleNamespace(sample=lambda n=n: np.zeros(n), shape=(n,)) for n in (OBS_DIM, ACTION_DIM)
-            ]
-            agent = module.DDPMIQLLearner.create(
-                0, *spaces, actor_architecture="ln_resnet", actor_num_blocks=BLOCKS, actor_layer_norm=True,
-                critic_hidden_dims=(UNITS, UNITS), actor_lr=rate, critic_lr=rate, value_lr=rate, **options,
-            )  # fmt: skip
-            weights = np.random.default_rng(seed)
-
-            def drawn(tree):
-                leaves, structure = jax.tree_util.tree_flatten(tree)
-                values = [weights.normal(size=x.shape).astype(np.float32) * 0.5 for x in leaves]
-                return structure.unflatten([jnp.asarray(x, jnp.float64) for x in values])
-
-            changed = {}
-            for ours, field in STATES.items():
-                state = getattr(agent, field)
-                params = drawn(state.params)
-                params = small(params) if "actor" in ours else params
-                opt_state = state.tx.init(params) if field in ("score_model", "critic", "value") else None
-                changed[field] = state.replace(params=params, opt_state=opt_state)
-            return agent.replace(**changed)
-
-        agent = agent_of(0.0)
-        arrays = single(arrays_of(trees_of(agent)), "")
-        arrays |= {f"batch/{key}": np.asarray(value) for key, value in batch.items() if key != "dropout"}
-        arrays |= {f"batch/dropout/{i}": x for i, x in enumerate(batch["dropout"])}
         jax.clear_caches()
         with training_draws(batch):
-            new, info = agent.update(theirs)
+            new, info = agent_of(0.0).update(theirs)
         logged = {key: info[key] for key in ("actor_loss", "value_loss", "q", "v")}
         arrays |= single(logged | {"critic_loss": 2 * info["critic_loss"]}, "loss/")
 
@@ -234,30 +264,6 @@ def main(clone):
             for _ in range(UPDATES):
                 agent, _ = agent.update(theirs)
         arrays |= single(arrays_of(trees_of(agent)), "after/")
-
-        agent, weights = agent_of(0.0), []
-        acts = {"act": [], "act_implicit": []}
-        for row in range(ROWS):
-
-            def chosen(key, number, p, row=row, weights=weights, choice=choice):
-                weights.append(np.asarray(p))
-                return choice[row]
-
-            for key, act in (("act", agent.eval_actions), ("act_implicit", agent.sample_implicit_policy)):
-                noise = iter(jnp.asarray(draws[:, :, row], jnp.float64))
-
-                def normal(key, shape, *dtype, noise=noise, size=draws.shape[1], normal=jax.random.normal):
-                    return next(noise) if shape == (size, ACTION_DIM) else normal(key, shape, *dtype)
-
-                with (
-                    jax.disable_jit(),  # so that each step of the sampler draws anew
-                    unittest.mock.patch.object(jax.random, "normal", normal),
-                    unittest.mock.patch.object(jax.random, "choice", chosen),
-                ):
-                    acts[key].append(act(theirs["observations"][row])[0])
-                assert next(noise, None) is None  # all of it is used
-        arrays |= single({key: np.stack(x) for key, x in acts.items()} | {"weights": np.stack(weights, axis=1)}, "")
-        arrays |= {"draws": draws, "choice": choice}
         np.savez_compressed(OUT / f"{name}.npz", **arrays)
     commit = subprocess.run(["git", "-C", clone, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
     import flax
