@@ -15,7 +15,7 @@ import tyro
 
 from common import recipes
 from common.environments import D4RL_REFERENCE_SCORES
-from common.recipes import manipulation, pointmaze, storage, traffic, traffic_env
+from common.recipes import driving, manipulation, pointmaze, storage, traffic, traffic_env
 
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))  # scripts that import each other as they do when they are run
@@ -1459,6 +1459,9 @@ def test_committed_cards_are_those_of_the_recipes(card, monkeypatch):
     monkeypatch.setattr(traffic_env, "missing", lambda: None)  # nothing is simulated
     monkeypatch.setattr(traffic, "simulator", unittest.mock.MagicMock())
     monkeypatch.setattr(traffic, "returns", lambda behaviour, *_, **__: np.array([behaviour == "queue"]))
+    monkeypatch.setattr(driving, "missing", lambda: False)
+    monkeypatch.setattr(driving, "simulator", unittest.mock.MagicMock())
+    monkeypatch.setattr(driving, "returns", lambda behaviour, *_, **__: np.array([behaviour == "rule"]))
     dataset_id = f"stitch/{card.stem}"
     recipes.find(dataset_id).write(dataset_id, pathlib.Path("nowhere"), 0)
     text = card.read_text()

@@ -529,7 +529,7 @@ def test_what_failed_in_the_committed_results_is_of_today_s_protocol(sweep):
 @pytest.mark.parametrize(
     "name",
     ["quick", "full", "goals", "goals-full", "models", "play", "standard", "hands", "people", "images", "traffic"]
-    + ["atari"],
+    + ["atari", "driving"],
 )
 def test_the_protocols_have_every_algorithm_and_no_setting_that_fits_nothing(sweep, name):
     protocols = tomllib.loads((ROOT / "benchmarks" / "protocols.toml").read_text())
@@ -547,7 +547,7 @@ def test_the_protocols_have_every_algorithm_and_no_setting_that_fits_nothing(swe
         algos = {"bc", "td3_bc", "iql", "rebrac", "awac", "xql", "cql", "edac"}
     if name == "hands":  # the family's three
         algos = {"bc", "iql", "rebrac"}
-    if name == "traffic":  # discrete actions: cloning, and two that learn values
+    if name in ("traffic", "driving"):  # discrete actions: cloning, and two that learn values
         algos = {"bc", "iql", "cql_discrete"}
     if name == "atari":  # the paper's two, and those of every family
         algos = {"bc", "bcq_discrete", "cql_discrete", "iql"}

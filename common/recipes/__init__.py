@@ -18,6 +18,7 @@ from common.recipes import (
     adroit,
     atari,
     cartpole,
+    driving,
     locomotion,
     locomotion_sac,
     manipulation,
@@ -53,6 +54,10 @@ RECIPES: dict[str, Recipe] = {
     **{
         f"stitch/traffic-single-{quality}-v0": Recipe(functools.partial(traffic.write, quality), 30_000)
         for quality in traffic.QUALITIES
+    },
+    **{
+        f"stitch/driving-highway-{quality}-v0": Recipe(functools.partial(driving.write, quality), 10_000)
+        for quality in driving.QUALITIES
     },
     **{
         f"stitch/{task}-{quality}-v0": Recipe(functools.partial(locomotion.write, task, quality), 1_000_000)
