@@ -55,7 +55,7 @@ class Options:
     side: Annotated[Literal["ours", "ours-torch", "corl", "compare"], tyro.conf.Positional]
     algo: Annotated[Literal["iql", "td3_bc"], tyro.conf.Positional]
     checkout: str = ""  # of CORL's repository, for "corl"
-    seed: int = 0  # the first one; seeds that the result file has already are not trained again
+    seed: int = 0  # the first one; CORL's seeds that the result file has already are not trained again
     num_seeds: int = 5
     num_updates: int = 20_000
     name: str = ""  # of the result files, after the algorithm's; for other settings than the protocol's
@@ -70,6 +70,8 @@ def main(options: Options):
         return
     cfg, module = configure(options)
     if options.side != "corl":
+        if both := sorted(seeds_of(options) & set(range(cfg.seed, cfg.seed + cfg.num_seeds))):
+            raise SystemExit(f"{result_file(options)} has the seeds {both} already: choose another --seed.")
         if options.side == "ours-torch":
             for name in ("GaussianActor", "Critic", "Value"):
                 setattr(module, name, functools.partial(getattr(module, name), initializer="torch"))
@@ -227,7 +229,7 @@ def keep(options, cfg, lines, source):
     config = {"algo": options.algo, **dataclasses.asdict(cfg), "out": "", "hidden": list(cfg.hidden)}
     config = {name: value for name, value in config.items() if name not in ("seed", "num_seeds")}
     result = json.loads(file.read_text()) if file.exists() else {"config": config, "sources": [], "lines": []}
-    if result["config"] != config:
+    if any(config[name] != value for name, value in result["config"].items()):  # a field may have come since then
         raise SystemExit(f"{file} has another configuration: choose a --name.")
     columns = ("score", "returns", "believed_value", "true_value")
     for line in [line for line in lines if 2 * line["step"] >= cfg.num_updates]:

@@ -23,11 +23,11 @@ WORDS = " ".join(PAGE.split())
 FALLS = json.loads((ROOT / "benchmarks" / "results" / "falls-iql-hopper-medium-expert-v1.json").read_text())
 
 
-def results(algo):
-    return {side: json.loads((two.RESULTS / f"{algo}-{side}.json").read_text()) for side in ("ours", "corl")}
+def result(name):
+    return json.loads((two.RESULTS / f"{name}.json").read_text())
 
 
-ALGOS = sorted({path.name.rpartition("-")[0] for path in two.RESULTS.glob("*.json")})
+OURS = sorted(path.stem for path in two.RESULTS.glob("*-ours*.json"))  # each beside a file of CORL's
 
 
 # --- Arithmetic ------------------------------------------------------------------------------------------
@@ -78,6 +78,10 @@ def test_seeds_are_added_to_a_file_of_one_configuration(tmp_path, monkeypatch):
     kept = json.loads((tmp_path / "iql-corl.json").read_text())
     assert two.seeds_of(options) == {0, 3} and len(kept["lines"]) == 12  # not what came before half of the updates
     assert kept["lines"][0]["score"] == 1.23 and [source["seeds"] for source in kept["sources"]] == [[0], [3]]
+    with pytest.raises(SystemExit, match=r"has the seeds \[3\] already"):  # the file of ours
+        (tmp_path / "iql-corl.json").rename(tmp_path / "iql-ours.json")
+        two.main(two.Options("ours", "iql", seed=1))
+    (tmp_path / "iql-ours.json").rename(tmp_path / "iql-corl.json")
     other, _ = two.configure(two.Options("corl", "iql", set=("beta=6",)))
     with pytest.raises(SystemExit, match="another configuration"):
         two.keep(options, other, lines(4, [2] * 6), {})
@@ -173,23 +177,42 @@ def test_the_page_says_what_was_measured_of_the_falls():
     assert f"have {min(share)} to {max(share)} % of the weight" in WORDS
 
 
-@pytest.mark.parametrize("algo", ALGOS)
-def test_both_sides_had_the_same_settings_and_seeds(algo):
-    sides = results(algo)
-    assert sides["ours"]["config"] == sides["corl"]["config"]
-    for side, result in sides.items():
+@pytest.mark.parametrize("ours", OURS)
+def test_both_sides_had_the_same_settings(ours):
+    sides = {name: result(name) for name in (ours, ours.partition("-")[0] + "-corl")}
+    first, second = (found["config"] for found in sides.values())
+    assert all(first[name] == second[name] for name in first.keys() & second.keys())
+    assert first.keys() ^ second.keys() <= {"random_shift"}  # of images; it came between the runs
+    for name, found in sides.items():
         steps = {}
-        for line in result["lines"]:
-            assert len(line["returns"]) == result["config"]["eval_episodes"]
+        for line in found["lines"]:
+            assert len(line["returns"]) == found["config"]["eval_episodes"]
             steps.setdefault(line["seed"], []).append(line["step"])
-        updates = result["config"]["num_updates"]
+        updates = found["config"]["num_updates"]
         assert all(x == list(range(updates // 2, updates + 1, updates // 10)) for x in steps.values())
-        assert sorted(steps) == sorted(seed for source in result["sources"] for seed in source["seeds"])
-        for source in result["sources"]:
+        assert sorted(steps) == sorted(seed for source in found["sources"] for seed in source["seeds"])
+        for source in found["sources"]:
             assert len(source["commit"]) == 40 and source["command"].startswith("benchmarks/two_implementations.py")
-            assert side == "ours" or (source["versions"]["torch"] and source["corl"].startswith("https://github.com/"))
+            assert name == ours or (source["versions"]["torch"] and source["corl"].startswith("https://github.com/"))
 
 
-@pytest.mark.parametrize("algo", ALGOS)
-def test_the_page_has_the_tables_of_the_result_files(algo):
-    assert two.table(**dict(zip(("ours", "theirs"), results(algo).values(), strict=True))) in PAGE
+@pytest.mark.parametrize("ours", OURS)
+def test_the_page_has_the_tables_of_the_result_files(ours):
+    assert two.table(result(ours), result(ours.partition("-")[0] + "-corl")) in PAGE
+
+
+def test_what_the_page_concludes_is_so():
+    def found(ours, column):
+        corl = ours.partition("-")[0] + "-corl"
+        low, high = two.interval(*(two.values(result(name), column) for name in (ours, corl)))
+        return low <= 0 <= high, high - low
+
+    score, believed = "mean of the last five", "believed value"
+    assert found("td3_bc-ours", score)[0] and found("td3_bc-ours", score)[1] < 20
+    ours, corl = (np.mean(two.values(result(f"td3_bc-{side}"), believed)) for side in ("ours", "corl"))
+    assert 1.005 < ours / corl < 1.025 and not found("td3_bc-ours", believed)[0]
+    assert not found("iql-ours", score)[0] and not found("iql-ours", believed)[0]
+    assert found("iql-ours-torch", believed)[0] and found("iql-ours-torch", believed)[1] < 2
+    assert found("iql-ours-torch", score)[0] and found("iql-ours-torch", score)[1] > 20
+    ends = [two.values(result(path.stem), "last") for path in two.RESULTS.glob("*.json")]
+    assert all(np.mean(end) < 75 for end in ends)  # published: 101 and 107
