@@ -103,7 +103,7 @@ def episodes(runs, env, data, rows, number):
     expert = rows >= len(data.obs) // 2
 
     def policy(obs, *rest):
-        seen.append(obs)
+        seen.append(obs.copy())  # the environments write into the same array at every step
         return runs.act(obs, *rest)
 
     seeds = [run["seed"] for run in runs.runs]
