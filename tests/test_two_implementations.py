@@ -1,0 +1,157 @@
+"""benchmarks/two_implementations.py and falls.py: their arithmetic has known answers; the page has their numbers."""
+
+import json
+import pathlib
+import subprocess
+import sys
+import types
+
+import numpy as np
+import pytest
+import scipy.stats
+
+from common.datasets import Transition
+
+ROOT = pathlib.Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import falls  # noqa: E402
+import two_implementations as two  # noqa: E402
+
+PAGE = (ROOT / "benchmarks" / "standard.md").read_text()
+WORDS = " ".join(PAGE.split())
+FALLS = json.loads((ROOT / "benchmarks" / "results" / "falls-iql-hopper-medium-expert-v1.json").read_text())
+
+
+def results(algo):
+    return {side: json.loads((two.RESULTS / f"{algo}-{side}.json").read_text()) for side in ("ours", "corl")}
+
+
+ALGOS = sorted({path.name.rpartition("-")[0] for path in two.RESULTS.glob("*.json")})
+
+
+# --- Arithmetic ------------------------------------------------------------------------------------------
+
+
+def test_the_interval_is_welchs():
+    # means 2 and 4, variances 1 and 4: the difference has variance 1/3 + 4/3 = 5/3, and (25/9) / (1/18 + 16/18) = 50/17
+    # degrees of freedom
+    half = scipy.stats.t.ppf(0.975, 50 / 17) * (5 / 3) ** 0.5
+    assert two.interval([1, 2, 3], [2, 4, 6]) == pytest.approx((-2 - half, -2 + half))
+
+
+def lines(seed, scores, believed=1.0):
+    steps = range(10_000, 22_000, 2_000)
+    returns = {"returns": [0.0], "true_value": seed + 0.5, "believed_value": believed}
+    return [{"step": step, "seed": seed, "score": x, **returns} for step, x in zip(steps, scores, strict=True)]
+
+
+def test_one_number_of_each_seed():
+    result = {"lines": lines(1, [9, 1, 2, 3, 4, 10]) + lines(0, [7, 0, 0, 0, 0, 5])}
+    assert two.values(result, "mean of the last five") == [1, 4]
+    assert two.values(result, "last") == [5, 10]
+    assert two.values(result, "at half of the updates") == [7, 9]
+
+
+def test_the_table_says_whether_the_interval_holds_0():
+    ours = {"lines": lines(0, [50] * 6) + lines(1, [52] * 6, 1.5)}
+    theirs = {"lines": lines(0, [51] * 6, 9.0) + lines(1, [53] * 6, 9.5)}
+    rows = {row.split("|")[1].strip(): row for row in two.table(ours, theirs).splitlines()}
+    half = scipy.stats.t.ppf(0.975, 2) * 2**0.5
+    assert (
+        f"| 51.0 ± 1.4 (2) | 52.0 ± 1.4 (2) | -1.0 [{-1 - half:.1f}, {half - 1:.1f}] | yes | {2 * half:.1f} |"
+        in rows["last"]
+    )
+    assert "| no |" in rows["believed value"]
+
+
+def test_seeds_are_added_to_a_file_of_one_configuration(tmp_path, monkeypatch):
+    monkeypatch.setattr(two, "RESULTS", tmp_path)
+    options = two.Options("corl", "iql")
+    cfg, _ = two.configure(options)
+    assert (cfg.num_updates, cfg.eval_interval, cfg.expectile, cfg.tau) == (20_000, 2_000, 0.7, 0.005)
+    early = {"step": 8_000, "seed": 0, "score": 1.0, "returns": [1.0], "believed_value": 1.0, "true_value": 1.0}
+    two.keep(options, cfg, [early, *lines(0, [1.234] * 6)], {"commit": "a"})
+    two.keep(options, cfg, lines(3, [2] * 6), {"commit": "b"})
+    kept = json.loads((tmp_path / "iql-corl.json").read_text())
+    assert two.seeds_of(options) == {0, 3} and len(kept["lines"]) == 12  # not what came before half of the updates
+    assert kept["lines"][0]["score"] == 1.23 and [source["seeds"] for source in kept["sources"]] == [[0], [3]]
+    other, _ = two.configure(two.Options("corl", "iql", set=("beta=6",)))
+    with pytest.raises(SystemExit, match="another configuration"):
+        two.keep(options, other, lines(4, [2] * 6), {})
+
+
+def test_corls_file_is_loaded_without_its_other_packages_and_refused_if_changed(tmp_path, monkeypatch):
+    for name in ("d4rl", "gym", "pyrallis", "wandb", "corl_iql"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    path = tmp_path / "iql.py"
+    text = ["import d4rl, gym, pyrallis, wandb", "@pyrallis.wrap()", "def train(env: gym.Env):", "    wandb.init()"]
+    path.write_text("\n".join([*text, "X = 3", ""]))
+    assert two.load_corl(path).X == 3
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "a"]):
+        subprocess.run([*git, *command], check=True)
+    assert len(two.commit_of(path)) == 40
+    (tmp_path / "other").write_text("not of the file")
+    assert len(two.commit_of(path)) == 40
+    path.write_text("X = 4")
+    with pytest.raises(SystemExit, match="has changes"):
+        two.commit_of(path)
+
+
+def test_an_episodes_length_is_where_its_observation_stays():
+    obs = np.repeat(np.arange(10.0)[None, :, None], 3, axis=0)
+    obs[0, 5:] = 5  # five steps, to the sixth observation
+    obs[1, 9:] = obs[1, 8]
+    assert falls.lengths(obs).tolist() == [5, 8, 10]
+
+
+def test_where_a_policy_falls():
+    """Rows of the medium policy are at 0 and those of the expert at 10. Episode 0 leaves the expert at step 160."""
+    data = Transition(*(np.repeat([0.0, 10.0], 100)[:, None] + 0.01 * np.arange(200)[:, None] for _ in range(5)))
+    at = np.full((2, 1000), 10.0)
+    at[0, 160:200], at[0, 200:] = 0, 0
+    wiggle = 0.1 * (np.arange(1000) % 2)
+    at[0, :200], at[1] = at[0, :200] + wiggle[:200], at[1] + wiggle
+    at[0, 200:] = at[0, 199] + 0.05
+
+    class Env:
+        def evaluate(self, policy, seeds, number):
+            obs = np.empty((1, 2, 1))  # one array, written anew at every step, as the environments do
+            for step in range(1000):
+                obs[0, :, 0] = at[:, step]
+                policy(obs, step, None, None)
+            return types.SimpleNamespace(returns=np.array([[900.0, 3400.0]]))
+
+        def score(self, returns):
+            return returns / 34
+
+    runs = types.SimpleNamespace(runs=[{"seed": 4}], act=lambda *at: None)
+    (found,) = falls.episodes(runs, Env(), data, [np.arange(0, 100), np.arange(100, 200)], 2)
+    assert found["seed"] == 4 and found["falls"] == 1 and found["lengths"] == [200, 1000]
+    assert found["near_expert_in_steps_50_to_150"] == 1 and found["steps_from_the_expert_to_a_fall"] == [40]
+
+
+# --- The committed numbers -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("algo", ALGOS)
+def test_both_sides_had_the_same_settings_and_seeds(algo):
+    sides = results(algo)
+    assert sides["ours"]["config"] == sides["corl"]["config"]
+    for side, result in sides.items():
+        steps = {}
+        for line in result["lines"]:
+            assert len(line["returns"]) == result["config"]["eval_episodes"]
+            steps.setdefault(line["seed"], []).append(line["step"])
+        updates = result["config"]["num_updates"]
+        assert all(x == list(range(updates // 2, updates + 1, updates // 10)) for x in steps.values())
+        assert sorted(steps) == sorted(seed for source in result["sources"] for seed in source["seeds"])
+        for source in result["sources"]:
+            assert len(source["commit"]) == 40 and source["command"].startswith("benchmarks/two_implementations.py")
+            assert side == "ours" or (source["versions"]["torch"] and source["corl"].startswith("https://github.com/"))
+
+
+@pytest.mark.parametrize("algo", ALGOS)
+def test_the_page_has_the_tables_of_the_result_files(algo):
+    assert two.table(**dict(zip(("ours", "theirs"), results(algo).values(), strict=True))) in PAGE
