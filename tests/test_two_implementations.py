@@ -63,6 +63,8 @@ def test_the_table_says_whether_the_interval_holds_0():
         in rows["last"]
     )
     assert "| no |" in rows["believed value"]
+    (reverse,) = [row for row in two.table(theirs, ours).splitlines() if "believed value" in row]
+    assert "| 8.0 [" in reverse and "| no |" in reverse
 
 
 def test_seeds_are_added_to_a_file_of_one_configuration(tmp_path, monkeypatch):
