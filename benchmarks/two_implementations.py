@@ -4,6 +4,7 @@
     OTHER/bin/python benchmarks/two_implementations.py corl iql --checkout CORL
     python benchmarks/two_implementations.py compare iql
 
+"ours-torch" in the place of "ours": the same, but IQL's networks begin with weights as PyTorch draws them, like CORL's.
 CORL is a checkout of its repository; OTHER, an environment that has this project and torch. CORL's code is not in this
 project, and it is not changed: its networks, its buffer and its update are imported from its files and called. d4rl,
 gym, pyrallis and wandb, which these files import and their updates do not use, are empty modules here.
@@ -19,6 +20,7 @@ on. The mean of the last five has 50 episodes for each seed, hence less noise th
 
 import contextlib
 import dataclasses
+import functools
 import importlib
 import importlib.metadata
 import importlib.util
@@ -50,7 +52,7 @@ COLUMNS = {  # of a comparison: title, and what of the evaluations of one seed, 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    side: Annotated[Literal["ours", "corl", "compare"], tyro.conf.Positional]
+    side: Annotated[Literal["ours", "ours-torch", "corl", "compare"], tyro.conf.Positional]
     algo: Annotated[Literal["iql", "td3_bc"], tyro.conf.Positional]
     checkout: str = ""  # of CORL's repository, for "corl"
     seed: int = 0  # the first one; seeds that the result file has already are not trained again
@@ -62,11 +64,16 @@ class Options:
 
 def main(options: Options):
     if options.side == "compare":
-        print(table(*(json.loads(result_file(options, side).read_text()) for side in ("ours", "corl"))))
+        for file in sorted(RESULTS.glob(f"{options.algo}{options.name}-ours*.json")):
+            theirs = json.loads(result_file(options, "corl").read_text())
+            print(f"{file.stem}\n\n{table(json.loads(file.read_text()), theirs)}\n")
         return
     cfg, module = configure(options)
-    if options.side == "ours":
-        out = f"runs/two-implementations/{options.algo}{options.name}-{options.seed}-{options.num_seeds}"
+    if options.side != "corl":
+        if options.side == "ours-torch":
+            for name in ("GaussianActor", "Critic", "Value"):
+                setattr(module, name, functools.partial(getattr(module, name), initializer="torch"))
+        out = f"runs/two-implementations/{options.algo}{options.name}-{options.side}-{options.seed}-{options.num_seeds}"
         module.main(dataclasses.replace(cfg, out=out))
         lines = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
         about = json.loads((Path(out) / "config.json").read_text())

@@ -137,6 +137,42 @@ def test_where_a_policy_falls():
 # --- The committed numbers -------------------------------------------------------------------------------
 
 
+def test_the_page_says_what_was_measured_of_the_falls():
+    assert all("dirty" not in commit for commit in (FALLS["commit"], FALLS["run"]["commit"]))
+    medium, expert = (FALLS["data"][name] for name in falls.HALVES)
+    assert f"falls in {medium['falls']:,} of its {medium['episodes']:,} episodes" in WORDS
+    assert f"end within {medium['median_length']:.0f} steps. The expert has {expert['episodes']} episodes" in WORDS
+    assert expert["falls"] == 0 and expert["median_length"] == 1000 and FALLS["run"]["num_updates"] == 100_000
+    assert f"IQL is at about {np.mean(FALLS['run']['score_per_seed']):.0f} here" in WORDS
+
+    seeds = FALLS["episodes"]
+    early = np.mean([seed["near_expert_in_steps_50_to_150"] for seed in seeds])
+    assert f"expert's at {early:.0%} of the steps".replace("%", " %") in WORDS
+    length, returns, away = (
+        np.concatenate([seed[name] for seed in seeds])
+        for name in ("lengths", "returns", "steps_from_the_expert_to_a_fall")
+    )
+    fallen = length < 1000
+    assert f"{fallen.sum()} of the {len(length)} episodes end by a fall. Of these, {len(away)} last longer" in WORDS
+    assert f"the last {away.min()} to {away.max()} steps before the fall ({np.median(away):.0f} in the middle)" in WORDS
+    whole = f"The {(~fallen).sum()} episodes without a fall have returns of {returns[~fallen].mean():,.0f} on average"
+    assert f"{whole}; the expert's have {expert['mean_return']:,.0f}" in WORDS
+    scores = [f"{seed['score']:.0f}" for seed in seeds]
+    assert f"the three policies score {scores[0]}, {scores[1]} and {scores[2]}" in WORDS
+
+    v = {name: [seed[name]["v"] for seed in FALLS["weights"]] for name in falls.HALVES}
+    earned = {name: FALLS["weights"][0][name]["return_to_go"] for name in falls.HALVES}
+    assert f"$V$ is {min(v['expert']):.1f} to {max(v['expert']):.1f} on the expert's rows" in WORDS
+    assert f"have earned {earned['expert']:.1f}" in WORDS and f"above their {earned['medium']:.1f}" in WORDS
+    assert f"it is {min(v['medium']):.1f} to {max(v['medium']):.1f}, a little" in WORDS
+    begin = [half["discounted_return_from_the_start"] for half in (medium, expert)]
+    assert f"{begin[0]} with a discount of 0.99, which is {begin[0] / begin[1]:.0%}".replace("%", " %") in WORDS
+    assert f"the expert's {begin[1]}. Without" in WORDS
+    assert f"Without a discount it is {medium['mean_return'] / expert['mean_return']:.0%}".replace("%", " %") in WORDS
+    share = [round(100 * seed["share_of_weight_on_expert"]) for seed in FALLS["weights"]]
+    assert f"have {min(share)} to {max(share)} % of the weight" in WORDS
+
+
 @pytest.mark.parametrize("algo", ALGOS)
 def test_both_sides_had_the_same_settings_and_seeds(algo):
     sides = results(algo)
