@@ -305,12 +305,16 @@ def test_episodes_are_written_one_by_one(monkeypatch, tmp_path):
 
 
 def test_a_step_is_four_frames_and_an_environment_that_would_make_16_of_them_is_not_scored(emulator, root):
-    env, frames = gymnasium.make(atari.spec()), []
-    env.reset(seed=0)
+    env = gymnasium.make(atari.spec())
+    machine = env.unwrapped.ale
+    env.reset(seed=3)
+    frames = [machine.getEpisodeFrameNumber()]
     for _ in range(3):
         env.step(0)
-        frames.append(env.unwrapped.ale.getEpisodeFrameNumber())
-    assert np.diff(frames).tolist() == [4, 4]
+        frames.append(machine.getEpisodeFrameNumber())
+    assert frames == [0, 4, 8, 12]  # from the first one: no no-ops
+    settings = [machine.getFloat("repeat_action_probability"), machine.getInt("max_num_frames_per_episode")]
+    assert settings == [0.25, 108_000]
     # An emulator that repeats actions, within AtariPreprocessing, which repeats them too
     record((84, 84), "mine/screens-v0")
     spec = atari.spec()
