@@ -12,8 +12,9 @@ data (Machado et al., 2018, https://arxiv.org/abs/1709.06009):
     end          at 21 points of either side, a termination. After 27,000 steps (108,000 frames), a truncation.
 
 Behaviour: the script steers the paddle to where the ball will arrive, by its place and speed. A quarter of the actions
-is uniformly random instead. Each of these lasts 4 frames, and the paddle goes on sliding for some more, so that they
-cost most of the points: without them the script wins, and with them it loses.
+is uniformly random instead. Each of these lasts 4 frames, and the paddle goes on sliding for some more, so they cost
+points: the finished games of the data have returns from -14 to -2, and three games of the script alone -9, 4 and 13
+(`rollout(0.0, (1, k))` for k from 0 to 2). Random actions alone have -19, -20 and -20 (`rollout(1.0, (1, k))`).
 """
 
 from __future__ import annotations
