@@ -517,6 +517,8 @@ def test_the_rank_correlation_is_of_the_last_five_and_of_five_methods_or_more(st
     assert "(Spearman's, 5 methods): 0.70." in text
     four = [run for run in found.runs if run.method != "bc"]
     assert "Rank correlation" not in standard.page(four, [], ".", ".", tables.PUBLISHED)
+    assert standard.small(four, [], ".", ".", tables.PUBLISHED) == ""  # README compares as many, or shows nothing
+    assert standard.small(found.runs, [], ".", ".", tables.PUBLISHED)
 
 
 def test_the_standard_page_names_what_failed_and_begins_without_a_run(standard_runs):

@@ -14,7 +14,7 @@ from report.runs import Failure, Run, join, short, spread
 
 NAME = "standard"
 PROTOCOL = tomllib.loads((Path(__file__).parents[1] / "protocols.toml").read_text())[NAME]
-FEWEST = 5  # methods that a rank correlation is of
+FEWEST = 5  # methods that a rank correlation, and README's table, are of
 
 
 def last_five(run: Run) -> np.ndarray:
@@ -110,9 +110,9 @@ def foot(runs: list[Run], published: dict) -> str:
 
 
 def small(runs: list[Run], failures: list[Failure], results: str, root: str, published: dict) -> str:
-    """Markdown for README.md: one table of all datasets; nothing while there is no run."""
+    """Markdown for README.md: one table of all datasets; nothing while too few runs can be compared."""
     datasets = datasets_of(runs)
-    if not datasets:
+    if max((sum(run.dataset == dataset for run in runs) for dataset in datasets), default=0) < FEWEST:
         return ""
     methods = list(dict.fromkeys(run.method for run in runs))
     order = [method for method in PROTOCOL["methods"] if method in methods]
