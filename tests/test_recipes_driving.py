@@ -143,7 +143,11 @@ def test_what_is_paid_and_what_ends():
 
 @needs_highway
 def test_the_rule_beats_chance_and_what_it_is_scored_by():
-    mean = {behaviour: driving.returns(behaviour, 3, seed=2).mean() for behaviour in driving.NAMES}
+    episodes = {behaviour: [driving.rollout(behaviour, (2, k)) for k in range(3)] for behaviour in driving.NAMES}
+    for episode in (ends := sum(episodes.values(), [])):
+        assert episode.terminated == (episode.rewards[-1] < 0.4) and len(episode.rewards) <= 30  # 2/3 without a crash
+    assert {episode.terminated for episode in ends} == {True, False}
+    mean = {name: np.mean([episode.rewards.sum() for episode in played]) for name, played in episodes.items()}
     driving.check_rule(mean)
     low, high = driving.REFERENCES["random"], driving.REFERENCES["rule"]
     assert abs(mean["random"] - low) < 6 and abs(mean["rule"] - high) < 3
