@@ -1,5 +1,6 @@
 """benchmarks/two_implementations.py and falls.py: their arithmetic has known answers; the page has their numbers."""
 
+import importlib
 import json
 import pathlib
 import subprocess
@@ -80,6 +81,9 @@ def test_seeds_are_added_to_a_file_of_one_configuration(tmp_path, monkeypatch):
     assert kept["lines"][0]["score"] == 1.23 and [source["seeds"] for source in kept["sources"]] == [[0], [3]]
     with pytest.raises(SystemExit, match=r"has the seeds \[3\] already"):  # the file of ours
         (tmp_path / "iql-corl.json").rename(tmp_path / "iql-ours.json")
+        monkeypatch.setattr(
+            importlib.import_module("algos.iql"), "main", lambda cfg: pytest.fail("it trains them again")
+        )
         two.main(two.Options("ours", "iql", seed=1))
     (tmp_path / "iql-ours.json").rename(tmp_path / "iql-corl.json")
     other, _ = two.configure(two.Options("corl", "iql", set=("beta=6",)))
