@@ -60,6 +60,13 @@ def umaze(tmp_path_factory):
 
 
 @pytest.fixture
+def root(tmp_path, monkeypatch):
+    """An empty Minari root."""
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    return tmp_path
+
+
+@pytest.fixture
 def optimised():
     """XLA's optimisations, for tests that train for thousands of updates."""
     jax.config.update("jax_disable_most_optimizations", False)

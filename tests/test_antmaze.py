@@ -19,6 +19,7 @@ from common.datasets import load_dataset
 robotics = pytest.importorskip("gymnasium_robotics")
 gymnasium.register_envs(robotics)
 pytestmark = [
+    pytest.mark.usefixtures("root"),
     pytest.mark.filterwarnings("ignore::UserWarning"),  # Minari's, of missing authors
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # Gymnasium's: the recordings are of v4
 ]
@@ -30,12 +31,6 @@ MAPS = {  # of the recording, and of the evaluation
 }
 STEPS = 12  # of an evaluation, where Minari has 700
 EXPERT = 455.0  # Minari's experts stay at the goal, where each step is paid: their returns are hundreds
-
-
-@pytest.fixture(autouse=True)
-def root(tmp_path, monkeypatch):
-    """An empty Minari root."""
-    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
 
 
 def episode(number, rewards):

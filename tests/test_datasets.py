@@ -34,17 +34,13 @@ from common.environments import Spec
 from common.layouts import flatten, layout, sizes
 from common.recipes import rollouts
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # Minari's, of missing authors and descriptions
+pytestmark = [
+    pytest.mark.usefixtures("root"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),  # Minari's, of missing authors and descriptions
+]
 
 LABEL_ACTIONS = spaces.Box(0, 2048, (2,), np.float32)  # a power of two: labels are scaled without rounding
 NAME = "test/labelled-v0"
-
-
-@pytest.fixture(autouse=True)
-def root(tmp_path, monkeypatch):
-    """An empty Minari root."""
-    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
-    return tmp_path
 
 
 def labels(k, length):

@@ -38,17 +38,13 @@ from common.networks import (
 )
 from common.recipes import storage
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # Minari's, of missing authors and descriptions
+pytestmark = [
+    pytest.mark.usefixtures("root"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),  # Minari's, of missing authors and descriptions
+]
 NAME = "test/screens-v0"
 TAKE_IMAGES = ["bc", "dqn", "cql_discrete", "bcq_discrete", "iql", "awac", "crr"]
 SHIFT = ["bc", "iql"]
-
-
-@pytest.fixture(autouse=True)
-def root(tmp_path, monkeypatch):
-    """An empty Minari root."""
-    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
-    return tmp_path
 
 
 def start(seed, j):

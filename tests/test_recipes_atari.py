@@ -21,16 +21,12 @@ from common.environments import Interface
 from common.layouts import describe, grey
 from common.recipes import atari, storage
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # Minari's, of missing authors and descriptions
+pytestmark = [
+    pytest.mark.usefixtures("root"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),  # Minari's, of missing authors and descriptions
+]
 NAME = "atari/screens/expert-v0"
 COLOURS = (210, 160, 3)
-
-
-@pytest.fixture(autouse=True)
-def root(tmp_path, monkeypatch):
-    """An empty Minari root."""
-    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
-    return tmp_path
 
 
 @pytest.fixture

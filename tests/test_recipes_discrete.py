@@ -14,7 +14,10 @@ from common.datasets import load_dataset
 from common.environments import Spec
 from common.recipes import cartpole, rollouts, tabular, worker
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # Minari's, of missing authors and descriptions
+pytestmark = [
+    pytest.mark.usefixtures("root"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),  # Minari's, of missing authors and descriptions
+]
 
 
 class TwoStates(gymnasium.Env):
@@ -45,13 +48,6 @@ class TwoStates(gymnasium.Env):
 
 
 gymnasium.register("stitch-test/TwoStates-v0", entry_point=f"{__name__}:TwoStates", max_episode_steps=3)
-
-
-@pytest.fixture(autouse=True)
-def root(tmp_path, monkeypatch):
-    """An empty Minari root."""
-    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
-    return tmp_path
 
 
 @pytest.fixture

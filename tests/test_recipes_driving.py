@@ -18,13 +18,6 @@ needs_highway = pytest.mark.skipif(driving.missing(), reason="highway-env is not
 MIXED, STEPS = "stitch/driving-highway-mixed-v0", 60
 
 
-@pytest.fixture
-def root(tmp_path, monkeypatch):
-    """An empty Minari root."""
-    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
-    return tmp_path
-
-
 @pytest.fixture(scope="module")
 def mixed(tmp_path_factory):
     """A dataset of few steps."""

@@ -18,14 +18,10 @@ from common.recipes.worker import begin
 
 ROOT = Path(__file__).parents[1]
 GAMES = {"breakout": ((10, 10, 4), 3), "space_invaders": ((10, 10, 6), 4)}
-pytestmark = pytest.mark.filterwarnings("ignore")  # of the packages that draw MinAtar's pictures
-
-
-@pytest.fixture(autouse=True)
-def root(tmp_path, monkeypatch):
-    """An empty Minari root."""
-    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
-    return tmp_path
+pytestmark = [
+    pytest.mark.usefixtures("root"),
+    pytest.mark.filterwarnings("ignore"),  # of the packages that draw MinAtar's pictures
+]
 
 
 def weights_of(game):

@@ -22,13 +22,6 @@ needs_sumo = pytest.mark.skipif(ABSENT is not None, reason=f"SUMO is not here: i
 MIXED = "stitch/traffic-single-mixed-1k-v0"
 
 
-@pytest.fixture
-def root(tmp_path, monkeypatch):
-    """An empty Minari root."""
-    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
-    return tmp_path
-
-
 @pytest.fixture(scope="module")
 def mixed(tmp_path_factory):
     """A dataset of five episodes."""
