@@ -235,14 +235,17 @@ def test_the_table_of_learning_on_line_is_that_of_its_result_file():
 
 
 def test_the_table_of_acting_is_that_of_its_result_file():
-    file, mark = RESULTS / "act-speed.json", "<!-- report:speed-act"
-    shown = "Not measured yet."
-    if file.exists():
-        measured = json.loads(file.read_text())
-        assert "dirty" not in measured["commit"]
-        assert {row["algo"] for row in measured["results"]} == set(speed_act.ALGOS)
-        shown = speed_act.table(measured)
-    assert f"{mark}:begin -->\n{shown}\n{mark}:end -->" in page("speed.md")
+    measured, mark = json.loads((RESULTS / "act-speed.json").read_text()), "<!-- report:speed-act"
+    assert "dirty" not in measured["commit"]
+    assert {row["algo"] for row in measured["results"]} == set(speed_act.ALGOS)
+    text = " ".join(page("speed.md").split())
+    assert f"{mark}:begin -->\n{speed_act.table(measured)}\n{mark}:end -->" in page("speed.md")
+    times = {(x["algo"], x["protocol"], x["environments"]): np.array(x["milliseconds"]) for x in measured["results"]}
+    full = {algo: np.median(times[algo, "full", 1]) for algo in speed_act.ALGOS}
+    assert max(full, key=full.get) == "idql" and f"takes {full['idql']:.1f} ms" in text
+    assert f"it takes {np.median(times['idql', 'full', 160]) / 1000:.1f} s for each step" in text
+    ratio = np.median(times["fql", "full", 1] / times["iql", "full", 1])
+    assert f"call takes {ratio:.1f} times as long as IQL's" in text
 
 
 @pytest.mark.parametrize("file", ["speed-ensembles-cpu", "speed-ensembles-small-cpu"])
