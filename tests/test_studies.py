@@ -21,13 +21,13 @@ NAMES = (
     "ladder",
     "lower_bound",
     "model_exploitation",
+    "multimodality",
     "ope_bias_variance",
     "ope_intervals",
     "overestimation",
     "support",
     "when_rl_beats_cloning",
 )
-NAMES += ("multimodality",) if (STUDIES / "multimodality.json").exists() else ()
 
 
 def section(title):
@@ -801,7 +801,16 @@ def test_the_table_of_the_policies_is_that_of_its_result(study):
         "| flow | 0.20 (0.10 to 0.30) | 1.0 % | 75 % (50 to 100) | 50 % (25 to 75) | 5 | 1,234 µs | 6.8 µs |"
     )
     assert lines[3].startswith("| Gaussian | 0.20 (0.10 to 0.30) | 1.0 % | 0 % | – | 5 |")
-    page, shown = (STUDIES / "README.md").read_text(), "Not run yet."
-    if (STUDIES / "multimodality.json").exists():
-        shown = study.shown(json.loads((STUDIES / "multimodality.json").read_text()))
-    assert f"<!-- multimodality:begin -->\n{shown}\n<!-- multimodality:end -->\n" in page
+    page, result = (STUDIES / "README.md").read_text(), json.loads((STUDIES / "multimodality.json").read_text())
+    assert f"<!-- multimodality:begin -->\n{study.shown(result)}\n<!-- multimodality:end -->\n" in page
+
+
+@pytest.mark.parametrize("study", ["multimodality"], indirect=True)
+def test_what_the_text_says_of_two_modes_is_in_its_result(study):
+    text, found = section("Two ways"), json.loads((STUDIES / "multimodality.json").read_text())["results"]
+    between = {name: 100 * np.mean(row["between"]) for name, row in found.items()}
+    reached = {name: 100 * np.mean([x["reached"] for x in row["fork"]]) for name, row in found.items()}
+    assert min(found, key=lambda name: np.mean(found[name]["distance"])) == "flow"
+    assert between["Gaussian, mode"] == 100 and f"{between['flow']:.1f} % of its actions there" in text
+    assert round(between["diffusion"]) == 20 and "a fifth of its actions" in text
+    assert f"in {reached['Gaussian, mode']:.0f} % of its walks" in text and f"({reached['flow']:.0f} %)" in text
