@@ -807,7 +807,7 @@ def test_the_table_of_the_policies_is_that_of_its_result(study):
 
 @pytest.mark.parametrize("study", ["multimodality"], indirect=True)
 def test_what_the_text_says_of_two_modes_is_in_its_result(study):
-    text, found = section("Two ways"), json.loads((STUDIES / "multimodality.json").read_text())["results"]
+    text, found = section("Two ways round a block"), json.loads((STUDIES / "multimodality.json").read_text())["results"]
     between = {name: 100 * np.mean(row["between"]) for name, row in found.items()}
     reached = {name: 100 * np.mean([x["reached"] for x in row["fork"]]) for name, row in found.items()}
     assert min(found, key=lambda name: np.mean(found[name]["distance"])) == "flow"
