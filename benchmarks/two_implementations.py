@@ -69,6 +69,7 @@ def main(options: Options):
             print(f"{file.stem}\n\n{table(json.loads(file.read_text()), theirs)}\n")
         return
     cfg, module = configure(options)
+    begun(options, cfg)  # refuses another configuration before anything is trained
     if options.side != "corl":
         if both := sorted(seeds_of(options) & set(range(cfg.seed, cfg.seed + cfg.num_seeds))):
             raise SystemExit(f"{result_file(options)} has the seeds {both} already: choose another --seed.")
@@ -84,6 +85,8 @@ def main(options: Options):
     from common.environments import provenance
 
     path = Path(options.checkout) / "algorithms" / "offline" / f"{options.algo}.py"
+    if not path.exists():
+        raise SystemExit(f"{path} is not there: give the folder of CORL's repository as --checkout.")
     source = provenance()
     source["versions"]["torch"] = importlib.metadata.version("torch")
     source["device"] = "1 x cpu, 1 thread"
@@ -223,14 +226,20 @@ def seeds_of(options):
     return {line["seed"] for line in json.loads(file.read_text())["lines"]} if file.exists() else set()
 
 
-def keep(options, cfg, lines, source):
-    """Adds seeds to the result file, which is of one configuration."""
+def begun(options, cfg):
+    """What the result file has so far. It is of one configuration, and refused where that is not `cfg`."""
     file = result_file(options)
     config = {"algo": options.algo, **dataclasses.asdict(cfg), "out": "", "hidden": list(cfg.hidden)}
     config = {name: value for name, value in config.items() if name not in ("seed", "num_seeds")}
     result = json.loads(file.read_text()) if file.exists() else {"config": config, "sources": [], "lines": []}
     if any(config[name] != value for name, value in result["config"].items()):  # a field may have come since then
         raise SystemExit(f"{file} has another configuration: choose a --name.")
+    return result
+
+
+def keep(options, cfg, lines, source):
+    """Adds seeds to the result file."""
+    result = begun(options, cfg)
     columns = ("score", "returns", "believed_value", "true_value")
     for line in [line for line in lines if 2 * line["step"] >= cfg.num_updates]:
         numbers = {name: np.round(line[name], 2).tolist() for name in columns}
@@ -238,7 +247,7 @@ def keep(options, cfg, lines, source):
     seeds = sorted({line["seed"] for line in lines})
     result["sources"].append({"seeds": seeds, **source})
     text = json.dumps(result, indent=1)
-    write(file, text + "\n")
+    write(result_file(options), text + "\n")
 
 
 def values(result, column) -> list[float]:

@@ -1,5 +1,6 @@
 """benchmarks/two_implementations.py and falls.py: their arithmetic has known answers; the page has their numbers."""
 
+import dataclasses
 import importlib
 import json
 import pathlib
@@ -89,6 +90,25 @@ def test_seeds_are_added_to_a_file_of_one_configuration(tmp_path, monkeypatch):
     other, _ = two.configure(two.Options("corl", "iql", set=("beta=6",)))
     with pytest.raises(SystemExit, match="another configuration"):
         two.keep(options, other, lines(4, [2] * 6), {})
+
+
+@pytest.mark.parametrize("side", ["ours", "corl"])
+def test_what_cannot_be_kept_is_not_trained(tmp_path, monkeypatch, side):
+    monkeypatch.setattr(two, "RESULTS", tmp_path)
+    options = two.Options(side, "iql", seed=5, checkout=str(tmp_path))
+    cfg, module = two.configure(options)
+    monkeypatch.setattr(module, "main", lambda cfg: pytest.fail("it trains"))
+    monkeypatch.setattr(module, "load_data", lambda cfg: pytest.fail("it loads the data, to train"))
+    two.keep(options, cfg, lines(0, [2] * 6), {"commit": "a"})
+    if side == "corl":
+        with pytest.raises(SystemExit, match=r"iql.py is not there: give the folder of CORL's repository"):
+            two.main(options)
+        (tmp_path / "algorithms" / "offline").mkdir(parents=True)
+        (tmp_path / "algorithms" / "offline" / "iql.py").write_text("")
+        monkeypatch.setattr(two, "commit_of", lambda path: "a" * 40)
+        monkeypatch.setattr(two.importlib.metadata, "version", lambda name: "1")  # of torch, which is not here
+    with pytest.raises(SystemExit, match="another configuration: choose a --name"):
+        two.main(dataclasses.replace(options, num_updates=40_000))
 
 
 def test_corls_file_is_loaded_without_its_other_packages_and_refused_if_changed(tmp_path, monkeypatch):
