@@ -9,7 +9,7 @@ Weights   Of IQL: by which weights is each half cloned, and does V believe what 
 Episodes  The last policy of each seed plays, by its mode. At every step, of which half is the nearest row of the data?
           Near: by the distance of observations, each dimension divided by its standard deviation, of 50,000 rows of
           each half. Asked of the steps 50 to 150; and, of the episodes of more than 150 steps that end by a fall, how
-          many steps before it the last one was near the expert's rows.
+          many steps before it the last one was near the expert's rows. One that never was is left out there.
 
 The numbers go to --out. What is nearest depends on the distance and tells no cause by itself.
 """
@@ -49,6 +49,9 @@ def main(options: Options):
     seen, env = module.load_data(runs.cfg)  # the rows as the algorithm sees them
     raw, _ = load_dataset(runs.cfg.dataset, columns=("episode", "start", "end", "return_to_go"), discount=0.99)
     rng, half = np.random.default_rng(0), len(raw.reward) // 2
+    if "-medium-expert-" not in runs.cfg.dataset or half < ROWS:
+        few = f"a medium-expert dataset of {2 * ROWS:,} rows or more"
+        raise SystemExit(f"{options.run} is of {runs.cfg.dataset}, {len(raw.reward):,} rows: give a run on {few}.")
     rows = [rng.choice(np.arange(k * half, (k + 1) * half), ROWS, replace=False) for k in range(2)]
     result = {"algo": algo, "dataset": runs.cfg.dataset, "run": run_of(options.run), **provenance()}
     result["data"] = {name: of_data(raw, k * half, (k + 1) * half) for k, name in enumerate(HALVES)}
@@ -115,7 +118,8 @@ def episodes(runs, env, data, rows, number):
         length = lengths(obs)
         fallen = length < LIMIT
         near = [expert[tree.query(x[:n] / scale)[1]] for x, n in zip(obs, length, strict=True)]
-        away = [np.argmax(x[::-1]) for x, fell in zip(near, fallen, strict=True) if fell and len(x) > 150]
+        left = [x for x, fell in zip(near, fallen, strict=True) if fell and len(x) > 150 and x.any()]
+        away = [np.argmax(x[::-1]) for x in left]
         middle = [x[50:150].mean() for x in near if len(x) > 150]
         numbers = {"seed": seed, "score": round(float(env.score(returns).mean()), 1), "falls": int(fallen.sum())}
         numbers["near_expert_in_steps_50_to_150"] = round(float(np.mean(middle)), 3)

@@ -136,30 +136,44 @@ def test_an_episodes_length_is_where_its_observation_stays():
     assert falls.lengths(obs).tolist() == [5, 8, 10]
 
 
+@pytest.mark.parametrize("name, rows", [("hopper-medium-v1", 100_000), ("hopper-medium-expert-20k-v1", 99_998)])
+def test_a_run_on_other_data_is_refused(tmp_path, monkeypatch, name, rows):
+    (tmp_path / "config.json").write_text('{"config": {"algo": "iql"}}')
+    data = types.SimpleNamespace(reward=np.zeros(rows))
+    runs = types.SimpleNamespace(cfg=types.SimpleNamespace(dataset=name))
+    iql = types.SimpleNamespace(restore=lambda *_: runs, load_data=lambda cfg: (data, None))
+    monkeypatch.setattr(falls.importlib, "import_module", lambda name: iql)
+    monkeypatch.setattr(falls, "load_dataset", lambda *_, **__: (data, None))
+    with pytest.raises(SystemExit, match=f"is of {name}, {rows:,} rows: give a run on .* of 100,000 rows"):
+        falls.main(falls.Options(tmp_path))
+
+
 def test_where_a_policy_falls():
-    """Rows of the medium policy are at 0 and those of the expert at 10. Episode 0 leaves the expert at step 160."""
+    """Rows of the medium policy are at 0 and those of the expert at 10. Episode 0 leaves the expert at step 160, and
+    episode 2 is never near the expert."""
     data = Transition(*(np.repeat([0.0, 10.0], 100)[:, None] + 0.01 * np.arange(200)[:, None] for _ in range(5)))
-    at = np.full((2, 1000), 10.0)
+    at = np.full((3, 1000), 10.0)
     at[0, 160:200], at[0, 200:] = 0, 0
     wiggle = 0.1 * (np.arange(1000) % 2)
     at[0, :200], at[1] = at[0, :200] + wiggle[:200], at[1] + wiggle
     at[0, 200:] = at[0, 199] + 0.05
+    at[2, :300], at[2, 300:] = wiggle[:300], 0.05
 
     class Env:
         def evaluate(self, policy, seeds, number):
-            obs = np.empty((1, 2, 1))  # one array, written anew at every step, as the environments do
+            obs = np.empty((1, 3, 1))  # one array, written anew at every step, as the environments do
             for step in range(1000):
                 obs[0, :, 0] = at[:, step]
                 policy(obs, step, None, None)
-            return types.SimpleNamespace(returns=np.array([[900.0, 3400.0]]))
+            return types.SimpleNamespace(returns=np.array([[900.0, 3400.0, 700.0]]))
 
         def score(self, returns):
             return returns / 34
 
     runs = types.SimpleNamespace(runs=[{"seed": 4}], act=lambda *at: None)
-    (found,) = falls.episodes(runs, Env(), data, [np.arange(0, 100), np.arange(100, 200)], 2)
-    assert found["seed"] == 4 and found["falls"] == 1 and found["lengths"] == [200, 1000]
-    assert found["near_expert_in_steps_50_to_150"] == 1 and found["steps_from_the_expert_to_a_fall"] == [40]
+    (found,) = falls.episodes(runs, Env(), data, [np.arange(0, 100), np.arange(100, 200)], 3)
+    assert found["seed"] == 4 and found["falls"] == 2 and found["lengths"] == [200, 300, 1000]
+    assert found["near_expert_in_steps_50_to_150"] == 0.667 and found["steps_from_the_expert_to_a_fall"] == [40]
 
 
 # --- The committed numbers -------------------------------------------------------------------------------
