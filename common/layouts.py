@@ -171,8 +171,8 @@ def sizes(observation, action, steps, episodes, columns=()):
     if "image" in observation:  # a byte for each number, in memory twice: as read, and as frames
         images = (steps + episodes + (observation["padding"] == "zero")) * int(np.prod(image_shape(observation)))
         return rows + images + 4 * steps * (observation["frames"] + 1), 2 * images
-    obs_dim = width(observation)  # three times: as read, as obs and as next_obs
-    return rows + 8 * steps * obs_dim, 4 * steps * (3 * obs_dim + 3 * action_dim + 8)
+    obs_dim = width(observation)  # four times: as read, as obs, as next_obs and, of these, while it is copied
+    return rows + 8 * steps * obs_dim, 16 * steps * (obs_dim + action_dim + 5)
 
 
 def check_memory(dataset_id, spaces, steps, episodes, columns, on_device):
