@@ -20,7 +20,8 @@ from PIL import Image
 from plot import read_config, restore  # benchmarks/plot.py
 from sweep import write  # benchmarks/sweep.py
 
-from common.environments import tasks_of
+from common.environments import HANDS, tasks_of
+from common.recipes.adroit import as_in_d4rl
 from common.recipes.worker import begin, with_goal
 
 WIDTH = 320  # pixels of the GIF, at most
@@ -81,6 +82,8 @@ def make_env(dataset_id: str, render_mode: str | None = None):
             dataset = minari.load_dataset(dataset_id)
         except (FileNotFoundError, ValueError) as error:
             raise SystemExit(f"{dataset_id} is not in Minari's folder: a run on it builds or downloads it.") from error
+        if dataset_id.startswith(HANDS):  # as the evaluations of the run
+            dataset._eval_env_spec = as_in_d4rl(dataset._eval_env_spec or dataset.env_spec)
         return dataset.recover_environment(eval_env=True, render_mode=render_mode, disable_env_checker=True)
 
 

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import gymnasium
+import gymnasium_robotics
 import jax
 import minari
 import numpy as np
@@ -16,6 +17,11 @@ from common import recipes
 from common.datasets import DatasetError, load_dataset
 from common.environments import D4RL_REFERENCE_SCORES
 from common.recipes import adroit, rollouts
+from common.recipes.worker import begin
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import play  # noqa: E402
 
 TASKS = list(adroit.TASKS)
 RECORD = json.loads((Path(__file__).parents[1] / "benchmarks" / "behaviour" / "adroit.json").read_text())
@@ -148,6 +154,7 @@ def test_limits_are_d4rls(task, experts):
 @pytest.mark.parametrize("task", ["pen", "hammer"])
 def test_minaris_recordings_are_evaluated_as_in_d4rl(task):
     """Their own environments are gymnasium-robotics'. Data of another name keep what their file says."""
+    gymnasium.register_envs(gymnasium_robotics)
     env = gymnasium.make(adroit.TASKS[task].env_id, max_episode_steps=300)
     for name in (f"D4RL/{task}/human-v2", f"mine/{task}-v0"):
         end = np.arange(4) == 3
@@ -167,6 +174,11 @@ def test_minaris_recordings_are_evaluated_as_in_d4rl(task):
         assert evaluation.probe() and evaluation._limit == ({"pen": 100}.get(task, 200) if "D4RL" in name else 300)
         returns[name] = evaluation.evaluate(still, [0], 1, max_steps=20).returns.item()
         evaluation._dismiss()
+        env = play.make_env(name)  # the same as the evaluation's
+        begin(env, *play.starts(0, 1)[0])
+        rewards = [env.step(np.zeros(env.action_space.shape, np.float32))[1] for _ in range(20)]
+        assert sum(rewards) == pytest.approx(returns[name]) and env.spec.max_episode_steps == evaluation._limit
+        env.close()
     d4rl, own = returns.values()
     assert (d4rl == own) == (task == "pen") and d4rl <= own  # the sign
 
