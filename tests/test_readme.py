@@ -458,7 +458,10 @@ def test_what_the_page_on_learning_on_line_says():
     assert f"IQL falls from {maze['iql'][0]} to {maze['iql'][1000]}" in page_text
     assert f"from {maze['wsrl'][0]} to {maze['wsrl'][1000]}" in page_text
     assert f"IQL has {hopper['iql'][5000]} after 5,000" in page_text
-    assert all(float(x["awac"][5000]) > float(x["iql"][5000]) for x in (maze, hopper))
+    fell, rose = sorted(runs["hopper", "iql"].scores)[:2], max(runs["hopper", "iql"].scores)
+    assert f"fell to {fell[0]:.1f} and {fell[1]:.1f}, and the third rose to {rose:.1f}" in page_text
+    cartpole = {method: curve for (data, method), curve in shown.items() if data == "cartpole"}
+    assert all(float(x["awac"][5000]) > float(x["iql"][5000]) for x in (maze, hopper, cartpole))
     assert f"{maze['rlpd'][5000]} after 5,000" in page_text and f"({hopper['rlpd'][5000]})" in page_text
     assert f"Cal-QL has {hopper['cal_ql'][0]} at the switch and CQL {hopper['cql'][0]}" in page_text
     folder = RESULTS / "finetune" / "hopper-medium-replay-100k-v0"
