@@ -79,7 +79,7 @@ def provenance():
     """What a result depends on besides its configuration and data, for config.json; None where that is not known."""
     versions, commit = {}, None
     simulators = "gymnasium", "gymnasium-robotics", "mujoco"
-    of_extras = "minatar", "ale-py", "sumo-rl", "libsumo", "highway-env", "overcooked-ai"
+    of_extras = "icu-sepsis", "ogbench", "minatar", "ale-py", "sumo-rl", "libsumo", "highway-env", "overcooked-ai"
     for name in ("jax", "flax", "optax", "numpy", "minari", *simulators, *of_extras):
         versions[name] = None
         with suppress(importlib.metadata.PackageNotFoundError):

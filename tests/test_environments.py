@@ -848,7 +848,7 @@ def test_summary_and_sentence(root):
 def test_provenance_without_git_or_packages(monkeypatch, tmp_path):
     here = provenance()
     assert set(here) == {"command", "commit", "versions"} and here["versions"]["numpy"] == np.__version__
-    extras = {"minatar", "ale-py", "sumo-rl", "libsumo", "highway-env", "overcooked-ai"}
+    extras = {"icu-sepsis", "ogbench", "minatar", "ale-py", "sumo-rl", "libsumo", "highway-env", "overcooked-ai"}
     assert {"mujoco", *extras} <= here["versions"].keys()
     assert here["commit"] is None or re.fullmatch(r"[0-9a-f]{40}(-dirty)?", here["commit"])
     real = environments.importlib.metadata.version
