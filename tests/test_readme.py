@@ -167,6 +167,13 @@ def test_the_table_of_the_main_job_is_that_of_the_result_files():
     assert f"TD3+BC has {score['td3_bc']['score_mean']:.1f} because" in " ".join(README.split())
 
 
+def test_a_protocol_that_has_no_results_yet_has_none():
+    of = dict(re.findall(r"^- \*\*([a-z]+)\*\*(.*?)(?=^- |^#)", page("protocols.md"), re.M | re.S))
+    assert {"images", "atari", "full"} <= of.keys()
+    for name, text in of.items():
+        assert "no results of it" not in " ".join(text.split()) or not (RESULTS / name).exists(), name
+
+
 def test_the_tables_of_the_standard_protocol_are_those_of_its_result_files():
     if (RESULTS / standard.NAME).is_dir():
         report.main(report.Options(standard.NAME, check=True))
