@@ -82,9 +82,12 @@ def make_env(dataset_id: str, render_mode: str | None = None):
             dataset = minari.load_dataset(dataset_id)
         except (FileNotFoundError, ValueError) as error:
             raise SystemExit(f"{dataset_id} is not in Minari's folder: a run on it builds or downloads it.") from error
+        spec = dataset._eval_env_spec or dataset.env_spec
         if dataset_id.startswith(HANDS):  # as the evaluations of the run
-            dataset._eval_env_spec = as_in_d4rl(dataset._eval_env_spec or dataset.env_spec)
-        return dataset.recover_environment(eval_env=True, render_mode=render_mode, disable_env_checker=True)
+            dataset._eval_env_spec = as_in_d4rl(spec)
+        takes_mode = render_mode or (spec and "render_mode" in spec.kwargs)  # some environments have no such argument
+        options = {"render_mode": render_mode} if takes_mode else {}
+        return dataset.recover_environment(eval_env=True, disable_env_checker=True, **options)
 
 
 def drawn_env(dataset_id: str):

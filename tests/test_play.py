@@ -5,6 +5,7 @@ import pathlib
 import sys
 import types
 
+import gymnasium
 import numpy as np
 import pytest
 from gymnasium import spaces
@@ -161,9 +162,41 @@ def test_the_limit_of_an_episode(monkeypatch):
 def test_it_plays_in_the_environment_for_evaluation(monkeypatch):
     asked = {}
     dataset = types.SimpleNamespace(recover_environment=lambda **options: asked.update(options))
+    dataset.env_spec = dataset._eval_env_spec = None
     monkeypatch.setattr("minari.load_dataset", lambda name: dataset)
     play.make_env("own/counter-v0", "rgb_array")
     assert asked["eval_env"] is True and asked["render_mode"] == "rgb_array"
+
+
+class Bare(gymnasium.Env):
+    """Cannot be drawn, and has no argument that says how."""
+
+    observation_space, action_space = spaces.Box(-1, 1, (2,)), spaces.Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        return np.zeros(2, np.float32), {}
+
+
+class Window(Bare):
+    metadata = {"render_modes": ["human"]}
+
+    def __init__(self, render_mode):
+        self.render_mode = render_mode
+
+
+@pytest.mark.filterwarnings("ignore")  # Gymnasium's, of a render mode that Bare has not
+def test_an_environment_that_takes_no_render_mode_is_played_without_a_picture(monkeypatch):
+    def stored(entry_point, **kwargs):
+        spec = gymnasium.envs.registration.EnvSpec("own/env-v0", entry_point=entry_point, kwargs=kwargs)
+        make = lambda eval_env, **options: gymnasium.make(spec, **options)  # noqa: E731
+        dataset = types.SimpleNamespace(env_spec=spec, _eval_env_spec=None, recover_environment=make)
+        monkeypatch.setattr("minari.load_dataset", lambda name: dataset)
+
+    stored(Bare)
+    env, why_not = play.drawn_env("own/env-v0")
+    assert isinstance(env.unwrapped, Bare) and why_not.startswith("the environment cannot be drawn here (TypeError: ")
+    stored(Window, render_mode="human")  # as it was recorded: no window is opened
+    assert play.make_env("own/env-v0").unwrapped.render_mode is None
 
 
 @pytest.mark.parametrize(

@@ -47,9 +47,9 @@ class Crossing(gymnasium.Env):
 
     observation_space = gymnasium.spaces.Box(0, 1, (21,), np.float32)
     action_space = gymnasium.spaces.Discrete(len(GREEN))
+    process = None
 
     def __init__(self):
-        self.process = None
         if absent := missing():
             raise EnvironmentFailure(f"it needs {absent}")
         code = f"import sys; sys.path[:] = {sys.path!r}; from common.recipes.traffic_env import serve; serve()"
