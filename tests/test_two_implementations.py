@@ -215,6 +215,17 @@ def test_the_page_says_what_was_measured_of_the_falls():
     assert f"have {min(share)} to {max(share)} % of the weight" in WORDS
 
 
+def test_the_page_says_how_td3_bc_rises():
+    lines = ROOT / "benchmarks/results/standard/hopper-medium-expert-v1/td3_bc/metrics.jsonl"
+    at = {}
+    for line in map(json.loads, lines.read_text().splitlines()):
+        at.setdefault(line["step"], []).append(line["score"])
+    means = [np.mean(at[step]) for step in (50_000, 70_000, 90_000, 100_000)]
+    first, second, third, last = (f"{mean:.1f}" for mean in means)
+    assert f"is {first} after 50,000 updates, {second} after 70,000, {third} after 90,000 and {last} at the end" in WORDS
+    assert np.mean(means[:2]) < 80 < min(means[2:])
+
+
 @pytest.mark.parametrize("ours", OURS)
 def test_both_sides_had_the_same_settings(ours):
     sides = {name: result(name) for name in (ours, ours.partition("-")[0] + "-corl")}
