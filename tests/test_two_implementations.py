@@ -221,8 +221,8 @@ def test_the_page_says_how_td3_bc_rises():
     for line in map(json.loads, lines.read_text().splitlines()):
         at.setdefault(line["step"], []).append(line["score"])
     means = [np.mean(at[step]) for step in (50_000, 70_000, 90_000, 100_000)]
-    first, second, third, last = (f"{mean:.1f}" for mean in means)
-    assert f"is {first} after 50,000 updates, {second} after 70,000, {third} after 90,000 and {last} at the end" in WORDS
+    half, then, late, end = (f"{mean:.1f}" for mean in means)
+    assert f"is {half} after 50,000 updates, {then} after 70,000, {late} after 90,000 and {end} at the end" in WORDS
     assert np.mean(means[:2]) < 80 < min(means[2:])
 
 
