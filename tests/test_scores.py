@@ -1,0 +1,94 @@
+"""benchmarks/scores.md: what it says of a table is in the committed result files."""
+
+import json
+import pathlib
+
+import numpy as np
+
+BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
+WORDS = " ".join((BENCHMARKS / "scores.md").read_text().split())
+
+
+def lines(cell, evaluation=-1):
+    """Of each seed, its line of an evaluation."""
+    text = (BENCHMARKS / "results" / cell / "metrics.jsonl").read_text()
+    rows = [json.loads(line) for line in text.splitlines()]
+    step = sorted({row["step"] for row in rows})[evaluation]
+    return [row for row in rows if row["step"] == step]
+
+
+def column(cell, name, evaluation=-1):
+    return np.concatenate([np.atleast_1d(row[name]) for row in lines(cell, evaluation)])
+
+
+def both_ends(numbers, places=0):
+    return f"{min(numbers):.{places}f} to {max(numbers):.{places}f}".replace("-", "−")
+
+
+def test_play():
+    def solved(method, evaluation=-1):  # -1 in each of 200 steps until then
+        return (column(f"play/cube-single-play-100k-v0/{method}", "returns", evaluation) > -200).sum()
+
+    fql, iql = solved("fql"), solved("iql")
+    assert f"FQL puts the cube to its place in {fql} of 30 episodes and IQL in {iql}" in WORDS
+    assert solved("fql", 0) == 0 and f"and IQL {solved('iql', 0)} episodes" in WORDS
+    assert solved("ifql") < min(fql, iql) and solved("bc") == solved("rebrac") == 0
+    believed = column("play/cube-single-play-100k-v0/rebrac", "believed_value")
+    assert f"critics believe −{-max(believed):.0f} to −{-min(believed):.0f}, and nobody" in WORDS
+    puzzle = {name: column(f"play/puzzle-3x3-play-200k-v0/{name}", "score") for name in ("fql", "iql")}
+    worst = f"({min(puzzle['fql']):.1f}) is a little below the best of IQL's ({max(puzzle['iql']):.1f})"
+    assert worst in WORDS and f"the worst of IQL's (−{-min(puzzle['iql']):.1f})" in WORDS
+    still = column("play/scene-play-200k-v0/iql", "returns")
+    fql = column("play/scene-play-200k-v0/fql", "returns")
+    assert (still == max(still)).sum() == 29 and "in 29 of 30 episodes" in WORDS
+    assert f"FQL earns more in {(fql > max(still)).sum()} episodes, and less in {(fql < max(still)).sum()}" in WORDS
+
+
+def test_images():
+    def of(game, method, name="score"):
+        return column(f"images/minatar-{game}-mixed-v0/{method}", name)
+
+    for game in ("breakout", "space-invaders"):
+        assert all(of(game, name).mean() > of(game, "bc").mean() for name in ("iql", "cql_discrete", "bcq_discrete"))
+    iql, bc = of("breakout", "iql"), of("breakout", "bc")
+    assert f"({min(iql):.1f}) is above the best of cloning ({max(bc):.1f})" in WORDS
+    assert min(of("space-invaders", "dqn")) >= 100 <= min(of("space-invaders", "bcq_discrete"))
+    assert max(of("space-invaders", "bc")) < 66
+    believed, true = (of("space-invaders", "dqn", name) for name in ("believed_value", "true_value"))
+    assert f"believes {believed.mean():.1f} where its policy gets {both_ends(true)}" in WORDS
+    believed, true = (of("breakout", "dqn", name) for name in ("believed_value", "true_value"))
+    assert f"believes {both_ends(believed, 1)} and gets {both_ends(true, 1)}" in WORDS
+
+
+def test_atari():
+    methods = "bc", "bcq_discrete", "cql_discrete", "iql"
+    bc, *_, iql = (lines(f"atari/atari-pong-scripted-v0/{method}")[0] for method in methods)
+    assert all((column(f"atari/atari-pong-scripted-v0/{method}", "returns") == -21).all() for method in methods)
+    assert f"The loss of BC is {bc['actor_loss']:.2f}" in WORDS and abs(bc["actor_loss"] + iql["log_prob"]) < 0.01
+
+
+def test_driving():
+    def of(method, name):
+        return column(f"driving/driving-highway-mixed-5k-v0/{method}", name)
+
+    assert f"each earns {min(of('iql', 'returns')):.0f} to {max(of('iql', 'returns')):.1f}" in WORDS
+    believed, true = of("cql_discrete", "believed_value"), of("cql_discrete", "true_value")
+    assert f"values of {both_ends(believed)}, where its episodes earn {both_ends(true)}, discounted" in WORDS
+
+
+def test_hands():
+    def of(data, method, name="score", evaluation=-1):
+        return column(f"hands/adroit-{data}-100k-v0/{method}", name, evaluation)
+
+    iql = [f"{of(f'{task}-expert', 'iql').mean():.1f}" for task in ("door", "hammer")]
+    assert f"({iql[0]} and {iql[1]}, published" in WORDS
+    assert f"On hammer its seeds go from {both_ends(of('hammer-expert', 'bc'), 1)}" in WORDS
+    cloned = [f"{task}-cloned" for task in ("door", "hammer", "relocate")]
+    falls = [of(data, "iql") < of(data, "iql", evaluation=0) for data in cloned]
+    grows = [of(data, "iql", "believed_value") / of(data, "iql", "believed_value", 0) for data in cloned]
+    assert np.sum(falls) == 8 and f"become {both_ends(np.concatenate(grows), 1)} times as large" in WORDS
+    rebrac = [f"{of(f'{task}-expert', 'rebrac').mean():.1f}" for task in ("door", "hammer")]
+    assert f"it has {rebrac[0]} and {rebrac[1]}, where" in WORDS
+    assert f"(`bc_loss`) is {of('door-expert', 'rebrac', 'bc_loss').mean():.1f} on door" in WORDS
+    believed, true = (of("door-expert", "rebrac", name) for name in ("believed_value", "true_value"))
+    assert f"{both_ends(believed)} where door's episodes start, and its policy gets {both_ends(true)}" in WORDS
