@@ -1,13 +1,14 @@
-"""Two implementations on the same arrays: IQL and TD3+BC of CORL (https://github.com/corl-team/CORL), and ours.
+"""Two implementations on the same arrays: IQL, TD3+BC, CQL and ReBRAC of CORL, and ours.
 
     python benchmarks/two_implementations.py ours iql
     OTHER/bin/python benchmarks/two_implementations.py corl iql --checkout CORL
     python benchmarks/two_implementations.py compare iql
 
 "ours-torch" in the place of "ours": the same, but IQL's networks begin with weights as PyTorch draws them, like CORL's.
-CORL is a checkout of its repository; OTHER, an environment that has this project and torch. CORL's code is not in this
-project, and it is not changed: its networks, its buffer and its update are imported from its files and called. d4rl,
-gym, pyrallis and wandb, which these files import and their updates do not use, are empty modules here.
+CORL is a checkout of https://github.com/corl-team/CORL; OTHER, an environment that has this project and torch (ReBRAC
+needs none: it is in JAX there, too). CORL's code is not in this project, and it is not changed: its networks, its
+buffer and its update are imported from its files and called. d4rl, gym, pyrallis and wandb, which these files import
+and their updates do not use, are empty modules here.
 
 Equal on both sides: the arrays that `load_data` of our file returns, hence what is done to observations and rewards;
 the settings, which are the `standard` protocol's; the seeds' numbers, the environment, where each episode starts, and
@@ -53,7 +54,7 @@ COLUMNS = {  # of a comparison: title, and what of the evaluations of one seed, 
 @dataclasses.dataclass(frozen=True)
 class Options:
     side: Annotated[Literal["ours", "ours-torch", "corl", "compare"], tyro.conf.Positional]
-    algo: Annotated[Literal["iql", "td3_bc"], tyro.conf.Positional]
+    algo: Annotated[Literal["iql", "td3_bc", "cql", "rebrac"], tyro.conf.Positional]
     checkout: str = ""  # of CORL's repository, for "corl"
     seed: int = 0  # the first one; CORL's seeds that the result file has already are not trained again
     num_seeds: int = 5
@@ -68,6 +69,8 @@ def main(options: Options):
             theirs = json.loads(result_file(options, "corl").read_text())
             print(f"{file.stem}\n\n{table(json.loads(file.read_text()), theirs)}\n")
         return
+    if options.side == "ours-torch" and options.algo != "iql":
+        raise SystemExit('"ours-torch" is for iql alone: the other files begin with PyTorch\'s weights already.')
     cfg, module = configure(options)
     begun(options, cfg)  # refuses another configuration before anything is trained
     if options.side != "corl":
@@ -88,8 +91,9 @@ def main(options: Options):
     if not path.exists():
         raise SystemExit(f"{path} is not there: give the folder of CORL's repository as --checkout.")
     source = provenance()
-    source["versions"]["torch"] = importlib.metadata.version("torch")
-    source["device"] = "1 x cpu, 1 thread"
+    if options.algo != "rebrac":
+        source["versions"]["torch"] = importlib.metadata.version("torch")
+        source["device"] = "1 x cpu, 1 thread"
     source["corl"] = "https://github.com/corl-team/CORL at " + commit_of(path)
     data, env = module.load_data(cfg)
     for seed in range(cfg.seed, cfg.seed + cfg.num_seeds):
@@ -112,6 +116,21 @@ def configure(options: Options):
 
 def train(corl, algo, cfg, data, env, seed):
     """The evaluations of one seed of CORL, each as a line of our metrics.jsonl."""
+    make = {"iql": make_iql, "td3_bc": make_td3_bc, "cql": make_cql}
+    both = make_rebrac(corl, cfg, data, seed) if algo == "rebrac" else in_torch(make[algo], corl, cfg, data, seed)
+    update, policy, believed = both  # update: eval_interval gradient steps
+    lines = []
+    for step in range(cfg.eval_interval, cfg.num_updates + 1, cfg.eval_interval):
+        update()
+        if 2 * step >= cfg.num_updates:
+            columns = env.measure(policy, believed, [seed], cfg.eval_episodes, cfg.discount)
+            lines.append({"step": step, "seed": seed, **{name: x[0].tolist() for name, x in columns.items()}})
+            print(f"seed {seed}, {step} updates: score {lines[-1]['score']:.1f}", flush=True)
+    return lines
+
+
+def in_torch(make, corl, cfg, data, seed):
+    """(update, policy, believed) of one of CORL's files in PyTorch."""
     import torch
 
     torch.set_num_threads(1)
@@ -128,7 +147,11 @@ def train(corl, algo, cfg, data, env, seed):
             }
         )
     corl.set_seed(seed)
-    trainer, mode, q = {"iql": make_iql, "td3_bc": make_td3_bc}[algo](corl, cfg, obs_dim, action_dim)
+    trainer, mode, q = make(corl, cfg, obs_dim, action_dim)
+
+    def update():
+        for _ in range(cfg.eval_interval):
+            trainer.train(buffer.sample(cfg.batch_size))
 
     @torch.no_grad()
     def policy(obs, step, memory, reward):
@@ -139,14 +162,7 @@ def train(corl, algo, cfg, data, env, seed):
         obs, action = torch.as_tensor(obs), torch.as_tensor(np.asarray(action))
         return q(obs.flatten(0, 1), action.flatten(0, 1)).reshape(action.shape[:2]).numpy()
 
-    lines = []
-    for step in range(1, cfg.num_updates + 1):
-        trainer.train(buffer.sample(cfg.batch_size))
-        if step % cfg.eval_interval == 0 and 2 * step >= cfg.num_updates:
-            columns = env.measure(policy, believed, [seed], cfg.eval_episodes, cfg.discount)
-            lines.append({"step": step, "seed": seed, **{name: x[0].tolist() for name, x in columns.items()}})
-            print(f"seed {seed}, {step} updates: score {lines[-1]['score']:.1f}", flush=True)
-    return lines
+    return update, policy, believed
 
 
 def make_iql(corl, cfg, obs_dim, action_dim):
@@ -192,6 +208,99 @@ def make_td3_bc(corl, cfg, obs_dim, action_dim):
         alpha=cfg.alpha,
     )
     return trainer, nets[0], lambda *at: torch.minimum(nets[1](*at), nets[2](*at))
+
+
+def make_cql(corl, cfg, obs_dim, action_dim):
+    """As make_iql."""
+    import torch
+
+    defaults = corl.TrainConfig()
+    actor = corl.TanhGaussianPolicy(
+        obs_dim, action_dim, 1.0, defaults.policy_log_std_multiplier, orthogonal_init=defaults.orthogonal_init
+    )
+    layers = len(cfg.hidden)
+    critics = [corl.FullyConnectedQFunction(obs_dim, action_dim, defaults.orthogonal_init, layers) for _ in range(2)]
+    trainer = corl.ContinuousCQL(
+        *(x for net in critics for x in (net, torch.optim.Adam(net.parameters(), lr=cfg.learning_rate))),
+        actor,
+        torch.optim.Adam(actor.parameters(), lr=cfg.actor_learning_rate),
+        target_entropy=cfg.target_entropy * action_dim,
+        discount=cfg.discount,
+        policy_lr=cfg.actor_learning_rate,  # of the temperature
+        soft_target_update_rate=cfg.tau,
+        bc_steps=0,
+        backup_entropy=cfg.backup_entropy,
+        cql_n_actions=cfg.num_samples,
+        cql_alpha=cfg.weight,
+    )
+    return trainer, lambda obs: actor(obs, deterministic=True)[0], lambda *at: torch.minimum(*(q(*at) for q in critics))
+
+
+def make_rebrac(corl, cfg, data, seed):
+    """(update, policy, believed), with the settings of our Config."""
+    import jax
+    import jax.numpy as jnp
+    import optax
+
+    jax.tree_map = jax.tree.map  # the file calls it by its old name
+    names = {"states": "obs", "actions": "action", "rewards": "reward", "next_states": "next_obs"}
+    names |= {"next_actions": "next_action", "dones": "terminal"}
+    buffer = corl.ReplayBuffer(data={name: jnp.asarray(getattr(data, ours)) for name, ours in names.items()})
+    key, actor_key, critic_key = jax.random.split(jax.random.PRNGKey(seed), 3)
+    width, layers = cfg.hidden[0], len(cfg.hidden)
+    nets = [
+        corl.DetActor(data.action.shape[1], width, layernorm=False, n_hiddens=layers),
+        corl.EnsembleCritic(width, num_critics=2, layernorm=cfg.layer_norm, n_hiddens=layers),
+    ]
+    actor_params = nets[0].init(actor_key, data.obs[:1])
+    actor = corl.ActorTrainState.create(
+        apply_fn=nets[0].apply,
+        params=actor_params,
+        target_params=actor_params,
+        tx=optax.adam(cfg.actor_learning_rate),
+    )
+    critic_params = nets[1].init(critic_key, data.obs[:1], data.action[:1])
+    critic = corl.CriticTrainState.create(
+        apply_fn=nets[1].apply,
+        params=critic_params,
+        target_params=critic_params,
+        tx=optax.adam(cfg.critic_learning_rate),
+    )
+    settings = dict(gamma=cfg.discount, actor_bc_coef=cfg.actor_beta, critic_bc_coef=cfg.critic_beta, tau=cfg.tau)
+    settings |= dict(policy_noise=cfg.policy_noise, noise_clip=cfg.noise_clip)
+    both = functools.partial(corl.update_td3, **settings, normalize_q=True)
+    critic_alone = functools.partial(corl.update_td3_no_targets, **settings)
+    logged = "critic_loss", "q_min", "actor_loss", "bc_mse_policy", "bc_mse_random", "action_mse"
+
+    @jax.jit
+    def interval(carry, buffer):
+        def step(i, carry):
+            key, actor, critic, metrics = carry
+            key, key_batch = jax.random.split(key)
+            batch = buffer.sample_batch(key_batch, cfg.batch_size)
+            turns = [lambda *at, f=f: f(*at[:3], batch, metrics=at[3]) for f in (both, critic_alone)]
+            return jax.lax.cond(i % cfg.policy_delay == 0, *turns, key, actor, critic, metrics)
+
+        return jax.lax.fori_loop(0, cfg.eval_interval, step, carry)
+
+    carry = key, actor, critic, corl.Metrics.create(logged)
+
+    def update():
+        nonlocal carry
+        carry = interval(carry, buffer)
+
+    act = jax.jit(nets[0].apply)
+    q = jax.jit(lambda params, *at: nets[1].apply(params, *at).min(axis=0))
+
+    def policy(obs, step, memory, reward):
+        return np.asarray(act(carry[1].params, obs)), memory
+
+    def believed(obs, action):
+        obs, action = np.asarray(obs), np.asarray(action)
+        q_of = q(carry[2].params, obs.reshape(-1, obs.shape[-1]), action.reshape(-1, action.shape[-1]))
+        return np.asarray(q_of).reshape(action.shape[:2])
+
+    return update, policy, believed
 
 
 def load_corl(path: Path):

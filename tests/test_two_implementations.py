@@ -111,6 +111,11 @@ def test_what_cannot_be_kept_is_not_trained(tmp_path, monkeypatch, side):
         two.main(dataclasses.replace(options, num_updates=40_000))
 
 
+def test_other_weights_are_for_iql_alone():
+    with pytest.raises(SystemExit, match="is for iql alone"):
+        two.main(two.Options("ours-torch", "td3_bc"))
+
+
 def test_corls_file_is_loaded_without_its_other_packages_and_refused_if_changed(tmp_path, monkeypatch):
     for name in ("d4rl", "gym", "pyrallis", "wandb", "corl_iql"):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
