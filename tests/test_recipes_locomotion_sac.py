@@ -39,7 +39,7 @@ def hopper(tmp_path, monkeypatch):
     """A behaviour file of hopper alone, of four policies, of which the third is medium; and a Minari root."""
     steps = np.array([10, 30, 50, 90])
     weights = {name: array.astype(np.float16) for name, array in random_weights(4).items()}
-    np.savez_compressed(tmp_path / "hopper-sac.npz", **weights, step=steps, medium=2)
+    np.savez_compressed(tmp_path / "hopper-sac.npz", **weights, step=steps, medium=2, expert_return=np.ones(1))
     monkeypatch.setattr(locomotion_sac, "BEHAVIOUR", tmp_path)
     locomotion_sac.load.cache_clear(), locomotion_sac.policy.cache_clear()
     # Other processes would look for the file in its own place
@@ -131,30 +131,41 @@ def test_reference_scores_are_d4rls():
 
 
 def test_tasks_with_a_behaviour_file_are_offered_and_others_end_in_one_sentence(hopper, monkeypatch):
-    assert locomotion_sac.tasks() == ["hopper"]
+    assert [task for task in locomotion.TASKS if locomotion_sac.qualities(task)] == ["hopper"]
     monkeypatch.setattr(recipes, "RECIPES", {k: v for k, v in recipes.RECIPES.items() if not k.endswith("-v1")})
     for name in ("stitch/walker2d-medium-replay-v1", "stitch/walker2d-medium-replay-20k-v1"):
         v0 = name.removesuffix("1") + "0"
-        with pytest.raises(ValueError, match=rf"^{name} needs policies of SAC .*walker2d-sac.npz\): use {v0},.*\.$"):
+        with pytest.raises(ValueError, match=rf"^{name} needs the policies .* on walker2d, .* yet: use {v0},.*\.$"):
             recipes.build(name)
-        with pytest.raises(DatasetError, match=f"^{name} needs policies of SAC .*use {v0}"):
+        with pytest.raises(DatasetError, match=f"^{name} needs the policies .*use {v0}"):
             load_dataset(name)
     for name in ("stitch/walker2d-middling-v1", "stitch/ant-medium-v1", "stitch/hopper-medium-v2"):
         with pytest.raises(ValueError, match="No recipe"):
             recipes.build(name)
 
 
+def test_a_training_without_an_expert_offers_the_data_that_need_none(hopper, monkeypatch):
+    arrays = {name: array[:3] for name, array in locomotion_sac.load("hopper").items() if name[0] in "wb"}
+    np.savez_compressed(hopper / "hopper-sac.npz", **arrays, step=np.array([10, 30, 50]), medium=2)
+    assert locomotion_sac.qualities("hopper") == ["random", "medium", "medium-replay"]
+    locomotion_sac.load.cache_clear()
+    assert locomotion_sac.snapshots("hopper", "medium-replay") == [0, 1, 2]
+    monkeypatch.setattr(recipes, "RECIPES", {k: v for k, v in recipes.RECIPES.items() if not k.endswith("expert-v1")})
+    with pytest.raises(ValueError, match=r"^stitch/hopper-medium-expert-v1 needs the expert policy that SAC trained"):
+        recipes.build("stitch/hopper-medium-expert-v1")
+
+
 def test_every_quality_of_a_committed_task_has_a_recipe_of_a_million_transitions():
     offered = [name for name in recipes.RECIPES if name.endswith("-v1")]
     assert sorted(offered) == sorted(
-        f"stitch/{task}-{quality}-v1" for task in locomotion_sac.tasks() for quality in locomotion_sac.QUALITIES
+        f"stitch/{task}-{quality}-v1" for task in locomotion.TASKS for quality in locomotion_sac.qualities(task)
     )
     for name in offered:
         assert recipes.find(name).num_transitions == 1_000_000
         assert recipes.find(name.replace("-v1", "-20k-v1")).num_transitions == 20_000
 
 
-@pytest.mark.parametrize("task", locomotion_sac.tasks())
+@pytest.mark.parametrize("task", [task for task in locomotion.TASKS if locomotion_sac.qualities(task)])
 def test_committed_policies_are_those_of_their_definitions(task):
     behaviour = locomotion_sac.load(task)
     record = json.loads((BEHAVIOUR / f"{task}-sac.json").read_text())
@@ -165,14 +176,20 @@ def test_committed_policies_are_those_of_their_definitions(task):
     assert json.loads(json.dumps(trained)) == record["training"]["config"]
     random_steps, mean = record["training"]["config"]["random_steps"], behaviour["curve_return"].mean(1)
     bar = float(record["command"].partition("--expert-return ")[2] or measure_sac.EXPERT_RETURNS[task])
-    kept, medium = measure_sac.choose(behaviour["curve_step"], mean, random_steps, bar)
+    levels = measure_sac.MEDIUM_RETURNS[task], bar
+    kept, medium = measure_sac.choose(behaviour["curve_step"], mean, random_steps, *levels)
     np.testing.assert_array_equal(behaviour["step"], behaviour["curve_step"][kept])
-    assert medium == behaviour["medium"] and len(behaviour["step"]) == measure_sac.REPLAY + 1
+    assert medium == behaviour["medium"] == measure_sac.REPLAY - 1
+    names = ["medium", "expert"][: len(kept) - medium]
+    assert locomotion_sac.qualities(task) == [
+        x for x in locomotion_sac.QUALITIES if x.split("-")[-1] in ("random", "replay", *names)
+    ]
     assert all(behaviour[name].dtype == np.float16 for name in locomotion_sac.Policy._fields)
     np.testing.assert_allclose(
         [policy["return_mean"] for policy in record["policies"]], behaviour["return"].mean(1), atol=0.051
     )
-    for name in ("medium", "expert"):
+    assert [name for name in ("medium", "expert") if name in record] == names
+    for name in names:
         assert abs(record[name]["return_mean"] - behaviour[f"{name}_return"].mean()) < 0.051
     assert (BEHAVIOUR / f"{task}-sac.png").exists()
 
@@ -182,41 +199,48 @@ def test_committed_policies_are_those_of_their_definitions(task):
 
 def test_the_choice_is_d4rls():
     """Of a policy each 10 steps, of which two never acted: the expert is the last one at 90 or more, not the last
-    of all; medium is the first one at a third of its 93 or more that acted."""
+    of all; medium is the first one at 31 or more that acted."""
     steps, returns = np.arange(0, 1000, 10), np.arange(100.0)
     returns[93:] = 80
     returns[96] = 93.0
     returns[1] = 70.0  # chance, of a policy that has not acted
-    kept, medium = measure_sac.choose(steps, returns, 20, 90)
+    kept, medium = measure_sac.choose(steps, returns, 20, 31, 90)
     assert steps[kept[-1]] == 960 and steps[kept[medium]] == 310
     assert medium == 29 and kept[:30].tolist() == list(range(2, 32))
 
 
 def test_the_choice_is_d4rls_at_the_edge():
     steps, returns = np.arange(0, 1000, 10), np.arange(100.0)
-    kept, medium = measure_sac.choose(steps, returns, 0, 99)
-    assert steps[kept[-1]] == 990 and steps[kept[medium]] == 330  # exactly a third
+    kept, medium = measure_sac.choose(steps, returns, 0, 33, 99)
+    assert steps[kept[-1]] == 990 and steps[kept[medium]] == 330
     assert len(kept) == 31 and (np.diff(kept) > 0).all() and kept[0] == 0
     assert np.diff(kept[:30]).max() <= 2  # evenly
 
 
 def test_a_replay_is_even_over_the_steps_where_policies_were_kept_more_often_at_first():
     steps = np.concatenate([np.arange(0, 300, 2), np.arange(300, 1001, 10)])
-    kept, medium = measure_sac.choose(steps, steps.astype(float), 10, 1000)
+    kept, medium = measure_sac.choose(steps, steps.astype(float), 10, 1000 / 3, 1000)
     assert steps[kept[0]] == 10 and steps[kept[medium]] == 340
     assert np.abs(steps[kept[:30]] - np.linspace(10, 340, 30)).max() <= 5
 
 
 @pytest.mark.parametrize(
-    "bar, sentence",
+    "level, sentence",
     [
-        (99, r"The medium policy is that of step 330, and 24 policies .* train again with --early-interval 7 or less"),
+        (33, r"The medium policy is that of step 330, and 24 policies .* train again with --early-interval 7 or less"),
         (500, r"No policy has a mean return of 500; the best has 99, at step 990: train longer"),
     ],
 )
-def test_what_a_training_lacks_is_said_in_one_sentence(bar, sentence):
+def test_what_a_training_lacks_is_said_in_one_sentence(level, sentence):
     with pytest.raises(SystemExit, match=sentence):
-        measure_sac.choose(np.arange(0, 1000, 10), np.arange(100.0), 100, bar)
+        measure_sac.choose(np.arange(0, 1000, 10), np.arange(100.0), 100, level, 99)
+
+
+def test_without_an_expert_the_medium_policy_is_the_same():
+    steps, returns = np.arange(0, 1000, 10), np.arange(100.0)
+    kept, medium = measure_sac.choose(steps, returns, 0, 33, 100)  # no policy has a return of 100
+    later, _ = measure_sac.choose(np.arange(0, 1200, 10), np.arange(120.0), 0, 33, 100)
+    assert steps[kept[-1]] == 330 and medium == 29 and kept.tolist() == later[:-1].tolist()
 
 
 def test_a_finished_training_becomes_the_three_files(tmp_path, monkeypatch, capsys):
@@ -264,6 +288,14 @@ def test_a_finished_training_becomes_the_three_files(tmp_path, monkeypatch, caps
     assert record["training"]["command"].endswith("--task hopper --num-steps 40 --random-steps 10")
     assert str(tmp_path) not in json.dumps(record) and "place on" not in json.dumps(record)
     assert record["command"] == "python benchmarks/behaviour/measure_sac.py --task hopper --expert-return 0.1"
+    # Without an expert
+    monkeypatch.setattr(measure_sac, "choose", lambda *_: (np.array([1, 2, 3]), 2))
+    measure_sac.main(cfg)
+    with np.load(tmp_path / "hopper-sac.npz") as file:
+        assert file["step"].tolist() == [10, 20, 30] and "expert_return" not in file.files
+        np.testing.assert_array_equal(file["medium_return"], kept["medium_return"])
+    record = json.loads((tmp_path / "hopper-sac.json").read_text())
+    assert record["medium"]["step"] == 30 and "expert" not in record
     # A second time plays what has no returns yet
     monkeypatch.setattr(measure_sac, "play", lambda task, policies, episodes: np.full((len(policies), episodes), 7.0))
     policies, file = [None] * 6, training / "returns.npz"
@@ -271,4 +303,6 @@ def test_a_finished_training_becomes_the_three_files(tmp_path, monkeypatch, caps
     np.testing.assert_array_equal(curve, kept["curve_return"])
     curve = measure_sac.curve_of("hopper", policies, np.append(steps, 50), file)
     np.testing.assert_array_equal(curve, np.vstack([kept["curve_return"], [7, 7]]))
-    assert (tmp_path / "hopper-sac.png").exists() and "expert: {'step': 40" in capsys.readouterr().out
+    assert (tmp_path / "hopper-sac.png").exists()
+    printed = capsys.readouterr().out
+    assert "expert: {'step': 40" in printed and "expert: none yet" in printed

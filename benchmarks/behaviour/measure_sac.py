@@ -8,9 +8,12 @@ the training's folder, and the same command goes on), and writes
     benchmarks/behaviour/TASK-sac.png       the learning curve
     benchmarks/behaviour/TASK-sac.json      returns, the settings of the training, versions and commits
 
-expert         the last policy whose mean return is at least --expert-return
-medium         the first one whose mean return is a third of the expert's or more
+expert         the last policy whose mean return is at least --expert-return; there may be none yet
+medium         the first one whose mean return is a third of an expert's or more (MEDIUM_RETURNS)
 medium-replay  30 policies, evenly over the steps from the first one that acted in training to the medium one
+
+A training that has its medium policy and no expert is enough for the datasets that need none. It can go on, with a
+larger --num-steps, and be measured again: the medium policy stays the same.
 
 All returns are of policies in half precision, as they are kept, and of episodes with the policy's own noise, as in the
 data.
@@ -46,6 +49,8 @@ REFERENCE_EPISODES = 100  # of the medium and of the expert policy, to report
 EVAL_SEED = 2**31  # apart from those of the data
 # D4RL's experts have 3234, 4592 and 12135. Ours of halfcheetah may be worse: its returns still grow after many hours
 EXPERT_RETURNS = {"hopper": 3200.0, "walker2d": 4500.0, "halfcheetah": 9000.0}
+# A third of our expert's on hopper, and of D4RL's on the tasks whose medium policy is older than their expert
+MEDIUM_RETURNS = {"hopper": 3448.0 / 3, "walker2d": 4592.3 / 3, "halfcheetah": 12135.0 / 3}
 
 
 @dataclass(frozen=True)
@@ -91,19 +96,18 @@ def curve_of(task, policies, steps, file):
     return np.stack([known[step] for step in steps.tolist()])
 
 
-def choose(steps, returns, random_steps, expert_return):
-    """(indices of the policies to keep, in order; the place of the medium one among them).
+def choose(steps, returns, random_steps, medium_return, expert_return):
+    """(indices of the policies to keep, in order; the place of the medium one among them). An expert is the last one.
 
     `steps`, `returns`: (policies,) steps of the training, and mean returns.
     """
-    good = np.flatnonzero(returns >= expert_return)
-    if not len(good):
+    first = np.searchsorted(steps, random_steps)
+    if returns[first:].max() < medium_return:
         raise SystemExit(
-            f"No policy has a mean return of {expert_return:g}; the best has {returns.max():.0f}, at step "
-            f"{steps[returns.argmax()]}: train longer (--num-steps), or lower --expert-return."
+            f"No policy has a mean return of {medium_return:.0f}; the best has {returns[first:].max():.0f}, at step "
+            f"{steps[first + returns[first:].argmax()]}: train longer (--num-steps)."
         )
-    expert, first = good[-1], np.searchsorted(steps, random_steps)
-    medium = first + np.argmax(returns[first:] >= returns[expert] / 3)
+    medium, good = first + np.argmax(returns[first:] >= medium_return), np.flatnonzero(returns >= expert_return)
     wanted = np.linspace(steps[first], steps[medium], REPLAY)
     replay = np.unique(np.abs(steps[:, None] - wanted).argmin(axis=0))
     if len(replay) < REPLAY:
@@ -112,24 +116,31 @@ def choose(steps, returns, random_steps, expert_return):
             f"The medium policy is that of step {steps[medium]}, and {medium - first + 1} policies that acted until "
             f"then were kept, where medium-replay needs {REPLAY}: train again with --early-interval {interval} or less."
         )
-    return np.append(replay, expert), REPLAY - 1
+    return np.append(replay, good[-1:]), REPLAY - 1
 
 
 def measure(cfg, snapshots, random_steps, training):
     """What goes into the .npz file."""
     policies, steps = policies_of(snapshots), snapshots["step"]
     curve = curve_of(cfg.task, policies, steps, training / "returns.npz")
-    kept, medium = choose(steps, curve.mean(axis=1), random_steps, cfg.expert_return or EXPERT_RETURNS[cfg.task])
-    medium_return, expert_return = play(cfg.task, [policies[kept[medium]], policies[kept[-1]]], REFERENCE_EPISODES)
+    levels = MEDIUM_RETURNS[cfg.task], cfg.expert_return or EXPERT_RETURNS[cfg.task]
+    kept, medium = choose(steps, curve.mean(axis=1), random_steps, *levels)
+    named = {"medium_return": kept[medium]} | ({"expert_return": kept[-1]} if len(kept) > medium + 1 else {})
+    played = play(cfg.task, [policies[i] for i in named.values()], REFERENCE_EPISODES)
     return {name: snapshots[name][kept].astype(np.float16) for name in locomotion_sac.Policy._fields} | {
         "step": steps[kept],
         "return": curve[kept],  # (kept policies, CURVE_EPISODES)
         "medium": medium,
-        "medium_return": medium_return,  # (REFERENCE_EPISODES,)
-        "expert_return": expert_return,
+        **dict(zip(named, played, strict=True)),  # (REFERENCE_EPISODES,) each
         "curve_step": steps,
         "curve_return": curve,  # (all policies, CURVE_EPISODES)
     }
+
+
+def places(behaviour):
+    """Where the medium policy is among those that are kept, and the expert, if there is one."""
+    places = {"medium": int(behaviour["medium"]), "expert": len(behaviour["step"]) - 1}
+    return {name: i for name, i in places.items() if f"{name}_return" in behaviour}
 
 
 def draw(path, task, behaviour):
@@ -140,7 +151,7 @@ def draw(path, task, behaviour):
     axes.plot(steps, returns.mean(-1), color="#0072B2", linewidth=1, label="mean, and 10 to 90 % of the episodes")
     step, kept = behaviour["step"], behaviour["return"].mean(-1)
     axes.plot(step, kept, ".", color="#0072B2", label="kept policies")
-    for name, i in {"medium": behaviour["medium"], "expert": -1}.items():
+    for name, i in places(behaviour).items():
         axes.plot(step[i], kept[i], "o", color="#D55E00")
         mean = behaviour[f"{name}_return"].mean()
         axes.annotate(f"{name}: {mean:.0f}", (step[i], kept[i]), (6, -12), textcoords="offset points")
@@ -179,8 +190,10 @@ def record_of(cfg, behaviour, saved, progress):
             "seconds": round(saved["seconds"]),
             **{name: progress[name] for name in ("commit", "device", "versions") if name in progress},
         },
-        "medium": {"step": int(behaviour["step"][behaviour["medium"]]), **about(behaviour["medium_return"])},
-        "expert": {"step": int(behaviour["step"][-1]), **about(behaviour["expert_return"])},
+        **{
+            name: {"step": int(behaviour["step"][i]), **about(behaviour[f"{name}_return"])}
+            for name, i in places(behaviour).items()
+        },
         "episodes": {"policies": CURVE_EPISODES, "medium and expert": REFERENCE_EPISODES},
         "policies": [{"step": step, **about(returns)} for step, returns in policies],
     }
@@ -207,7 +220,7 @@ def main(cfg):
     record = record_of(cfg, behaviour, saved, json.loads((training / "progress.json").read_text()))
     (HERE / f"{cfg.task}-sac.json").write_text(json.dumps(record, indent=1) + "\n")
     for name in ("medium", "expert"):
-        print(f"{name}: {record[name]}")
+        print(f"{name}: {record.get(name, 'none yet; a longer training (--num-steps) may have one')}")
 
 
 if __name__ == "__main__":

@@ -66,8 +66,8 @@ RECIPES: dict[str, Recipe] = {
     },
     **{
         f"stitch/{task}-{quality}-v1": Recipe(functools.partial(locomotion_sac.write, task, quality), 1_000_000)
-        for task in locomotion_sac.tasks()
-        for quality in locomotion_sac.QUALITIES
+        for task in locomotion.TASKS
+        for quality in locomotion_sac.qualities(task)
     },
     **{
         f"stitch/open-bandit-{log}-{campaign}-v0": Recipe(functools.partial(open_bandit.write, log, campaign), 10_000)
@@ -123,9 +123,10 @@ def not_yet(dataset_id: str) -> str | None:
     name = re.fullmatch(r"stitch/([a-z0-9]+)-([a-z-]+?)(-[1-9]\d*[km])?-v1", dataset_id)
     if not name or name[1] not in locomotion.TASKS or name[2] not in locomotion_sac.QUALITIES or find(dataset_id):
         return None
+    missing = "the expert policy" if locomotion_sac.qualities(name[1]) else "the policies"
     return (
-        f"{dataset_id} needs policies of SAC that are not in this version yet "
-        f"(common/recipes/behaviour/{name[1]}-sac.npz): use {dataset_id.removesuffix('1')}0, of weaker policies."
+        f"{dataset_id} needs {missing} that SAC trained on {name[1]}, which this version does not have yet: "
+        f"use {dataset_id.removesuffix('1')}0, of weaker policies."
     )
 
 

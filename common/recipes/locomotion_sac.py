@@ -1,7 +1,8 @@
 """Hopper, Walker2d and HalfCheetah again, with policies that are about as good as D4RL's: version v1.
 
     random          uniform actions
-    medium          the first policy whose return, over 20 episodes, is a third of the expert's or more
+    medium          the first policy whose return, over 20 episodes, is a third of an expert's or more (of ours on
+                    hopper, of D4RL's on the others, whose data came before their experts)
     medium-replay   what training had seen until then: uniform actions, then 30 policies up to the medium one, evenly
                     over the steps of the training and in their order, as many transitions of each
     medium-expert   medium, then expert: half of the transitions each
@@ -10,7 +11,8 @@
 
 The policies are of one run of SAC for each task (benchmarks/behaviour/train_sac.py), and measured and chosen by
 benchmarks/behaviour/measure_sac.py; returns, learning curve and versions lie next to these two. They are kept as arrays
-in half precision in behaviour/*-sac.npz, and evaluated here in NumPy. A task whose file is not there has no recipe.
+in half precision in behaviour/*-sac.npz, and evaluated here in NumPy. A task without a file has no recipe yet, and one
+whose training has not reached its expert has only those that need none.
 
 Every action is a draw from the policy, as in SAC's training: a Gaussian whose mean and standard deviation depend on the
 state, squashed by tanh. Ends of episodes are those of v0 (locomotion.py).
@@ -38,7 +40,7 @@ from common.recipes import locomotion, storage
 BEHAVIOUR = Path(__file__).parent / "behaviour"
 QUALITIES = {
     "random": "uniform actions",
-    "medium": "the first policy of SAC whose return is a third of the expert's",
+    "medium": "the first policy of SAC whose return is a third of an expert's",
     "medium-replay": "uniform actions and policies of SAC up to the medium one, as in its training",
     "medium-expert": "the medium and the expert policy of SAC, half of the transitions each",
     "expert": "the last policy of SAC that earns what D4RL's expert does, or nearly so",
@@ -74,9 +76,14 @@ class Policy(NamedTuple):
         return np.tanh(mean + std * rng.standard_normal(mean.shape))
 
 
-def tasks() -> list[str]:
-    """Those whose trained policies are there."""
-    return [task for task in locomotion.TASKS if (BEHAVIOUR / f"{task}-sac.npz").exists()]
+def qualities(task: str) -> list[str]:
+    """Those whose policies are there: none, all, or all that need no expert."""
+    file = BEHAVIOUR / f"{task}-sac.npz"
+    if not file.exists():
+        return []
+    with np.load(file) as arrays:
+        expert = "expert_return" in arrays.files
+    return [name for name in QUALITIES if expert or not name.endswith("expert")]
 
 
 def write(task: str, quality: str, dataset_id: str, data_path: Path, num_transitions: int) -> None:
