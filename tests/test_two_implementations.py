@@ -13,6 +13,7 @@ import pytest
 import scipy.stats
 
 from common.datasets import Transition
+from common.recipes import locomotion_sac
 
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -229,6 +230,25 @@ def test_the_page_says_how_td3_bc_rises():
     half, then, late, end = (f"{mean:.1f}" for mean in means)
     assert f"is {half} after 50,000 updates, {then} after 70,000, {late} after 90,000 and {end} at the end" in WORDS
     assert np.mean(means[:2]) < 80 < min(means[2:])
+
+
+def test_the_page_says_why_bc_stands_still():
+    def last(method):
+        lines = ROOT / f"benchmarks/results/standard/halfcheetah-medium-replay-v1/{method}/metrics.jsonl"
+        rows = [json.loads(line) for line in lines.read_text().splitlines()]
+        returns = np.concatenate([row["returns"] for row in rows if row["step"] == 100_000])
+        assert len(returns) == 30
+        return f"{min(returns):,.0f} to {max(returns):,.0f}".replace("-", "−")
+
+    assert f"30 episodes earns {last('bc')}:" in WORDS
+    assert f"30 episodes earn {last('bc-top-10')}, and" in WORDS
+    parts = locomotion_sac.snapshots("halfcheetah", "medium-replay")
+    policies = parts[parts.count(None) :]
+    earn = locomotion_sac.load("halfcheetah")["return"].mean(axis=1)[policies]
+    assert f"{len(parts)} parts of the same length" in WORDS and f"{parts.count(None)} of uniform actions" in WORDS
+    assert f"{len(policies)} policies, of which the first {np.argmax(earn >= 0)} earn less than 0" in WORDS
+    assert 0.3 < (parts.count(None) + np.argmax(earn >= 0)) / len(parts) < 0.36
+    assert f"earns {locomotion_sac.load('halfcheetah')['medium_return'].mean():,.0f} on average" in WORDS
 
 
 @pytest.mark.parametrize("ours", OURS)
