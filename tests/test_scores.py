@@ -29,19 +29,32 @@ def test_play():
     def solved(method, evaluation=-1):  # -1 in each of 200 steps until then
         return (column(f"play/cube-single-play-100k-v0/{method}", "returns", evaluation) > -200).sum()
 
-    fql, iql = solved("fql"), solved("iql")
-    assert f"FQL puts the cube to its place in {fql} of 30 episodes and IQL in {iql}" in WORDS
-    assert solved("fql", 0) == 0 and f"and IQL {solved('iql', 0)} episodes" in WORDS
-    assert solved("ifql") < min(fql, iql) and solved("bc") == solved("rebrac") == 0
-    believed = column("play/cube-single-play-100k-v0/rebrac", "believed_value")
-    assert f"critics believe −{-max(believed):.0f} to −{-min(believed):.0f}, and nobody" in WORDS
+    last = {name: solved(name) for name in ("fql", "iql", "qc", "qc-fql", "idql", "ifql", "edp")}
+    assert last["iql"] == last["qc"]
+    text = "FQL puts the cube to its place in {fql}, IQL and QC in {iql}, QC-FQL in {qc-fql}, EDP in {edp}, "
+    assert f"{text.format(**last)}IDQL in {last['idql']} and IFQL in {last['ifql']}." in WORDS
+    assert solved("bc") == solved("rebrac") == solved("diffusion_ql") == 0
+    first = {name: solved(name, 0) for name in last}
+    text = "QC had solved {qc} episodes and QC-FQL {qc-fql}, IQL and EDP {iql}, IDQL {idql}, IFQL {ifql}, and FQL none"
+    assert text.format(**first) in WORDS and first["fql"] == 0 and first["edp"] == first["iql"]
+    cube = "play/cube-single-play-100k-v0"
+    low = -np.concatenate([column(f"{cube}/{name}", "believed_value") for name in ("rebrac", "diffusion_ql", "edp")])
+    assert f"EDP believe −{min(low):.0f} to −{max(low):.0f} on the cube" in WORDS and min(low) > 100
     puzzle = {name: column(f"play/puzzle-3x3-play-200k-v0/{name}", "score") for name in ("fql", "iql")}
     worst = f"({min(puzzle['fql']):.1f}) is a little below the best of IQL's ({max(puzzle['iql']):.1f})"
     assert worst in WORDS and f"the worst of IQL's (−{-min(puzzle['iql']):.1f})" in WORDS
-    still = column("play/scene-play-200k-v0/iql", "returns")
-    fql = column("play/scene-play-200k-v0/fql", "returns")
-    assert (still == max(still)).sum() == 29 and "in 29 of 30 episodes" in WORDS
-    assert f"FQL earns more in {(fql > max(still)).sum()} episodes, and less in {(fql < max(still)).sum()}" in WORDS
+    nothing = max(column("play/scene-play-200k-v0/iql", "returns"))
+
+    def differ(method):  # episodes of more and of less than one in which nothing is touched
+        returns = column(f"play/scene-play-200k-v0/{method}", "returns")
+        assert returns.size == 30
+        return (returns > nothing).sum(), (returns < nothing).sum()
+
+    assert differ("iql") == (0, 1) and "In 29 of 30 episodes IQL earns" in WORDS
+    assert differ("idql") == differ("ifql") == (0, 0)
+    (fql, fql_less), (chunks, chunks_less) = differ("fql"), differ("qc-fql")
+    assert f"FQL earns more in {fql} episodes, and less in {fql_less}; QC-FQL more in {chunks}, and less in" in WORDS
+    assert f"less in {chunks_less}." in WORDS
 
 
 def test_images():
