@@ -31,9 +31,11 @@ def test_play():
 
     last = {name: solved(name) for name in ("fql", "iql", "qc", "qc-fql", "idql", "ifql", "edp")}
     assert last["iql"] == last["qc"]
-    text = "FQL puts the cube to its place in {fql}, IQL and QC in {iql}, QC-FQL in {qc-fql}, EDP in {edp}, "
-    assert f"{text.format(**last)}IDQL in {last['idql']} and IFQL in {last['ifql']}." in WORDS
-    assert solved("bc") == solved("rebrac") == solved("diffusion_ql") == 0
+    text = "FQL puts the cube to its place in {fql} of them, IQL and QC in {iql}, QC-FQL in {qc-fql}, EDP in {edp}, "
+    rest = (
+        f"IDQL in {last['idql']}, IFQL in {last['ifql']}, Diffusion-QL in {solved('diffusion_ql')}, and BC and ReBRAC"
+    )
+    assert text.format(**last) + rest in WORDS and solved("bc") == solved("rebrac") == 0
     first = {name: solved(name, 0) for name in last}
     text = "QC had solved {qc} episodes and QC-FQL {qc-fql}, IQL and EDP {iql}, IDQL {idql}, IFQL {ifql}, and FQL none"
     assert text.format(**first) in WORDS and first["fql"] == 0 and first["edp"] == first["iql"]
