@@ -42,6 +42,10 @@ def test_play():
     cube = "play/cube-single-play-100k-v0"
     low = -np.concatenate([column(f"{cube}/{name}", "believed_value") for name in ("rebrac", "diffusion_ql", "edp")])
     assert f"EDP believe −{min(low):.0f} to −{max(low):.0f} on the cube" in WORDS and min(low) > 100
+    smaller, mean = (-column(f"{folder}/fql", "believed_value", 0) for folder in ("trials/q-agg-min/" + cube[5:], cube))
+    assert f"(`q_agg`) believes −{min(smaller):.0f} to −{max(smaller):.0f} after 10,000 updates" in WORDS
+    gets = set(column(f"{cube}/fql", "true_value", 0).round())
+    assert f"believes −{min(mean):.0f} to −{max(mean):.0f} then, and its policies get −87." in WORDS and gets == {-87}
     puzzle = {name: column(f"play/puzzle-3x3-play-200k-v0/{name}", "score") for name in ("fql", "iql")}
     worst = f"({min(puzzle['fql']):.1f}) is a little below the best of IQL's ({max(puzzle['iql']):.1f})"
     assert worst in WORDS and f"the worst of IQL's (−{-min(puzzle['iql']):.1f})" in WORDS
