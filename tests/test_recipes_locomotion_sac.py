@@ -228,12 +228,17 @@ def test_a_replay_is_even_over_the_steps_where_policies_were_kept_more_often_at_
     "level, sentence",
     [
         (33, r"The medium policy is that of step 330, and 24 policies .* train again with --early-interval 7 or less"),
-        (500, r"No policy has a mean return of 500; the best has 99, at step 990: train longer"),
+        (500, r"No policy that acted has a mean return of 500; the best of all has 99, at step 990: train longer"),
     ],
 )
 def test_what_a_training_lacks_is_said_in_one_sentence(level, sentence):
     with pytest.raises(SystemExit, match=sentence):
         measure_sac.choose(np.arange(0, 1000, 10), np.arange(100.0), 100, level, 99)
+
+
+def test_a_training_of_uniform_actions_alone_has_no_medium_policy():
+    with pytest.raises(SystemExit, match="No policy that acted has a mean return of 0; .* train longer"):
+        measure_sac.choose(np.arange(0, 100, 10), np.arange(10.0), 100, 0, 9)
 
 
 def test_without_an_expert_the_medium_policy_is_the_same():

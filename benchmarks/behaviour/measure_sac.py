@@ -102,10 +102,10 @@ def choose(steps, returns, random_steps, medium_return, expert_return):
     `steps`, `returns`: (policies,) steps of the training, and mean returns.
     """
     first = np.searchsorted(steps, random_steps)
-    if returns[first:].max() < medium_return:
+    if not np.any(returns[first:] >= medium_return):
         raise SystemExit(
-            f"No policy has a mean return of {medium_return:.0f}; the best has {returns[first:].max():.0f}, at step "
-            f"{steps[first + returns[first:].argmax()]}: train longer (--num-steps)."
+            f"No policy that acted has a mean return of {medium_return:.0f}; the best of all has {returns.max():.0f}, "
+            f"at step {steps[returns.argmax()]}: train longer (--num-steps)."
         )
     medium, good = first + np.argmax(returns[first:] >= medium_return), np.flatnonzero(returns >= expert_return)
     wanted = np.linspace(steps[first], steps[medium], REPLAY)
