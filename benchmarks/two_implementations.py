@@ -117,8 +117,8 @@ def configure(options: Options):
 def train(corl, algo, cfg, data, env, seed):
     """The evaluations of one seed of CORL, each as a line of our metrics.jsonl."""
     make = {"iql": make_iql, "td3_bc": make_td3_bc, "cql": make_cql}
-    both = make_rebrac(corl, cfg, data, seed) if algo == "rebrac" else in_torch(make[algo], corl, cfg, data, seed)
-    update, policy, believed = both  # update: eval_interval gradient steps
+    side = make_rebrac(corl, cfg, data, seed) if algo == "rebrac" else in_torch(make[algo], corl, cfg, data, seed)
+    update, policy, believed = side  # update: eval_interval gradient steps
     lines = []
     for step in range(cfg.eval_interval, cfg.num_updates + 1, cfg.eval_interval):
         update()

@@ -40,6 +40,8 @@ def test_play():
     text = "QC had solved {qc} episodes and QC-FQL {qc-fql}, IQL and EDP {iql}, IDQL {idql}, IFQL {ifql}, and FQL none"
     assert text.format(**first) in WORDS and first["fql"] == 0 and first["edp"] == first["iql"]
     cube = "play/cube-single-play-100k-v0"
+    early = {name: column(f"{cube}/{name}", "score", 0) for name in ("qc", "qc-fql", "fql")}
+    assert (early["qc"] > 0).sum() == 2 and min(early["qc-fql"]) > 0 == max(early["fql"])
     low = -np.concatenate([column(f"{cube}/{name}", "believed_value") for name in ("rebrac", "diffusion_ql", "edp")])
     assert f"EDP believe −{min(low):.0f} to −{max(low):.0f} on the cube" in WORDS and min(low) > 100
     smaller, mean = (-column(f"{folder}/fql", "believed_value", 0) for folder in ("trials/q-agg-min/" + cube[5:], cube))
@@ -61,7 +63,7 @@ def test_play():
     (fql, fql_less), (chunks, chunks_less) = differ("fql"), differ("qc-fql")
     assert f"FQL earns more in {fql} episodes, and less in {fql_less}; QC-FQL more in {chunks}, and less in" in WORDS
     below = [column(f"play/scene-play-200k-v0/{name}", "score").mean() for name in ("edp", "diffusion_ql")]
-    assert f"less in {chunks_less}. EDP and Diffusion-QL have −{-below[0]:.1f} and −{-below[1]:.1f}:" in WORDS
+    assert f"less in {chunks_less}. EDP and Diffusion-QL have −{-below[0]:.1f} and −{-below[1]:.1f}." in WORDS
 
 
 def test_images():
