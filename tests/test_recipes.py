@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -352,7 +353,8 @@ recipes.build("{UMAZE_ID}")
 
 
 def test_killed_build_is_invisible(quick_recipe):
-    """Killed with no chance to clean up, with the dataset half written: Minari sees nothing, and a new build works."""
+    """Killed with no chance to clean up, with the dataset half written: Minari sees nothing, and a new build works. The
+    build of another process, which may be running, is left alone for a day."""
     import minari
 
     assert run_python(KILLED_BUILD, MINARI_DATASETS_PATH=str(quick_recipe)).returncode == 9
@@ -360,6 +362,11 @@ def test_killed_build_is_invisible(quick_recipe):
     assert minari.list_local_datasets() == {}
     recipes.build(UMAZE_ID)
     assert minari.load_dataset(UMAZE_ID).total_steps >= 500
+    (left,) = quick_recipe.glob(".building-*")
+    yesterday = time.time() - 90_000
+    os.utime(left, (yesterday, yesterday))
+    recipes.build(UMAZE_ID.replace("-v0", "-1k-v0"))
+    assert not left.exists()
 
 
 def test_build_over_existing_dataset_is_harmless(quick_recipe, monkeypatch):

@@ -5,11 +5,14 @@ size is written before the version: "stitch/pointmaze-umaze-20k-v0", "stitch/hop
 Importing this package imports no simulator: the recipes do, when they are called.
 """
 
+import contextlib
 import functools
 import json
 import os
 import re
+import shutil
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -134,7 +137,8 @@ def build(dataset_id: str) -> None:
     """Builds a dataset in Minari's root folder (`MINARI_DATASETS_PATH`); does nothing where it exists already.
 
     The dataset is written in a hidden folder, which Minari does not list, and renamed into place: a build that is
-    killed leaves no half-written dataset, and two builds at once both succeed.
+    killed leaves no half-written dataset, and two builds at once both succeed. Hidden folders of a day ago are those of
+    killed builds, and are removed.
     """
     recipe = find(dataset_id)
     if recipe is None:
@@ -146,6 +150,10 @@ def build(dataset_id: str) -> None:
     target = get_dataset_path(dataset_id)
     if _is_complete(target):
         return
+    for left in get_dataset_path().glob(".building-*"):
+        with contextlib.suppress(OSError):  # another build may remove it at the same time
+            if left.stat().st_mtime < time.time() - 86_400:
+                shutil.rmtree(left)
     # The hidden folder is in Minari's root, because a rename is atomic only within a file system.
     with tempfile.TemporaryDirectory(prefix=".building-", dir=get_dataset_path()) as tmp:
         dataset = Path(tmp) / "dataset"  # a folder of its own: that of tempfile is closed to other users
