@@ -41,7 +41,6 @@ from sweep import make_cells, write
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "two-implementations"
-DATASET = "stitch/hopper-medium-expert-v1"
 COLUMNS = {  # of a comparison: title, and what of the evaluations of one seed, in their order
     "mean of the last five": lambda lines: np.mean([line["score"] for line in lines[-5:]]),
     "last": lambda lines: lines[-1]["score"],
@@ -59,7 +58,8 @@ class Options:
     seed: int = 0  # the first one; CORL's seeds that the result file has already are not trained again
     num_seeds: int = 5
     num_updates: int = 20_000
-    name: str = ""  # of the result files, after the algorithm's; for other settings than the protocol's
+    dataset: str = "stitch/hopper-medium-expert-v1"  # one of the protocol's
+    name: str = ""  # of the result files, after the algorithm's; for other data or settings
     set: tuple[str, ...] = ()  # FIELD=VALUE: overrides the protocol, on both sides
 
 
@@ -104,7 +104,7 @@ def main(options: Options):
 def configure(options: Options):
     """(the Config of the protocol's cell with these options, the module of the algorithm)."""
     protocols = tomllib.loads((HERE / "protocols.toml").read_text())
-    (cell,) = make_cells(Sweep("standard", (options.algo,), (DATASET,), set=options.set), protocols)
+    (cell,) = make_cells(Sweep("standard", (options.algo,), (options.dataset,), set=options.set), protocols)
     module = importlib.import_module(f"algos.{options.algo}")
     settings = {name: tuple(value) if isinstance(value, list) else value for name, value in cell.config.items()}
     settings |= {"seed": options.seed, "num_seeds": options.num_seeds, "num_updates": options.num_updates}

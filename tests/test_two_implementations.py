@@ -33,6 +33,10 @@ def result(name):
 OURS = sorted(path.stem for path in two.RESULTS.glob("*-ours*.json"))  # each beside a file of CORL's
 
 
+def corl(ours):
+    return ours.rpartition("-ours")[0] + "-corl"
+
+
 # --- Arithmetic ------------------------------------------------------------------------------------------
 
 
@@ -253,7 +257,7 @@ def test_the_page_says_why_bc_stands_still():
 
 @pytest.mark.parametrize("ours", OURS)
 def test_both_sides_had_the_same_settings(ours):
-    sides = {name: result(name) for name in (ours, ours.partition("-")[0] + "-corl")}
+    sides = {name: result(name) for name in (ours, corl(ours))}
     first, second = (found["config"] for found in sides.values())
     assert all(first[name] == second[name] for name in first.keys() & second.keys())
     assert first.keys() ^ second.keys() <= {"random_shift"}  # of images; it came between the runs
@@ -273,19 +277,18 @@ def test_both_sides_had_the_same_settings(ours):
 
 @pytest.mark.parametrize("ours", OURS)
 def test_the_page_has_the_tables_of_the_result_files(ours):
-    assert two.table(result(ours), result(ours.partition("-")[0] + "-corl")) in PAGE
+    assert two.table(result(ours), result(corl(ours))) in PAGE
 
 
 def test_what_the_page_concludes_is_so():
     def found(ours, column):
-        corl = ours.partition("-")[0] + "-corl"
-        low, high = two.interval(*(two.values(result(name), column) for name in (ours, corl)))
+        low, high = two.interval(*(two.values(result(name), column) for name in (ours, corl(ours))))
         return low <= 0 <= high, high - low
 
     score, believed = "mean of the last five", "believed value"
     assert found("td3_bc-ours", score)[0] and found("td3_bc-ours", score)[1] < 20
-    ours, corl = (np.mean(two.values(result(f"td3_bc-{side}"), believed)) for side in ("ours", "corl"))
-    assert 1.005 < ours / corl < 1.025 and not found("td3_bc-ours", believed)[0]
+    ours, theirs = (np.mean(two.values(result(f"td3_bc-{side}"), believed)) for side in ("ours", "corl"))
+    assert 1.005 < ours / theirs < 1.025 and not found("td3_bc-ours", believed)[0]
     assert not found("iql-ours", score)[0] and not found("iql-ours", believed)[0]
     assert found("iql-ours-torch", believed)[0] and found("iql-ours-torch", believed)[1] < 2
     assert found("iql-ours-torch", score)[0] and found("iql-ours-torch", score)[1] > 20
