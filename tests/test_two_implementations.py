@@ -292,5 +292,12 @@ def test_what_the_page_concludes_is_so():
     assert not found("iql-ours", score)[0] and not found("iql-ours", believed)[0]
     assert found("iql-ours-torch", believed)[0] and found("iql-ours-torch", believed)[1] < 2
     assert found("iql-ours-torch", score)[0] and found("iql-ours-torch", score)[1] > 20
+    assert all(found("rebrac-ours", column)[0] for column in two.COLUMNS)
+    assert 2.5 < found("rebrac-ours", score)[1] < 3.5
+    gap = {
+        column: np.subtract(*(np.mean(two.values(result(f"rebrac-{side}"), column)) for side in ("ours", "corl")))
+        for column in (score, believed)
+    }
+    assert f"ours is {gap[score]:.1f} points above CORL's" in WORDS and f"agree to {gap[believed]:.1f}." in WORDS
     ends = [two.values(result(path.stem), "last") for path in two.RESULTS.glob("*.json")]
     assert all(np.mean(end) < 75 for end in ends)  # published: 101 and 107
