@@ -225,6 +225,21 @@ def test_the_page_says_what_was_measured_of_the_falls():
     assert f"have {min(share)} to {max(share)} % of the weight" in WORDS
 
 
+def test_the_page_says_what_corls_settings_of_iql_give():
+    place = "trials/corl-settings/hopper-medium-expert-v1/iql"
+    runs = [json.loads(line) for line in (two.RESULTS.parent / place / "metrics.jsonl").read_text().splitlines()]
+    config = json.loads((two.RESULTS.parent / place / "config.json").read_text())
+    assert "dirty" not in config["commit"]
+    config = config["config"]
+    assert (config["beta"], config["expectile"], config["normalize_reward"]) == (6, 0.5, False)
+    scores = np.array([[run["score"] for run in runs if run["seed"] == seed] for seed in range(3)])
+    last, mean = scores[:, -1], scores[:, -5:].mean(axis=1)
+    assert f"({'results/' + place}) have {last[0]:.0f}, {last[1]:.0f} and {last[2]:.0f} in the last evaluation" in WORDS
+    assert f"and {mean[0]:.0f}, {mean[1]:.0f} and {mean[2]:.0f} in the mean of the last five" in WORDS
+    low, high = (scores < 3).sum(), (scores > 90).sum()
+    assert f"{low} of the {scores.size} are below 3, which is a fall at once, and {high} are above 90." in WORDS
+
+
 def test_the_page_says_how_td3_bc_rises():
     lines = ROOT / "benchmarks/results/standard/hopper-medium-expert-v1/td3_bc/metrics.jsonl"
     at = {}
