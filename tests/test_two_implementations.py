@@ -251,6 +251,18 @@ def test_the_page_says_how_td3_bc_rises():
     assert np.mean(means[:2]) < 80 < min(means[2:])
 
 
+def test_the_page_says_what_the_walkers_data_are():
+    card = (ROOT / "benchmarks/cards/walker2d-medium-replay-v1.md").read_text()
+    assert "median 113 |" in card and ", 507.8, 1071, 3597 (0, 5, 25, 50, 75, 95, 100 %)" in card
+    low, high = locomotion_sac.REFERENCE_SCORES["walker2d"]
+    assert f"less than 1,071, which is a score of {100 * (1071 - low) / (high - low):.0f}" in WORDS
+    record = json.loads((ROOT / "benchmarks/behaviour/walker2d-sac.json").read_text())
+    assert f"[{record['medium']['step']:,} steps](behaviour/walker2d-sac.json)" in WORDS
+    assert "(published on walker2d-medium-replay-v2)" in WORDS and "Published is 85.6" in WORDS
+    (row,) = [row for row in PAGE.splitlines() if "walker2d-medium-replay-v1/td3_bc)" in row]
+    assert row.endswith("| (85.6) |")
+
+
 def test_the_page_says_why_bc_stands_still():
     def last(method):
         lines = ROOT / f"benchmarks/results/standard/halfcheetah-medium-replay-v1/{method}/metrics.jsonl"
@@ -285,7 +297,10 @@ def test_both_sides_had_the_same_settings(ours):
         assert all(x == list(range(updates // 2, updates + 1, updates // 10)) for x in steps.values())
         assert sorted(steps) == sorted(seed for source in found["sources"] for seed in source["seeds"])
         for source in found["sources"]:
-            assert len(source["commit"]) == 40 and source["command"].startswith("benchmarks/two_implementations.py")
+            script = (
+                "sweep.py standard" if name == "td3_bc-walker2d-ours" else "two_implementations.py"
+            )  # a cell's runs
+            assert len(source["commit"]) == 40 and source["command"].startswith(f"benchmarks/{script}")
             assert name == ours or source["corl"].startswith("https://github.com/")
             assert name == ours or name == "rebrac-corl" or source["versions"]["torch"]  # ReBRAC is in JAX there, too
 
@@ -307,6 +322,10 @@ def test_what_the_page_concludes_is_so():
     assert not found("iql-ours", score)[0] and not found("iql-ours", believed)[0]
     assert found("iql-ours-torch", believed)[0] and found("iql-ours-torch", believed)[1] < 2
     assert found("iql-ours-torch", score)[0] and found("iql-ours-torch", score)[1] > 20
+    assert all(found("td3_bc-walker2d-ours", column)[0] for column in (score, believed))
+    means = [np.mean(two.values(result(f"td3_bc-walker2d-{side}"), score)) for side in ("ours", "corl")]
+    assert f"CORL's is {means[1] - means[0]:.1f} points above ours." in WORDS
+    assert f"has {means[1]:.1f} in the mean of the last five" in WORDS and f"where ours has {means[0]:.1f}." in WORDS
     assert all(found("rebrac-ours", column)[0] for column in two.COLUMNS)
     assert 2.5 < found("rebrac-ours", score)[1] < 3.5
     gap = {
