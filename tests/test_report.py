@@ -554,6 +554,38 @@ def test_readme_has_one_table_of_the_standard_protocol_as_soon_as_there_is_a_run
     assert tables.write_tables(root, "standard", found.runs, found.failures, check=True) == [] and files(root) == before
 
 
+def further_seeds(folder, dataset, curves, algo, first=3, **config):
+    """A cell of its own with other seeds than those of `standard_runs`."""
+    make_standard_run(folder, dataset, curves, algo)
+    change(folder / "summary.json", seeds=[first + i for i in range(len(curves))])
+    change(folder / "config.json", config={"algo": algo, "dataset": dataset, "seed": first, "num_seeds": 2, **config})
+
+
+def test_a_cell_with_other_seeds_is_of_the_same_row(standard_runs):
+    """The three seeds of `standard_runs` have 69, 70 and 71 in the mean of the last five, and 19, 20 and 21 at last."""
+    name, hopper = "seeds-3-and-4/hopper-medium-expert-v1/iql", "stitch/hopper-medium-expert-v1"
+    further_seeds(standard_runs / name, hopper, [[0.0] + [100.0] * 5] * 2, "iql")
+    found = runs.read_results(standard_runs)
+    text = standard.page(found.runs, found.failures, "results/standard", "..", tables.PUBLISHED)
+    assert text.startswith("**6 of 36 cells")
+    (row,) = [x for x in rows_under(text, "hopper-medium-expert-v1") if x[0] == "[iql](../algos/iql.md)"]
+    assert row[1].startswith("[82.0](results/standard/hopper-medium-expert-v1/iql) (")  # (69 + 70 + 71 + 200) / 5
+    assert row[2].startswith("52.0 (") and row[3] == "(107.4)"  # (19 + 20 + 21 + 200) / 5
+    assert f"More seeds, in folders of their own: [iql](results/standard/{name}). [Learning" in text
+    assert "mean over 2 to 5 seeds" in text
+    (run,) = [run for run in found.runs if run.method == "iql" and run.dataset == hopper]
+    assert run.summary["seeds"] == [0, 1, 2, 3, 4] and run.curve.shape == (5, 6)
+    assert len(run.summary["returns"]) == len(run.summary["score_per_seed"]) == len(run.diverged) == 5
+
+
+@pytest.mark.parametrize("what", [{"first": 2}, {"beta": 3.0}, {"data": {"hash": "other"}}])
+def test_a_cell_with_a_seed_again_or_another_setting_or_other_data_is_no_part_of_a_row(standard_runs, what):
+    name, hopper = "further/hopper-medium-expert-v1/iql", "stitch/hopper-medium-expert-v1"
+    further_seeds(standard_runs / name, hopper, [[0.0] + [100.0] * 5] * 2, "iql", **what)
+    found = runs.read_results(standard_runs).runs
+    assert sorted(len(run.scores) for run in found if run.algo == "iql" and run.dataset.startswith(hopper)) == [2, 3]
+
+
 def test_published_scores_of_like_named_data_are_of_the_protocol():
     protocol = tomllib.loads((ROOT / "benchmarks" / "protocols.toml").read_text())["standard"]
     for dataset, scores in tables.PUBLISHED["like"].items():

@@ -9,7 +9,8 @@
 Tables     The run folders in benchmarks/results/PROTOCOL, as benchmarks/sweep.py leaves them: a row for each method, a
            column for each dataset, and the interquartile mean (IQM) of all. They go between the marks
            `<!-- report:PROTOCOL:begin -->` and `<!-- report:PROTOCOL:end -->`: of README.md the whole table, of a page
-           algos/x.md the rows of that algorithm, and what its critic believes beside what is true. Between the marks
+           algos/x.md the rows of that algorithm, and what its critic believes beside what is true. Runs that differ in
+           their seeds alone share a row, in whatever folders below that one they are. Between the marks
            report:speed:NAME of README.md goes the table of benchmarks/results/speed-NAME.json.
 Sweeps     Where a folder of runs has several values of a setting: a table and a picture of the score at each of them,
            the best value, and which others cannot be told from it.

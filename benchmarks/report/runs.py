@@ -28,6 +28,7 @@ class Run(NamedTuple):
     steps: np.ndarray  # (evaluations,)
     curve: np.ndarray  # (seeds, evaluations) scores
     digest: str  # of its files: a picture keeps those of the runs that it shows
+    more: tuple[str, ...] = ()  # folders of the same setting with other seeds, which are in these arrays
 
     @property
     def diverged(self) -> np.ndarray:
@@ -70,7 +71,7 @@ def read_results(folder: Path) -> Results:
         except (Exception, SystemExit) as error:  # torn, foreign or incomplete, each in its own way
             print(f"{file.parent} cannot be read ({type(error).__name__}: {error}): it is in no table.")
     failures = read_failures(folder)
-    found = apart(found)
+    found = apart(with_more_seeds(found))
     sweeps = find_sweeps(found)
     runs = []
     for run in found:
@@ -175,7 +176,35 @@ def comparable(runs: list[Run], failures: list[Failure]) -> tuple[list[str], dic
     return datasets, {method: row for method, row in rows.items() if datasets and len(row) == len(datasets)}
 
 
-# --- What must not be taken for the same -------------------------------------------------------------------
+# --- What is the same, and what must not be taken for it ---------------------------------------------------
+
+
+def with_more_seeds(found: list[Run]) -> list[Run]:
+    """Cells of one setting, on the same data, whose seeds are others, are one run with all of these seeds."""
+    groups = {}
+    for run in found:
+        setting = {field: value for field, value in run.config.items() if field not in ("seed", "num_seeds", "out")}
+        what = run.method, run.dataset, scale_of(run), run.steps.tolist(), setting
+        groups.setdefault(json.dumps(what, sort_keys=True), []).append(run)
+    return [run for runs in groups.values() for run in ([together(runs)] if apart_in_seeds(runs) else runs)]
+
+
+def apart_in_seeds(runs: list[Run]) -> bool:
+    seeds = [json.dumps(seed) for run in runs for seed in run.summary.get("seeds") or [None, None]]  # older: not said
+    return len(set(seeds)) == len(seeds) and not any(is_grid(run) for run in runs)
+
+
+def together(runs: list[Run]) -> Run:
+    """One run of several; its folder is the one with the fewest parts, and the others' are in `more`."""
+    runs = sorted(runs, key=lambda run: (run.place.count("/"), run.place))
+    if len(runs) == 1:
+        return runs[0]
+    arrays = {name: np.concatenate([getattr(run, name) for run in runs]) for name in ("scores", "values", "curve")}
+    lists = {name: [x for run in runs for x in run.summary[name]] for name in ("returns", "seeds", "score_per_seed")}
+    diverged = [bool(x) for run in runs for x in run.diverged]
+    summary = runs[0].summary | lists | {"diverged": diverged, "grid": [{}] * len(diverged)}
+    digest = hashlib.sha256("".join(run.digest for run in runs).encode()).hexdigest()
+    return runs[0]._replace(**arrays, summary=summary, digest=digest, more=tuple(run.place for run in runs[1:]))
 
 
 def apart(found: list[Run]) -> list[Run]:

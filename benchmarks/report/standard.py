@@ -80,6 +80,8 @@ def page(runs: list[Run], failures: list[Failure], results: str, root: str, publ
         if len(both) >= FEWEST:
             rho = rank_correlation(*zip(*both, strict=True))
             notes.append(f"Rank correlation with the published scores (Spearman's, {len(both)} methods): {rho:.2f}.")
+        more = [f"[{run.method}]({join(results, place)})" for run in own for place in run.more]
+        notes += [f"More seeds, in folders of their own: {', '.join(more)}."] * bool(more)
         notes.append(f"[Learning curves]({join(results, curves_of(dataset))}).")
         parts += [f"### {short(dataset)}", table, " ".join(notes)]
     failed = [x for x in failures if not x.refused]
