@@ -259,8 +259,30 @@ def test_the_page_says_what_the_walkers_data_are():
     record = json.loads((ROOT / "benchmarks/behaviour/walker2d-sac.json").read_text())
     assert f"[{record['medium']['step']:,} steps](behaviour/walker2d-sac.json)" in WORDS
     assert "(published on walker2d-medium-replay-v2)" in WORDS and "Published is 85.6" in WORDS
-    (row,) = [row for row in PAGE.splitlines() if "walker2d-medium-replay-v1/td3_bc)" in row]
+    (row,) = [row for row in PAGE.splitlines() if "[td3_bc]" in row and "walker2d-medium-replay-v1/td3_bc)" in row]
     assert row.endswith("| (85.6) |")
+    medium = record["medium"]["return_mean"]
+    score = 100 * (medium - low) / (high - low)
+    assert f"(behaviour/walker2d-sac.json) earns {medium:,.0f}, a score of {score:.1f}." in WORDS
+
+
+def of_a_million_updates(dataset, method):
+    """(steps, scores) of the one seed of a trial as long as the published runs."""
+    place = two.RESULTS.parent / "trials/a-million-updates" / dataset / method
+    config = json.loads((place / "config.json").read_text())
+    short = json.loads((ROOT / "benchmarks/results/standard" / dataset / method / "config.json").read_text())
+    differ = {name for name in short["config"] if config["config"][name] != short["config"][name]}
+    assert differ == {"num_updates", "num_seeds", "eval_interval"} and "dirty" not in config["commit"]
+    lines = [json.loads(line) for line in (place / "metrics.jsonl").read_text().splitlines()]
+    assert {line["seed"] for line in lines} == {0} and lines[-1]["step"] == 1_000_000
+    return tuple(np.array([[line["step"], line["score"]] for line in lines]).T)
+
+
+def test_the_page_says_what_a_million_updates_of_td3_bc_give():
+    steps, scores = of_a_million_updates("walker2d-medium-replay-v1", "td3_bc")
+    assert f"is at {scores[-1]:.1f} in the last evaluation and at {scores[-5:].mean():.1f} in the mean" in WORDS
+    late = scores[steps >= 150_000]
+    assert f"from 150,000 updates on are between {late.min():.1f} and {late.max():.1f}." in WORDS
 
 
 def test_the_page_says_why_bc_stands_still():
@@ -280,6 +302,17 @@ def test_the_page_says_why_bc_stands_still():
     assert f"{len(policies)} policies, of which the first {np.argmax(earn >= 0)} earn less than 0" in WORDS
     assert 0.3 < (parts.count(None) + np.argmax(earn >= 0)) / len(parts) < 0.36
     assert f"earns {locomotion_sac.load('halfcheetah')['medium_return'].mean():,.0f} on average" in WORDS
+
+
+def test_the_page_says_that_the_other_form_of_bc_stands_still_too():
+    place = two.RESULTS.parent / "trials/alpha-0/halfcheetah-medium-replay-v1/td3_bc"
+    config = json.loads((place / "config.json").read_text())
+    scores = [json.loads(line)["score"] for line in (place / "metrics.jsonl").read_text().splitlines()]
+    assert config["config"]["alpha"] == 0 and config["config"]["num_seeds"] == 1 and "dirty" not in config["commit"]
+    (shown,) = {f"{score:.1f}" for score in scores}
+    assert f"trials/alpha-0/halfcheetah-medium-replay-v1/td3_bc) has {shown} in every evaluation" in WORDS
+    (row,) = [row for row in PAGE.splitlines() if row.startswith("| [bc](") and "halfcheetah-medium-replay-v1" in row]
+    assert row.endswith("| (35.7) |") and "has 35.7 on D4RL's set." in WORDS
 
 
 @pytest.mark.parametrize("ours", OURS)
