@@ -315,6 +315,22 @@ def test_the_page_says_that_the_other_form_of_bc_stands_still_too():
     assert row.endswith("| (35.7) |") and "has 35.7 on D4RL's set." in WORDS
 
 
+def test_the_page_says_what_a_million_updates_of_iql_give():
+    steps, scores = of_a_million_updates("hopper-medium-expert-v1", "iql")
+    first, second, third = (scores[steps == 1000 * k].item() for k in (100, 200, 250))
+    assert f"is at {first:.1f} after 100,000 updates, at {second:.1f} after 200,000 and at {third:.1f} after" in WORDS
+    late = scores[steps >= 250_000]
+    good, others = late[late > 105], late[late <= 105]
+    assert f"Of its {len(late)} evaluations from there on, {len(good)} are between" in WORDS
+    assert f"between {good.min():.1f} and {good.max():.1f}, the last nine among them, and the others" in WORDS
+    assert f"the others between {others.min():.1f} and {others.max():.1f}." in WORDS
+    assert min(scores[-9:]) > 105 > scores[-10] and steps[-9] == 600_000 and "score from 600,000 on." in WORDS
+    assert f"The last one is {scores[-1]:.1f}, and the mean of the last five" in WORDS
+    assert f"the mean of the last five {scores[-5:].mean():.1f}. All" in WORDS
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    assert f"IQL has {scores[-5:].mean():.1f} on hopper-medium-expert-v1 after a million updates" in readme
+
+
 @pytest.mark.parametrize("ours", OURS)
 def test_both_sides_had_the_same_settings(ours):
     sides = {name: result(name) for name in (ours, corl(ours))}
