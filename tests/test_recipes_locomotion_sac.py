@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -192,6 +193,12 @@ def test_committed_policies_are_those_of_their_definitions(task):
     for name in names:
         assert abs(record[name]["return_mean"] - behaviour[f"{name}_return"].mean()) < 0.051
     assert (BEHAVIOUR / f"{task}-sac.png").exists()
+    low, high = locomotion_sac.REFERENCE_SCORES[task]
+    said = re.search(
+        r"scores ([\d.]+), ([\d.]+) and ([\d.]+) on hopper, walker2d and halfcheetah", locomotion_sac.__doc__
+    )
+    score = 100 * (record["medium"]["return_mean"] - low) / (high - low)
+    assert f"{score:.1f}" == said[1 + ["hopper", "walker2d", "halfcheetah"].index(task)]
 
 
 # --- Which policies are kept ------------------------------------------------------------------------
