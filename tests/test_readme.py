@@ -22,7 +22,7 @@ import pytest
 import tyro
 from conftest import project_algos
 
-from common.recipes import RECIPES, locomotion, locomotion_sac
+from common.recipes import RECIPES, locomotion_sac
 
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))  # scripts that import each other as they do when they are run
@@ -133,7 +133,11 @@ def test_every_dataset_that_can_be_built_is_named():
 
     table = page("protocols.md").partition("| built here")[2].partition("\n## ")[0]  # two tables
     named = re.findall(r"^\|.*?`(stitch/[^`]*)`", table, flags=re.MULTILINE)
-    coming = {f"stitch/{task}-{quality}-v1" for task in locomotion.TASKS for quality in locomotion_sac.QUALITIES}
+    coming = {
+        f"stitch/{task}-{quality}-v{version}"
+        for task, version in locomotion_sac.VERSIONS
+        for quality in locomotion_sac.QUALITIES
+    }
     assert sorted(x for name in named for x in spread(name)) == sorted(RECIPES.keys() | coming)
 
 

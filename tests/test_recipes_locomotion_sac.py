@@ -92,18 +92,18 @@ def test_actions_of_v0_are_the_draws_that_they_were():
 
 def test_qualities_are_of_the_right_policies(hopper):
     """A policy every 20 steps, and the first after 10: half an interval of uniform actions rounds to none."""
-    assert locomotion_sac.snapshots("hopper", "random") == [None]
-    assert locomotion_sac.snapshots("hopper", "medium") == [2]
-    assert locomotion_sac.snapshots("hopper", "medium-expert") == [2, 3]
-    assert locomotion_sac.snapshots("hopper", "expert") == [3]
-    assert locomotion_sac.snapshots("hopper", "medium-replay") == [0, 1, 2]
-    locomotion_sac.load("hopper")["step"] = np.array([40, 60, 80, 90])  # two intervals
-    assert locomotion_sac.snapshots("hopper", "medium-replay") == [None, None, 0, 1, 2]
+    assert locomotion_sac.snapshots("hopper", 1, "random") == [None]
+    assert locomotion_sac.snapshots("hopper", 1, "medium") == [2]
+    assert locomotion_sac.snapshots("hopper", 1, "medium-expert") == [2, 3]
+    assert locomotion_sac.snapshots("hopper", 1, "expert") == [3]
+    assert locomotion_sac.snapshots("hopper", 1, "medium-replay") == [0, 1, 2]
+    locomotion_sac.load("hopper", 1)["step"] = np.array([40, 60, 80, 90])  # two intervals
+    assert locomotion_sac.snapshots("hopper", 1, "medium-replay") == [None, None, 0, 1, 2]
 
 
 def test_a_dataset_holds_equal_parts_of_its_policies_and_scores_on_d4rls_scale(hopper):
     data = hopper / "data"
-    locomotion_sac.write("hopper", "medium-expert", "stitch/hopper-medium-expert-v1", data, 400)
+    locomotion_sac.write("hopper", 1, "medium-expert", "stitch/hopper-medium-expert-v1", data, 400)
     dataset = minari.MinariDataset(data)
     episodes, steps = list(dataset), 0
     assert sum(len(e.actions) for e in episodes) == 400
@@ -111,7 +111,7 @@ def test_a_dataset_holds_equal_parts_of_its_policies_and_scores_on_d4rls_scale(h
     for e in episodes:
         likelihood = []
         for i in (2, 3):
-            mean, std = locomotion_sac.policy("hopper", i).gaussian(e.observations[:-1])
+            mean, std = locomotion_sac.policy("hopper", i, 1).gaussian(e.observations[:-1])
             inside = np.abs(e.actions) < 0.999
             residual = (np.arctanh(np.where(inside, e.actions, 0)) - mean) / std
             likelihood.append((-0.5 * residual**2 - np.log(std))[inside].sum())
@@ -132,10 +132,11 @@ def test_reference_scores_are_d4rls():
 
 
 def test_tasks_with_a_behaviour_file_are_offered_and_others_end_in_one_sentence(hopper, monkeypatch):
-    assert [task for task in locomotion.TASKS if locomotion_sac.qualities(task)] == ["hopper"]
-    monkeypatch.setattr(recipes, "RECIPES", {k: v for k, v in recipes.RECIPES.items() if not k.endswith("-v1")})
-    for name in ("stitch/walker2d-medium-replay-v1", "stitch/walker2d-medium-replay-20k-v1"):
-        v0 = name.removesuffix("1") + "0"
+    assert [x for x in locomotion_sac.VERSIONS if locomotion_sac.qualities(*x)] == [("hopper", 1)]
+    monkeypatch.setattr(recipes, "RECIPES", {k: v for k, v in recipes.RECIPES.items() if k.endswith("-v0")})
+    for name in ("walker2d-medium-replay-v1", "walker2d-medium-replay-20k-v1", "walker2d-medium-replay-v2"):
+        name = f"stitch/{name}"
+        v0 = name[:-1] + "0"
         with pytest.raises(ValueError, match=rf"^{name} needs the policies .* on walker2d, .* yet: use {v0},.*\.$"):
             recipes.build(name)
         with pytest.raises(DatasetError, match=f"^{name} needs the policies .*use {v0}"):
@@ -146,43 +147,61 @@ def test_tasks_with_a_behaviour_file_are_offered_and_others_end_in_one_sentence(
 
 
 def test_a_training_without_an_expert_offers_the_data_that_need_none(hopper, monkeypatch):
-    arrays = {name: array[:3] for name, array in locomotion_sac.load("hopper").items() if name[0] in "wb"}
+    arrays = {name: array[:3] for name, array in locomotion_sac.load("hopper", 1).items() if name[0] in "wb"}
     np.savez_compressed(hopper / "hopper-sac.npz", **arrays, step=np.array([10, 30, 50]), medium=2)
-    assert locomotion_sac.qualities("hopper") == ["random", "medium", "medium-replay"]
+    assert locomotion_sac.qualities("hopper", 1) == ["random", "medium", "medium-replay"]
     locomotion_sac.load.cache_clear()
-    assert locomotion_sac.snapshots("hopper", "medium-replay") == [0, 1, 2]
+    assert locomotion_sac.snapshots("hopper", 1, "medium-replay") == [0, 1, 2]
     monkeypatch.setattr(recipes, "RECIPES", {k: v for k, v in recipes.RECIPES.items() if not k.endswith("expert-v1")})
     with pytest.raises(ValueError, match=r"^stitch/hopper-medium-expert-v1 needs the expert policy that SAC trained"):
         recipes.build("stitch/hopper-medium-expert-v1")
 
 
 def test_every_quality_of_a_committed_task_has_a_recipe_of_a_million_transitions():
-    offered = [name for name in recipes.RECIPES if name.endswith("-v1")]
+    offered = [name for name in recipes.RECIPES if not name.endswith("-v0")]
     assert sorted(offered) == sorted(
-        f"stitch/{task}-{quality}-v1" for task in locomotion.TASKS for quality in locomotion_sac.qualities(task)
+        f"stitch/{task}-{quality}-v{version}"
+        for task, version in locomotion_sac.VERSIONS
+        for quality in locomotion_sac.qualities(task, version)
     )
     for name in offered:
         assert recipes.find(name).num_transitions == 1_000_000
-        assert recipes.find(name.replace("-v1", "-20k-v1")).num_transitions == 20_000
+        assert recipes.find(name.replace("-v", "-20k-v")).num_transitions == 20_000
 
 
-@pytest.mark.parametrize("task", [task for task in locomotion.TASKS if locomotion_sac.qualities(task)])
-def test_committed_policies_are_those_of_their_definitions(task):
-    behaviour = locomotion_sac.load(task)
-    record = json.loads((BEHAVIOUR / f"{task}-sac.json").read_text())
+def test_the_versions_of_a_task_differ_in_the_medium_policy_alone():
+    first, second = (locomotion_sac.load("walker2d", version) for version in (1, 2))
+    np.testing.assert_array_equal(first["curve_return"], second["curve_return"])  # of one training
+    np.testing.assert_array_equal(first["expert_return"], second["expert_return"])
+    assert first["step"][first["medium"]] < second["step"][second["medium"]]
+    assert first["medium_return"].mean() < second["medium_return"].mean()
+    # Each recipe has the policies of its own version
+    for version in (1, 2):
+        write = recipes.find(f"stitch/walker2d-medium-replay-v{version}").write
+        assert write.args == ("walker2d", version, "medium-replay")
+
+
+@pytest.mark.parametrize("task, version", [x for x in locomotion_sac.VERSIONS if locomotion_sac.qualities(*x)])
+def test_committed_policies_are_those_of_their_definitions(task, version):
+    behaviour, name = locomotion_sac.load(task, version), locomotion_sac.name_of(task, version)
+    record = json.loads((BEHAVIOUR / f"{name}.json").read_text())
     assert "dirty" not in record["commit"] and record["training"]["config"]["task"] == task
     command = shlex.split(record["training"]["command"])
     assert command[:2] == ["python", "benchmarks/behaviour/train_sac.py"]
     trained = dataclasses.asdict(tyro.cli(train_sac.Config, args=command[2:]))
     assert json.loads(json.dumps(trained)) == record["training"]["config"]
     random_steps, mean = record["training"]["config"]["random_steps"], behaviour["curve_return"].mean(1)
-    bar = float(record["command"].partition("--expert-return ")[2] or measure_sac.EXPERT_RETURNS[task])
-    levels = measure_sac.MEDIUM_RETURNS[task], bar
+    command = shlex.split(record["command"])
+    assert command[:2] == ["python", "benchmarks/behaviour/measure_sac.py"]
+    measured = tyro.cli(measure_sac.Config, args=command[2:])
+    assert (measured.task, measured.version) == (task, version)
+    bar = measured.expert_return or measure_sac.EXPERT_RETURNS[task]
+    levels = measure_sac.MEDIUM_RETURNS[task, version], bar
     kept, medium = measure_sac.choose(behaviour["curve_step"], mean, random_steps, *levels)
     np.testing.assert_array_equal(behaviour["step"], behaviour["curve_step"][kept])
     assert medium == behaviour["medium"] == measure_sac.REPLAY - 1
     names = ["medium", "expert"][: len(kept) - medium]
-    assert locomotion_sac.qualities(task) == [
+    assert locomotion_sac.qualities(task, version) == [
         x for x in locomotion_sac.QUALITIES if x.split("-")[-1] in ("random", "replay", *names)
     ]
     assert all(behaviour[name].dtype == np.float16 for name in locomotion_sac.Policy._fields)
@@ -190,15 +209,18 @@ def test_committed_policies_are_those_of_their_definitions(task):
         [policy["return_mean"] for policy in record["policies"]], behaviour["return"].mean(1), atol=0.051
     )
     assert [name for name in ("medium", "expert") if name in record] == names
-    for name in names:
-        assert abs(record[name]["return_mean"] - behaviour[f"{name}_return"].mean()) < 0.051
-    assert (BEHAVIOUR / f"{task}-sac.png").exists()
+    for which in names:
+        assert abs(record[which]["return_mean"] - behaviour[f"{which}_return"].mean()) < 0.051
+    assert (BEHAVIOUR / f"{name}.png").exists()
     low, high = locomotion_sac.REFERENCE_SCORES[task]
-    said = re.search(
-        r"scores ([\d.]+), ([\d.]+) and ([\d.]+) on hopper, walker2d and halfcheetah", locomotion_sac.__doc__
-    )
     score = 100 * (record["medium"]["return_mean"] - low) / (high - low)
-    assert f"{score:.1f}" == said[1 + ["hopper", "walker2d", "halfcheetah"].index(task)]
+    words = " ".join(locomotion_sac.__doc__.split())
+    said = re.search(r"scores ([\d.]+), ([\d.]+) and ([\d.]+) on hopper, walker2d and halfcheetah", words)
+    if version == 1:
+        assert f"{score:.1f}" == said[1 + ["hopper", "walker2d", "halfcheetah"].index(task)]
+    else:
+        assert f"scores 63.2 or more; it scores {score:.1f} over 100." in words
+        assert abs(levels[0] - (low + 0.632 * (high - low))) < 1e-6
 
 
 # --- Which policies are kept ------------------------------------------------------------------------

@@ -301,13 +301,13 @@ def test_the_page_says_why_bc_stands_still():
 
     assert f"30 episodes earns {last('bc')}:" in WORDS
     assert f"30 episodes earn {last('bc-top-10')}, and" in WORDS
-    parts = locomotion_sac.snapshots("halfcheetah", "medium-replay")
+    parts = locomotion_sac.snapshots("halfcheetah", 1, "medium-replay")
     policies = parts[parts.count(None) :]
-    earn = locomotion_sac.load("halfcheetah")["return"].mean(axis=1)[policies]
+    earn = locomotion_sac.load("halfcheetah", 1)["return"].mean(axis=1)[policies]
     assert f"{len(parts)} parts of the same length" in WORDS and f"{parts.count(None)} of uniform actions" in WORDS
     assert f"{len(policies)} policies, of which the first {np.argmax(earn >= 0)} earn less than 0" in WORDS
     assert 0.3 < (parts.count(None) + np.argmax(earn >= 0)) / len(parts) < 0.36
-    assert f"earns {locomotion_sac.load('halfcheetah')['medium_return'].mean():,.0f} on average" in WORDS
+    assert f"earns {locomotion_sac.load('halfcheetah', 1)['medium_return'].mean():,.0f} on average" in WORDS
 
 
 def test_the_page_says_that_the_other_form_of_bc_stands_still_too():

@@ -7,9 +7,11 @@ the training's folder, and the same command goes on), and writes
     common/recipes/behaviour/TASK-sac.npz   the policies that the recipes need, in half precision, and their returns
     benchmarks/behaviour/TASK-sac.png       the learning curve
     benchmarks/behaviour/TASK-sac.json      returns, the settings of the training, versions and commits
+(TASK-sac-v2 with --version 2, of the same training).
 
 expert         the last policy whose mean return is at least --expert-return; there may be none yet
-medium         the first one whose mean return is a third of an expert's or more (MEDIUM_RETURNS)
+medium         v1: the first one whose mean return is a third of an expert's or more (MEDIUM_RETURNS)
+               v2, for walker2d alone: the first one that is as good as D4RL's medium policy
 medium-replay  30 policies, evenly over the steps from the first one that acted in training to the medium one
 
 A training that has its medium policy and no expert is enough for the datasets that need none. It can go on, with a
@@ -49,8 +51,14 @@ REFERENCE_EPISODES = 100  # of the medium and of the expert policy, to report
 EVAL_SEED = 2**31  # apart from those of the data
 # D4RL's experts have 3234, 4592 and 12135. Ours of halfcheetah may be worse: its returns still grow after many hours
 EXPERT_RETURNS = {"hopper": 3200.0, "walker2d": 4500.0, "halfcheetah": 9000.0}
-# A third of our expert's on hopper, and of D4RL's on the tasks whose medium policy is older than their expert
-MEDIUM_RETURNS = {"hopper": 3448.0 / 3, "walker2d": 4592.3 / 3, "halfcheetah": 12135.0 / 3}
+# A third of our expert's on hopper, and of D4RL's on the tasks whose medium policy is older than their expert. v2: the
+# score of 63.2 that BC has on D4RL's walker2d-medium-v2 (CORL at 2ed69e3)
+MEDIUM_RETURNS = {
+    ("hopper", 1): 3448.0 / 3,
+    ("walker2d", 1): 4592.3 / 3,
+    ("halfcheetah", 1): 12135.0 / 3,
+    ("walker2d", 2): 1.629008 + 0.632 * (4592.3 - 1.629008),
+}
 
 
 @dataclass(frozen=True)
@@ -58,6 +66,7 @@ class Config:
     task: Literal["hopper", "walker2d", "halfcheetah"]
     training: str = ""  # folder that train_sac.py left; by default runs/behaviour/TASK
     expert_return: float = 0.0  # that an expert has at least; 0: what EXPERT_RETURNS asks for
+    version: Literal[1, 2] = 1  # of the datasets
 
 
 def policies_of(snapshots):
@@ -123,7 +132,7 @@ def measure(cfg, snapshots, random_steps, training):
     """What goes into the .npz file."""
     policies, steps = policies_of(snapshots), snapshots["step"]
     curve = curve_of(cfg.task, policies, steps, training / "returns.npz")
-    levels = MEDIUM_RETURNS[cfg.task], cfg.expert_return or EXPERT_RETURNS[cfg.task]
+    levels = MEDIUM_RETURNS[cfg.task, cfg.version], cfg.expert_return or EXPERT_RETURNS[cfg.task]
     kept, medium = choose(steps, curve.mean(axis=1), random_steps, *levels)
     named = {"medium_return": kept[medium]} | ({"expert_return": kept[-1]} if len(kept) > medium + 1 else {})
     played = play(cfg.task, [policies[i] for i in named.values()], REFERENCE_EPISODES)
@@ -175,6 +184,7 @@ def training_command(config):
 def record_of(cfg, behaviour, saved, progress):
     """What the .json file says; the folder of the training is a place on one machine, and not in it."""
     option = f" --expert-return {cfg.expert_return:g}" if cfg.expert_return else ""
+    option += f" --version {cfg.version}" if cfg.version > 1 else ""
 
     def about(returns):
         return {"return_mean": round(float(returns.mean()), 1), "return_std": round(float(returns.std()), 1)}
@@ -200,6 +210,8 @@ def record_of(cfg, behaviour, saved, progress):
 
 
 def main(cfg):
+    if (cfg.task, cfg.version) not in MEDIUM_RETURNS:
+        raise SystemExit(f"{cfg.task} has no version {cfg.version}: use --version 1.")
     training = Path(cfg.training or ROOT / "runs" / "behaviour" / cfg.task)
     if not (training / "checkpoint.msgpack").exists():
         raise SystemExit(
@@ -215,10 +227,11 @@ def main(cfg):
         )
     with np.load(training / "snapshots.npz") as file:
         behaviour = measure(cfg, dict(file), config["random_steps"], training)
-    np.savez_compressed(locomotion_sac.BEHAVIOUR / f"{cfg.task}-sac.npz", **behaviour)
-    draw(HERE / f"{cfg.task}-sac.png", cfg.task, behaviour)
+    name = locomotion_sac.name_of(cfg.task, cfg.version)
+    np.savez_compressed(locomotion_sac.BEHAVIOUR / f"{name}.npz", **behaviour)
+    draw(HERE / f"{name}.png", cfg.task, behaviour)
     record = record_of(cfg, behaviour, saved, json.loads((training / "progress.json").read_text()))
-    (HERE / f"{cfg.task}-sac.json").write_text(json.dumps(record, indent=1) + "\n")
+    (HERE / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
     for name in ("medium", "expert"):
         print(f"{name}: {record.get(name, 'none yet; a longer training (--num-steps) may have one')}")
 

@@ -112,7 +112,8 @@ def foot(runs: list[Run], published: dict) -> str:
 
 
 def small(runs: list[Run], failures: list[Failure], results: str, root: str, published: dict) -> str:
-    """Markdown for README.md: one table of all datasets; nothing while too few runs can be compared."""
+    """Markdown for README.md: one table of the protocol's datasets; nothing while too few runs can be compared."""
+    runs = [run for run in runs if run.dataset in PROTOCOL["datasets"]]
     datasets = datasets_of(runs)
     if max((sum(run.dataset == dataset for run in runs) for dataset in datasets), default=0) < FEWEST:
         return ""

@@ -68,9 +68,11 @@ RECIPES: dict[str, Recipe] = {
         for quality in locomotion.QUALITIES
     },
     **{
-        f"stitch/{task}-{quality}-v1": Recipe(functools.partial(locomotion_sac.write, task, quality), 1_000_000)
-        for task in locomotion.TASKS
-        for quality in locomotion_sac.qualities(task)
+        f"stitch/{task}-{quality}-v{version}": Recipe(
+            functools.partial(locomotion_sac.write, task, version, quality), 1_000_000
+        )
+        for task, version in locomotion_sac.VERSIONS
+        for quality in locomotion_sac.qualities(task, version)
     },
     **{
         f"stitch/open-bandit-{log}-{campaign}-v0": Recipe(functools.partial(open_bandit.write, log, campaign), 10_000)
@@ -123,13 +125,15 @@ def find(dataset_id: str) -> Recipe | None:
 
 def not_yet(dataset_id: str) -> str | None:
     """One sentence about a name whose recipe waits for its trained policy; None about every other name."""
-    name = re.fullmatch(r"stitch/([a-z0-9]+)-([a-z-]+?)(-[1-9]\d*[km])?-v1", dataset_id)
-    if not name or name[1] not in locomotion.TASKS or name[2] not in locomotion_sac.QUALITIES or find(dataset_id):
+    name = re.fullmatch(r"stitch/([a-z0-9]+)-([a-z-]+?)(-[1-9]\d*[km])?-v([1-9])", dataset_id)
+    if not name or (name[1], int(name[4])) not in locomotion_sac.VERSIONS:
         return None
-    missing = "the expert policy" if locomotion_sac.qualities(name[1]) else "the policies"
+    if name[2] not in locomotion_sac.QUALITIES or find(dataset_id):
+        return None
+    missing = "the expert policy" if locomotion_sac.qualities(name[1], int(name[4])) else "the policies"
     return (
         f"{dataset_id} needs {missing} that SAC trained on {name[1]}, which this version does not have yet: "
-        f"use {dataset_id.removesuffix('1')}0, of weaker policies."
+        f"use {dataset_id.removesuffix(name[4])}0, of weaker policies."
     )
 
 

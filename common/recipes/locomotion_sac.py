@@ -1,4 +1,4 @@
-"""Hopper, Walker2d and HalfCheetah again, with policies that are about as good as D4RL's: version v1.
+"""Hopper, Walker2d and HalfCheetah again, with policies that are about as good as D4RL's: versions v1 and v2.
 
     random          uniform actions
     medium          the first policy whose return, over 20 episodes, is a third of an expert's or more (of ours on
@@ -25,6 +25,8 @@ What differs from D4RL (https://arxiv.org/abs/2004.07219), whose names these are
 - medium-replay is no replay buffer, in which every step has a policy of its own, but roll-outs of 30 policies.
 - Medium is no better than the name says: it scores 36.6, 30.4 and 35.8 on hopper, walker2d and halfcheetah. D4RL's is
   better: BC of its data scores 53.5, 63.2 and 42.4 (CORL at 2ed69e3).
+  This is why walker2d has a version v2. It is of the same training, but its medium policy is the first one whose
+  return, over 20 episodes, scores 63.2 or more; it scores 00.0 over 100.
 - Every dataset has a million transitions, unless its name asks for another number. D4RL's medium-expert has two
   million, its medium-replay as many as the training took to reach the medium policy.
 """
@@ -40,6 +42,7 @@ import numpy as np
 from common.recipes import locomotion, storage
 
 BEHAVIOUR = Path(__file__).parent / "behaviour"
+VERSIONS = (("hopper", 1), ("walker2d", 1), ("halfcheetah", 1), ("walker2d", 2))
 QUALITIES = {
     "random": "uniform actions",
     "medium": "the first policy of SAC whose return is a third of an expert's",
@@ -78,9 +81,14 @@ class Policy(NamedTuple):
         return np.tanh(mean + std * rng.standard_normal(mean.shape))
 
 
-def qualities(task: str) -> list[str]:
+def name_of(task: str, version: int) -> str:
+    """Of the files that hold the policies and what was measured of them."""
+    return f"{task}-sac" if version == 1 else f"{task}-sac-v{version}"
+
+
+def qualities(task: str, version: int) -> list[str]:
     """Those whose policies are there: none, all, or all that need no expert."""
-    file = BEHAVIOUR / f"{task}-sac.npz"
+    file = BEHAVIOUR / f"{name_of(task, version)}.npz"
     if not file.exists():
         return []
     with np.load(file) as arrays:
@@ -88,12 +96,12 @@ def qualities(task: str) -> list[str]:
     return [name for name in QUALITIES if expert or not name.endswith("expert")]
 
 
-def write(task: str, quality: str, dataset_id: str, data_path: Path, num_transitions: int) -> None:
+def write(task: str, version: int, quality: str, dataset_id: str, data_path: Path, num_transitions: int) -> None:
     """Rolls out the policies of a quality and writes the episodes as a Minari dataset."""
     env = locomotion.make_env(task)
-    episodes = locomotion.collect(
-        task, snapshots(task, quality), num_transitions, desc=dataset_id, policies=policy
-    )  # fmt: skip
+    policies = functools.partial(policy, version=version)
+    parts = snapshots(task, version, quality)
+    episodes = locomotion.collect(task, parts, num_transitions, desc=dataset_id, policies=policies)
     storage.write(
         dataset_id,
         data_path,
@@ -110,21 +118,21 @@ def write(task: str, quality: str, dataset_id: str, data_path: Path, num_transit
 
 
 @functools.cache
-def load(task: str) -> dict[str, np.ndarray]:
+def load(task: str, version: int) -> dict[str, np.ndarray]:
     """The policies of a task, on a leading axis, and what benchmarks/behaviour/measure_sac.py measured of them."""
-    with np.load(BEHAVIOUR / f"{task}-sac.npz") as file:
+    with np.load(BEHAVIOUR / f"{name_of(task, version)}.npz") as file:
         return dict(file)
 
 
 @functools.cache
-def policy(task: str, snapshot: int) -> Policy:
+def policy(task: str, snapshot: int, version: int) -> Policy:
     """One policy. Kept in half precision, evaluated in float32."""
-    return Policy(*(load(task)[name][snapshot].astype(np.float32) for name in Policy._fields))
+    return Policy(*(load(task, version)[name][snapshot].astype(np.float32) for name in Policy._fields))
 
 
-def snapshots(task: str, quality: str) -> list[int | None]:
+def snapshots(task: str, version: int, quality: str) -> list[int | None]:
     """The policies that collect a dataset, in this order and in equal parts; None stands for uniform actions."""
-    steps, medium = load(task)["step"], int(load(task)["medium"])
+    steps, medium = load(task, version)["step"], int(load(task, version)["medium"])
     # In training uniform actions came before the first policy: as many parts of them as there are intervals until then
     uniform = round(steps[0] / ((steps[medium] - steps[0]) / medium))
     return {
