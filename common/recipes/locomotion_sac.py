@@ -26,7 +26,7 @@ What differs from D4RL (https://arxiv.org/abs/2004.07219), whose names these are
 - Medium is no better than the name says: it scores 36.6, 30.4 and 35.8 on hopper, walker2d and halfcheetah. D4RL's is
   better: BC of its data scores 53.5, 63.2 and 42.4 (CORL at 2ed69e3).
   This is why walker2d has a version v2. It is of the same training, but its medium policy is the first one whose
-  return, over 20 episodes, scores 63.2 or more; it scores 00.0 over 100.
+  return, over 20 episodes, scores 63.2 or more; it scores 73.5 over 100.
 - Every dataset has a million transitions, unless its name asks for another number. D4RL's medium-expert has two
   million, its medium-replay as many as the training took to reach the medium policy.
 """
