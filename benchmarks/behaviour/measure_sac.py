@@ -155,10 +155,10 @@ def places(behaviour):
 def draw(path, task, behaviour):
     """The learning curve, with the policies that are kept."""
     figure, axes = plt.subplots(figsize=(6, 3.5), dpi=120, layout="constrained")
-    steps, returns = behaviour["curve_step"], behaviour["curve_return"]
+    steps, returns = behaviour["curve_step"] / 1000, behaviour["curve_return"]
     axes.fill_between(steps, *np.quantile(returns, [0.1, 0.9], axis=-1), color="#0072B2", alpha=0.2, linewidth=0)
-    axes.plot(steps, returns.mean(-1), color="#0072B2", linewidth=1, label="mean, and 10 to 90 % of the episodes")
-    step, kept = behaviour["step"], behaviour["return"].mean(-1)
+    axes.plot(steps, returns.mean(-1), color="#0072B2", linewidth=1, label="mean of the episodes (shade: 10 to 90 %)")
+    step, kept = behaviour["step"] / 1000, behaviour["return"].mean(-1)
     axes.plot(step, kept, ".", color="#0072B2", label="kept policies")
     for name, i in places(behaviour).items():
         axes.plot(step[i], kept[i], "o", color="#D55E00")
@@ -166,9 +166,9 @@ def draw(path, task, behaviour):
         axes.annotate(f"{name}: {mean:.0f}", (step[i], kept[i]), (6, -12), textcoords="offset points")
     axes.axhline(locomotion_sac.REFERENCE_SCORES[task][1], color="0.5", linestyle=":", label="D4RL's expert")
     axes.margins(x=0.15)  # room for the names
-    axes.set(title=f"SAC on {locomotion.TASKS[task]}", xlabel="environment steps", ylabel="return")
+    axes.set(title=f"SAC on {locomotion.TASKS[task]}", xlabel="environment steps, in thousands", ylabel="return")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     figure.savefig(path)
     plt.close(figure)
 
