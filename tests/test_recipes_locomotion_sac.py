@@ -101,9 +101,12 @@ def test_qualities_are_of_the_right_policies(hopper):
     assert locomotion_sac.snapshots("hopper", 1, "medium-replay") == [None, None, 0, 1, 2]
 
 
-def test_a_dataset_holds_equal_parts_of_its_policies_and_scores_on_d4rls_scale(hopper):
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_dataset_holds_equal_parts_of_its_policies_and_scores_on_d4rls_scale(hopper, version):
+    if version == 2:  # there are the policies of this version alone
+        (hopper / "hopper-sac.npz").rename(hopper / "hopper-sac-v2.npz")
     data = hopper / "data"
-    locomotion_sac.write("hopper", 1, "medium-expert", "stitch/hopper-medium-expert-v1", data, 400)
+    locomotion_sac.write("hopper", version, "medium-expert", f"stitch/hopper-medium-expert-v{version}", data, 400)
     dataset = minari.MinariDataset(data)
     episodes, steps = list(dataset), 0
     assert sum(len(e.actions) for e in episodes) == 400
@@ -111,7 +114,7 @@ def test_a_dataset_holds_equal_parts_of_its_policies_and_scores_on_d4rls_scale(h
     for e in episodes:
         likelihood = []
         for i in (2, 3):
-            mean, std = locomotion_sac.policy("hopper", i, 1).gaussian(e.observations[:-1])
+            mean, std = locomotion_sac.policy("hopper", i, version).gaussian(e.observations[:-1])
             inside = np.abs(e.actions) < 0.999
             residual = (np.arctanh(np.where(inside, e.actions, 0)) - mean) / std
             likelihood.append((-0.5 * residual**2 - np.log(std))[inside].sum())
@@ -330,6 +333,19 @@ def test_a_finished_training_becomes_the_three_files(tmp_path, monkeypatch, caps
         np.testing.assert_array_equal(file["medium_return"], kept["medium_return"])
     record = json.loads((tmp_path / "hopper-sac.json").read_text())
     assert record["medium"]["step"] == 30 and "expert" not in record
+    # Another version has files of its own, and a level of its own
+    with pytest.raises(SystemExit, match="^hopper has no version 2: use --version 1.$"):
+        measure_sac.main(dataclasses.replace(cfg, version=2))
+    monkeypatch.setitem(measure_sac.MEDIUM_RETURNS, ("hopper", 2), 7.0)
+    levels = []
+    monkeypatch.setattr(measure_sac, "choose", lambda *args: levels.append(args[3]) or (np.array([2, 3, 4]), 2))
+    before = {file.name: file.read_bytes() for file in tmp_path.glob("hopper-sac*")}
+    measure_sac.main(dataclasses.replace(cfg, version=2))
+    assert levels == [7.0] and {name: (tmp_path / name).read_bytes() for name in before} == before
+    assert json.loads((tmp_path / "hopper-sac-v2.json").read_text())["command"].endswith("0.1 --version 2")
+    assert (tmp_path / "hopper-sac-v2.png").exists()
+    with np.load(tmp_path / "hopper-sac-v2.npz") as file:
+        assert file["step"].tolist() == [20, 30, 40]
     # A second time plays what has no returns yet
     monkeypatch.setattr(measure_sac, "play", lambda task, policies, episodes: np.full((len(policies), episodes), 7.0))
     policies, file = [None] * 6, training / "returns.npz"
