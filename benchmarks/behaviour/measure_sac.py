@@ -227,10 +227,11 @@ def main(cfg):
         )
     with np.load(training / "snapshots.npz") as file:
         behaviour = measure(cfg, dict(file), config["random_steps"], training)
+    # Before a file is written that git knows: its commit would be said to be changed
+    record = record_of(cfg, behaviour, saved, json.loads((training / "progress.json").read_text()))
     name = locomotion_sac.name_of(cfg.task, cfg.version)
     np.savez_compressed(locomotion_sac.BEHAVIOUR / f"{name}.npz", **behaviour)
     draw(HERE / f"{name}.png", cfg.task, behaviour)
-    record = record_of(cfg, behaviour, saved, json.loads((training / "progress.json").read_text()))
     (HERE / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
     for name in ("medium", "expert"):
         print(f"{name}: {record.get(name, 'none yet; a longer training (--num-steps) may have one')}")
