@@ -219,6 +219,8 @@ def test_committed_policies_are_those_of_their_definitions(task, version):
     score = 100 * (record["medium"]["return_mean"] - low) / (high - low)
     words = " ".join(locomotion_sac.__doc__.split())
     said = re.search(r"scores ([\d.]+), ([\d.]+) and ([\d.]+) on hopper, walker2d and halfcheetah", words)
+    if "expert" in record:
+        assert re.search(rf"Over 100 episodes .*{task}'s (has )?{record['expert']['return_mean']:.0f}\b", words)
     if version == 1:
         assert f"{score:.1f}" == said[1 + ["hopper", "walker2d", "halfcheetah"].index(task)]
     else:

@@ -291,6 +291,7 @@ def test_the_page_says_how_td3_bc_depends_on_the_walkers_data():
     assert f"With v2 10 % BC has {new} in the place of {old}, and 54.4 is published." in WORDS
     new, old = (last_five(f"{place}/td3_bc") for place in (second, first))
     assert f"But TD3+BC has only {new} in the place of {old}." in WORDS
+    assert f"we think: it has {last_five(f'{second}/iql')}, and 82.2 is published." in WORDS
     heading = f"Why TD3+BC is near {float(new):.0f} on walker2d-medium-replay"
     assert f"\n## {heading}\n" in PAGE
     place = "trials/medium-alone/walker2d-medium-v2/td3_bc"
