@@ -129,6 +129,15 @@ def test_a_dataset_holds_equal_parts_of_its_policies_and_scores_on_d4rls_scale(h
     assert (low, high) == D4RL_REFERENCE_SCORES["mujoco/hopper/"]
 
 
+def test_a_dataset_says_which_medium_policy_it_is_of(monkeypatch):
+    said = []
+    monkeypatch.setattr(locomotion_sac.storage, "write", lambda *_, description, **__: said.append(description))
+    for version in (1, 2):
+        locomotion_sac.write("walker2d", version, "medium", f"stitch/walker2d-medium-v{version}", None, 10)
+    first, second = said
+    assert "whose return is a third of an expert's." in first and "that scores 63.2 or more" in second
+
+
 def test_reference_scores_are_d4rls():
     for task in locomotion.TASKS:
         assert locomotion_sac.REFERENCE_SCORES[task] == D4RL_REFERENCE_SCORES[f"mujoco/{task}/"]

@@ -274,11 +274,11 @@ def test_the_page_says_what_the_walkers_data_are():
     for name in ("walker2d-sac", "walker2d-sac-v2"):
         medium = json.loads((ROOT / f"benchmarks/behaviour/{name}.json").read_text())["medium"]["return_mean"]
         score = 100 * (medium - low) / (high - low)
-        assert f"[It](behaviour/{name}.json) earns {medium:,.0f}, a score of {score:.1f}." in WORDS
+        assert f"his policy](behaviour/{name}.json) earns {medium:,.0f}, a score of {score:.1f}." in WORDS
     behaviour = locomotion_sac.load("walker2d", 2)
     step, earns = behaviour["step"][: behaviour["medium"] + 1], behaviour["return"].mean(1)[: behaviour["medium"] + 1]
     good = earns >= high / 3
-    assert f"of v2's {len(step)} policies, {(~good).sum()} earn less than a third of the expert's return" in WORDS
+    assert f"of v2's {len(step)} policies, {(~good).sum()} earn less than a third of what D4RL's" in WORDS
     assert f"the others come after step 260,000 of {step[-1]:,}." in WORDS and step[good].min() > 260_000
 
 

@@ -42,10 +42,14 @@ import numpy as np
 from common.recipes import locomotion, storage
 
 BEHAVIOUR = Path(__file__).parent / "behaviour"
-VERSIONS = (("hopper", 1), ("walker2d", 1), ("halfcheetah", 1), ("walker2d", 2))
+VERSIONS = (("hopper", 1), ("walker2d", 1), ("halfcheetah", 1), ("walker2d", 2))  # (task, version) of the datasets
+MEDIUM = {
+    1: "the first policy of SAC whose return is a third of an expert's",
+    2: "the first policy of SAC that scores 63.2 or more, as BC does on D4RL's medium data",
+}
 QUALITIES = {
     "random": "uniform actions",
-    "medium": "the first policy of SAC whose return is a third of an expert's",
+    "medium": "the medium policy of SAC",
     "medium-replay": "uniform actions and policies of SAC up to the medium one, as in its training",
     "medium-expert": "the medium and the expert policy of SAC, half of the transitions each",
     "expert": "the last policy of SAC that earns what D4RL's expert does, or nearly so",
@@ -101,6 +105,7 @@ def write(task: str, version: int, quality: str, dataset_id: str, data_path: Pat
     env = locomotion.make_env(task)
     policies = functools.partial(policy, version=version)
     parts = snapshots(task, version, quality)
+    made = MEDIUM[version] if quality == "medium" else QUALITIES[quality]
     episodes = locomotion.collect(task, parts, num_transitions, desc=dataset_id, policies=policies)
     storage.write(
         dataset_id,
@@ -111,7 +116,7 @@ def write(task: str, version: int, quality: str, dataset_id: str, data_path: Pat
         reference_scores=REFERENCE_SCORES[task],
         algorithm_name="uniform actions" if quality == "random" else "SAC (algos/sac.py)",
         code_permalink="common/recipes/locomotion_sac.py",
-        description=f"{locomotion.TASKS[task]}: {QUALITIES[quality]}. Score 100 is the return of D4RL's expert.",
+        description=f"{locomotion.TASKS[task]}: {made}. Score 100 is the return of D4RL's expert.",
         requirements=["gymnasium[mujoco]>=1.2"],
     )
     env.close()
