@@ -582,6 +582,14 @@ def test_a_cell_with_other_seeds_is_of_the_same_row(standard_runs):
     assert len(run.summary["returns"]) == len(run.summary["score_per_seed"]) == len(run.diverged) == 5
 
 
+def test_a_newer_field_that_is_not_used_is_no_other_setting(standard_runs):
+    hopper = "stitch/hopper-medium-expert-v1"
+    place = standard_runs / "seeds-3-and-4/hopper-medium-expert-v1/iql"
+    further_seeds(place, hopper, [[0.0] + [100.0] * 5] * 2, "iql", random_shift=None)
+    found = runs.read_results(standard_runs).runs
+    assert [len(run.scores) for run in found if run.algo == "iql" and run.dataset == hopper] == [5]
+
+
 @pytest.mark.parametrize("what", [{"first": 2}, {"beta": 3.0}, {"data": {"hash": "other"}}])
 def test_a_cell_with_a_seed_again_or_another_setting_or_other_data_is_no_part_of_a_row(standard_runs, what):
     name, hopper = "further/hopper-medium-expert-v1/iql", "stitch/hopper-medium-expert-v1"
