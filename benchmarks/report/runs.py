@@ -183,9 +183,12 @@ def with_more_seeds(found: list[Run]) -> list[Run]:
     """Cells of one setting, on the same data, whose seeds are others, are one run with all of these seeds."""
     groups = {}
     for run in found:
-        # a field that is None is not used: an older run of the same setting does not have it
-        used = {field: value for field, value in run.config.items() if value is not None}
-        setting = {field: value for field, value in used.items() if field not in ("seed", "num_seeds", "out")}
+        # a field that is None is not used: an older run of the same setting may not have it
+        setting = {
+            field: value
+            for field, value in run.config.items()
+            if value is not None and field not in ("seed", "num_seeds", "out")
+        }
         what = run.method, run.dataset, scale_of(run), run.steps.tolist(), setting
         groups.setdefault(json.dumps(what, sort_keys=True), []).append(run)
     return [run for runs in groups.values() for run in ([together(runs)] if apart_in_seeds(runs) else runs)]
