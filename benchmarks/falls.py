@@ -5,13 +5,14 @@
 The rows of such a dataset are the medium policy's, then, from the middle on, the expert's. Three questions:
 
 Data      How do the episodes of each half end, and how much is either half worth where an episode begins?
-Weights   Of IQL: by which weights is each half cloned, and does V believe what the rows after a row have earned?
+Weights   Of IQL and XQL: by which weights is each half cloned, and does V believe what follows a row in the data?
 Episodes  The last policy of each seed plays, by its mode. At every step, of which half is the nearest row of the data?
           Near: by the distance of observations, each dimension divided by its standard deviation, of 50,000 rows of
           each half. Asked of the steps 50 to 150; and, of the episodes of more than 150 steps that end by a fall, how
           many steps before it the last one was near the expert's rows. One that never was is left out there.
 
-The numbers go to --out. What is nearest depends on the distance and tells no cause by itself.
+The numbers go to results/falls-ALGORITHM-DATASET.json. What is nearest depends on the distance and tells no cause by
+itself.
 """
 
 import dataclasses
@@ -32,6 +33,7 @@ from common.networks import Critic, Value
 
 HALVES = "medium", "expert"
 ROWS = 50_000  # of each half
+RESULTS = Path(__file__).parent / "results"
 LIMIT = 1_000  # steps of an episode, as gymnasium registers these environments
 
 
@@ -39,7 +41,6 @@ LIMIT = 1_000  # steps of an episode, as gymnasium registers these environments
 class Options:
     run: Annotated[Path, tyro.conf.Positional]  # a finished run folder, with its checkpoint
     episodes: int = 50  # of each seed
-    out: Path = Path("benchmarks/results/falls-iql-hopper-medium-expert-v1.json")
 
 
 def main(options: Options):
@@ -55,11 +56,14 @@ def main(options: Options):
     rows = [rng.choice(np.arange(k * half, (k + 1) * half), ROWS, replace=False) for k in range(2)]
     result = {"algo": algo, "dataset": runs.cfg.dataset, "run": run_of(options.run), **provenance()}
     result["data"] = {name: of_data(raw, k * half, (k + 1) * half) for k, name in enumerate(HALVES)}
-    if algo == "iql":
+    if algo in ("iql", "xql"):  # their critics, V and weights are the same, but for XQL's LayerNorm
+        value = Value(runs.cfg.hidden, layer_norm=algo == "xql")
         to_go = load_dataset(runs.cfg.dataset, normalize_reward=True, columns=("return_to_go",), discount=0.99)[0]
-        result["weights"] = [weights(runs, i, seen, to_go.return_to_go, raw.end, rows) for i in range(len(runs.runs))]
+        about = seen, to_go.return_to_go, raw.end, rows
+        result["weights"] = [weights(runs, i, value, *about) for i in range(len(runs.runs))]
     result["episodes"] = episodes(runs, env, seen, rows, options.episodes)
-    write(options.out, json.dumps(result, indent=1) + "\n")
+    name = f"falls-{algo}-{runs.cfg.dataset.removeprefix('stitch/')}.json"
+    write(RESULTS / name, json.dumps(result, indent=1) + "\n")
     print(json.dumps({name: result[name] for name in ("data", "weights", "episodes") if name in result}, indent=1))
 
 
@@ -85,13 +89,13 @@ def of_data(data, low, high):
     }
 
 
-def weights(runs, i, data, return_to_go, end, rows):
-    """Of seed i of IQL, for each half: the mean weight of eq. 7, V, and the discounted return of the data."""
+def weights(runs, i, value, data, return_to_go, end, rows):
+    """Of seed i of IQL or XQL, for each half: the mean weight of eq. 7, V, and the discounted return of the data."""
     cfg, state = runs.cfg, jax.tree.map(lambda x: x[i], runs.states)
     found = {"seed": runs.runs[i]["seed"]}
     for name, index in zip(HALVES, rows, strict=True):
         q = Critic(2, cfg.hidden).apply(state.target_critic, data.obs[index], data.action[index]).min(axis=0)
-        v = np.asarray(Value(cfg.hidden).apply(state.value.params, data.obs[index]))
+        v = np.asarray(value.apply(state.value.params, data.obs[index]))
         far = end[index] - index > 300  # what follows is worth 5 % of a value at most
         weight = np.minimum(np.exp(cfg.beta * (np.asarray(q) - v)), cfg.max_weight)
         numbers = {"weight": weight.mean(), "v": v[far].mean(), "return_to_go": return_to_go[index][far].mean()}
