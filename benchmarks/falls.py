@@ -99,7 +99,7 @@ def weights(runs, i, value, data, return_to_go, end, rows):
         far = end[index] - index > 300  # what follows is worth 5 % of a value at most
         weight = np.minimum(np.exp(cfg.beta * (np.asarray(q) - v)), cfg.max_weight)
         numbers = {"weight": weight.mean(), "v": v[far].mean(), "return_to_go": return_to_go[index][far].mean()}
-        found[name] = {key: round(float(value), 2) for key, value in numbers.items()}
+        found[name] = {key: round(float(number), 2) for key, number in numbers.items()}
     total = sum(found[name]["weight"] for name in HALVES)
     return found | {"share_of_weight_on_expert": round(found["expert"]["weight"] / total, 2)}
 

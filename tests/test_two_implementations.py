@@ -1,5 +1,6 @@
 """benchmarks/two_implementations.py and falls.py: their arithmetic has known answers; the page has their numbers."""
 
+import collections
 import dataclasses
 import importlib
 import json
@@ -156,6 +157,36 @@ def test_a_run_on_other_data_is_refused(tmp_path, monkeypatch, name, rows):
     monkeypatch.setattr(falls, "load_dataset", lambda *_, **__: (data, None))
     with pytest.raises(SystemExit, match=f"is of {name}, {rows:,} rows: give a run on .* of 100,000 rows"):
         falls.main(falls.Options(tmp_path))
+
+
+def test_by_which_weights_each_half_is_cloned(monkeypatch):
+    """Critics that are off by +1 and 0 in seed 0, and by +3 and +2 in seed 1; V is off by 0 and 1."""
+    critic = types.SimpleNamespace(apply=lambda params, obs, action: obs[:, 0] + action[:, 0] + params[:, None])
+    value = types.SimpleNamespace(apply=lambda params, obs: obs[:, 1] + params)
+    monkeypatch.setattr(falls, "Critic", lambda *_: critic)
+    State = collections.namedtuple("State", "target_critic value")
+    Params = collections.namedtuple("Params", "params")
+    states = State(np.array([[1.0, 0.0], [3.0, 2.0]]), Params(np.array([0.0, 1.0])))
+    runs = types.SimpleNamespace(
+        cfg=types.SimpleNamespace(hidden=(), beta=np.log(2), max_weight=5.0),
+        states=states,
+        runs=[{"seed": 3}, {"seed": 4}],
+    )
+    # Q - V of the rows, before the networks' errors: 1, 2, 0, 0. Row 1 ends soon.
+    data = types.SimpleNamespace(
+        obs=np.array([[1.0, 1], [2, 2], [3, 3], [4, 4]]), action=np.array([[1.0], [2], [0], [0]])
+    )
+    end, to_go, rows = (
+        np.array([500, 300, 500, 500]),
+        np.array([10.0, 20, 30, 40]),
+        [np.array([0, 1]), np.array([2, 3])],
+    )
+    seed_0, seed_1 = (falls.weights(runs, i, value, data, to_go, end, rows) for i in range(2))
+    assert seed_0["medium"] == {"weight": 3, "v": 1, "return_to_go": 10}  # the weights are 2 and 4
+    assert seed_0["expert"] == {"weight": 1, "v": 3.5, "return_to_go": 35}
+    assert seed_0["seed"] == 3 and seed_0["share_of_weight_on_expert"] == 0.25
+    assert seed_1["seed"] == 4 and seed_1["medium"]["weight"] == 4.5  # 4, and 8 cut to 5
+    assert seed_1["expert"] == {"weight": 2, "v": 4.5, "return_to_go": 35}
 
 
 def test_where_a_policy_falls():
