@@ -261,6 +261,45 @@ def test_the_page_says_what_was_measured_of_the_falls():
     assert f"have {min(share)} to {max(share)} % of the weight" in WORDS
 
 
+def test_the_page_says_what_was_measured_of_xqls_falls():
+    found = json.loads((ROOT / "benchmarks" / "results" / "falls-xql-hopper-medium-expert-v1.json").read_text())
+    hopper = "hopper-medium-expert-v1/xql"
+    summary = json.loads((ROOT / "benchmarks/results/standard/seeds-3-and-4" / hopper / "summary.json").read_text())
+    assert found["run"]["score_per_seed"] == summary["score_per_seed"] and summary["seeds"] == [3, 4]
+    assert all("dirty" not in commit for commit in (found["commit"], found["run"]["commit"]))
+    first, more = (float(last_five(f"standard/{place}")) for place in (hopper, f"seeds-3-and-4/{hopper}"))
+    assert f"\n## Why XQL is near {(3 * first + 2 * more) / 5:.0f} on hopper-medium-expert\n" in PAGE
+    words = " ".join(PAGE.split("## Why XQL is near")[1].split("\n## ")[0].split())
+
+    seeds = found["episodes"]
+    assert "score {:.0f} and {:.0f} there".format(*(seed["score"] for seed in seeds)) in words
+    early = np.mean([seed["near_expert_in_steps_50_to_150"] for seed in seeds])
+    assert f"expert's at {early:.0%} of the steps".replace("%", " %") in words
+    length, returns, away = (
+        np.concatenate([seed[name] for seed in seeds])
+        for name in ("lengths", "returns", "steps_from_the_expert_to_a_fall")
+    )
+    fallen = length < 1000
+    assert f"{fallen.sum()} of the {len(length)} episodes end by a fall, and in all of them" in words
+    assert fallen.sum() == len(away)
+    assert f"the last {away.min()} to {away.max()} steps ({np.median(away):.0f} in the middle)" in words
+    early = length[length < 300]
+    assert f"{len(early)} come after {early.min()} to {early.max()} steps" in words
+    whole = f"The {(~fallen).sum()} episodes without a fall have returns of {returns[~fallen].mean():,.0f} on average"
+    assert whole in words
+
+    share = [round(100 * seed["share_of_weight_on_expert"]) for seed in found["weights"]]
+    assert f"have {min(share)} to {max(share)} % of the weight" in words
+    iql = min(seed["share_of_weight_on_expert"] for seed in FALLS["weights"])
+    assert np.mean(share) < 100 * iql  # "even less"
+    v = {name: [seed[name]["v"] for seed in found["weights"]] for name in falls.HALVES}
+    earned = {name: found["weights"][0][name]["return_to_go"] for name in falls.HALVES}
+    assert f"$V$ is {min(v['expert']):.1f} to {max(v['expert']):.1f} on the expert's rows" in words
+    assert f"which have earned {earned['expert']:.1f}, and" in words and max(v["expert"]) < earned["expert"]
+    assert f"{min(v['medium']):.1f} to {max(v['medium']):.1f} on the medium policy's" in words
+    assert f"have earned {earned['medium']:.1f}. IQL's are not" in words and max(v["medium"]) < earned["medium"]
+
+
 def test_the_page_says_what_corls_settings_of_iql_give():
     place = "trials/corl-settings/hopper-medium-expert-v1/iql"
     runs = [json.loads(line) for line in (two.RESULTS.parent / place / "metrics.jsonl").read_text().splitlines()]
@@ -327,7 +366,8 @@ def test_the_page_says_how_td3_bc_depends_on_the_walkers_data():
     assert f"With v2 10 % BC has {new} in the place of {old}, and 54.4 is published." in WORDS
     new, old = (last_five(f"{place}/td3_bc") for place in (second, first))
     assert f"But TD3+BC has only {new} in the place of {old}." in WORDS
-    assert f"we think: it has {last_five(f'{second}/iql')}, and 82.2 is published." in WORDS
+    ours = " and ".join(str(last_five(f"{second}/{method}")) for method in ("iql", "awac"))
+    assert f"we think: they have {ours}, and 82.2 and 80.6 are published." in WORDS
     heading = f"Why TD3+BC is near {float(new):.0f} on walker2d-medium-replay"
     assert f"\n## {heading}\n" in PAGE
     place = "trials/medium-alone/walker2d-medium-v2/td3_bc"
