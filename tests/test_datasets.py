@@ -1296,6 +1296,18 @@ def test_a_full_disk_leaves_nothing_behind(root, monkeypatch):
     assert not list((root / NAME / "data").glob("stitch-*"))
 
 
+def test_ctrl_c_while_the_cache_is_written_leaves_nothing_behind(root, monkeypatch):
+    def savez(path, **arrays):
+        path.write_bytes(b"half of it")
+        raise KeyboardInterrupt
+
+    write([episode(0, 3)])
+    monkeypatch.setattr(np, "savez", savez)
+    with pytest.raises(KeyboardInterrupt):
+        load_again()
+    assert not list((root / NAME / "data").glob("stitch-*"))
+
+
 # --- Logged propensities -----------------------------------------------------------------------------------
 
 
