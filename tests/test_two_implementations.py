@@ -5,6 +5,7 @@ import dataclasses
 import importlib
 import json
 import pathlib
+import re
 import subprocess
 import sys
 import types
@@ -415,6 +416,29 @@ def test_the_page_says_why_bc_stands_still():
     assert f"{len(policies)} policies, of which the first {np.argmax(earn >= 0)} earn less than 0" in WORDS
     assert 0.3 < (parts.count(None) + np.argmax(earn >= 0)) / len(parts) < 0.36
     assert f"earns {locomotion_sac.load('halfcheetah', 1)['medium_return'].mean():,.0f} on average" in WORDS
+
+
+def test_the_page_says_how_far_the_scores_on_halfcheetah_are_above_the_medium_policy():
+    low, high = locomotion_sac.REFERENCE_SCORES["halfcheetah"]
+    medium = 100 * (locomotion_sac.load("halfcheetah", 1)["medium_return"].mean() - low) / (high - low)
+    card = (ROOT / "benchmarks" / "cards" / "halfcheetah-medium-replay-v1.md").read_text()
+    best = re.search(r"its quantiles \| .* ([\d,]+) \(0, 5, 25, 50, 75, 95, 100 %\)", card)[1].replace(",", "")
+    best = 100 * (float(best) - low) / (high - low)
+    assert f"The medium policy scores {medium:.1f} on average, and [the best episode of the data]" in WORDS
+    assert f"(cards/halfcheetah-medium-replay-v1.md) {best:.1f}." in WORDS
+
+    names = {"td3_bc": "TD3+BC", "awac": "AWAC", "iql": "IQL", "xql": "XQL"}
+    table = PAGE.split("\n### halfcheetah-medium-replay-v1\n")[1].split("\n###")[0]
+    ours = {name: float(last_five(f"standard/halfcheetah-medium-replay-v1/{name}")) for name in names}
+    theirs = {name: float(re.search(rf"\[{name}\]\(.* \(([\d.]+)\) \|\n", table)[1]) for name in names}
+    said = "{} has {}, {} {}, {} {} and {} {}.".format(*(x for name in names for x in (names[name], ours[name])))
+    assert said in WORDS
+    for name in names:
+        assert f"{theirs[name]} is published for {names[name]}" in WORDS or f"{theirs[name]} for {names[name]}" in WORDS
+    above = [[round(x - at, 1) for x in scores.values()] for scores, at in ((theirs, 42.4), (ours, round(medium, 1)))]
+    (theirs_low, theirs_high), (ours_low, ours_high) = ((min(x), max(x)) for x in above)
+    said = f"are {theirs_low} to {theirs_high} points above the medium policy, and ours are {ours_low} to {ours_high}."
+    assert said.replace("are -", "are −") in WORDS
 
 
 def test_the_page_says_that_the_other_form_of_bc_stands_still_too():
