@@ -25,7 +25,10 @@ import two_implementations as two  # noqa: E402
 
 PAGE = (ROOT / "benchmarks" / "standard.md").read_text()
 WORDS = " ".join(PAGE.split())
-FALLS = json.loads((ROOT / "benchmarks" / "results" / "falls-iql-hopper-medium-expert-v1.json").read_text())
+FALLS = {
+    algo: json.loads((ROOT / "benchmarks" / "results" / f"falls-{algo}-hopper-medium-expert-v1.json").read_text())
+    for algo in ("iql", "xql")
+}
 
 
 def result(name):
@@ -221,84 +224,79 @@ def test_where_a_policy_falls():
 # --- The committed numbers -------------------------------------------------------------------------------
 
 
-def test_the_page_says_what_was_measured_of_the_falls():
-    assert all("dirty" not in commit for commit in (FALLS["commit"], FALLS["run"]["commit"]))
-    medium, expert = (FALLS["data"][name] for name in falls.HALVES)
-    assert f"falls in {medium['falls']:,} of its {medium['episodes']:,} episodes" in WORDS
-    assert f"end within {medium['median_length']:.0f} steps. The expert has {expert['episodes']} episodes" in WORDS
-    assert expert["falls"] == 0 and expert["median_length"] == 1000 and FALLS["run"]["num_updates"] == 100_000
-    hopper = "hopper-medium-expert-v1/iql"
-    first, more = (float(last_five(f"standard/{place}")) for place in (hopper, f"seeds-3-and-4/{hopper}"))
-    near = f"{(3 * first + 2 * more) / 5:.0f}"  # of five seeds
-    assert f"\n## Why IQL is near {near} on hopper-medium-expert\n" in PAGE and f"IQL is at about {near} here" in WORDS
-    summary = json.loads((two.RESULTS.parent / "standard" / hopper / "summary.json").read_text())
-    assert FALLS["run"]["score_per_seed"] == summary["score_per_seed"]
+def check_falls(algo, folder):
+    """What the page says of both algorithms; returns the words of the section."""
+    found = FALLS[algo]
+    assert all("dirty" not in commit for commit in (found["commit"], found["run"]["commit"]))
+    hopper = f"hopper-medium-expert-v1/{algo}"
+    summary = json.loads((two.RESULTS.parent / folder / hopper / "summary.json").read_text())
+    assert found["run"]["score_per_seed"] == summary["score_per_seed"] and found["run"]["num_updates"] == 100_000
+    first, more = (float(last_five(f"{place}/{hopper}")) for place in ("standard", "standard/seeds-3-and-4"))
+    heading = f"\n## Why {algo.upper()} is near {(3 * first + 2 * more) / 5:.0f} on hopper-medium-expert\n"
+    assert heading in PAGE
+    words = " ".join(PAGE.split(heading)[1].split("\n## ")[0].split())
 
-    seeds = FALLS["episodes"]
-    early = np.mean([seed["near_expert_in_steps_50_to_150"] for seed in seeds])
-    assert f"expert's at {early:.0%} of the steps".replace("%", " %") in WORDS
-    length, returns, away = (
-        np.concatenate([seed[name] for seed in seeds])
-        for name in ("lengths", "returns", "steps_from_the_expert_to_a_fall")
-    )
+    early = np.mean([seed["near_expert_in_steps_50_to_150"] for seed in found["episodes"]])
+    assert f"expert's at {early:.0%} of the steps".replace("%", " %") in words
+    length, returns = over_seeds(found, "lengths"), over_seeds(found, "returns")
     fallen = length < 1000
-    assert f"{fallen.sum()} of the {len(length)} episodes end by a fall. Of these, {len(away)} last longer" in WORDS
-    assert f"the last {away.min()} to {away.max()} steps before the fall ({np.median(away):.0f} in the middle)" in WORDS
+    assert f"{fallen.sum()} of the {len(length)} episodes end by a fall" in words
     whole = f"The {(~fallen).sum()} episodes without a fall have returns of {returns[~fallen].mean():,.0f} on average"
-    assert f"{whole}; the expert's have {expert['mean_return']:,.0f}" in WORDS
-    scores = [f"{seed['score']:.0f}" for seed in seeds]
-    assert f"the three policies score {scores[0]}, {scores[1]} and {scores[2]}" in WORDS
+    assert whole in words
+    v = [seed["expert"]["v"] for seed in found["weights"]]
+    assert f"$V$ is {min(v):.1f} to {max(v):.1f} on the expert's rows" in words
+    assert f"have earned {found['weights'][0]['expert']['return_to_go']:.1f}" in words
+    share = [round(100 * seed["share_of_weight_on_expert"]) for seed in found["weights"]]
+    assert f"have {min(share)} to {max(share)} % of the weight" in words
+    return words
 
-    v = {name: [seed[name]["v"] for seed in FALLS["weights"]] for name in falls.HALVES}
-    earned = {name: FALLS["weights"][0][name]["return_to_go"] for name in falls.HALVES}
-    assert f"$V$ is {min(v['expert']):.1f} to {max(v['expert']):.1f} on the expert's rows" in WORDS
-    assert f"have earned {earned['expert']:.1f}" in WORDS and f"above their {earned['medium']:.1f}" in WORDS
-    assert f"it is {min(v['medium']):.1f} to {max(v['medium']):.1f}, a little" in WORDS
+
+def over_seeds(found, name):
+    return np.concatenate([seed[name] for seed in found["episodes"]])
+
+
+def test_the_page_says_what_was_measured_of_iqls_falls():
+    found, words = FALLS["iql"], check_falls("iql", "standard")
+    medium, expert = (found["data"][name] for name in falls.HALVES)
+    assert f"falls in {medium['falls']:,} of its {medium['episodes']:,} episodes" in words
+    assert f"end within {medium['median_length']:.0f} steps. The expert has {expert['episodes']} episodes" in words
+    assert expert["falls"] == 0 and expert["median_length"] == 1000
+    (near,) = re.findall(r"## Why IQL is near (\d+) on", PAGE)
+    assert f"IQL is at about {near} here" in words
+
+    away = over_seeds(found, "steps_from_the_expert_to_a_fall")
+    assert f"Of these, {len(away)} last longer" in words
+    assert f"the last {away.min()} to {away.max()} steps before the fall ({np.median(away):.0f} in the middle)" in words
+    assert f"on average; the expert's have {expert['mean_return']:,.0f}" in words
+    assert "score {:.0f}, {:.0f} and {:.0f}".format(*(seed["score"] for seed in found["episodes"])) in words
+
+    v = [seed["medium"]["v"] for seed in found["weights"]]
+    assert f"it is {min(v):.1f} to {max(v):.1f}, a little" in words
+    assert f"above their {found['weights'][0]['medium']['return_to_go']:.1f}" in words
     begin = [half["discounted_return_from_the_start"] for half in (medium, expert)]
-    assert f"{begin[0]} with a discount of 0.99, which is {begin[0] / begin[1]:.0%}".replace("%", " %") in WORDS
-    assert f"the expert's {begin[1]}. Without" in WORDS
-    assert f"Without a discount it is {medium['mean_return'] / expert['mean_return']:.0%}".replace("%", " %") in WORDS
-    share = [round(100 * seed["share_of_weight_on_expert"]) for seed in FALLS["weights"]]
-    assert f"have {min(share)} to {max(share)} % of the weight" in WORDS
+    assert f"{begin[0]} with a discount of 0.99, which is {begin[0] / begin[1]:.0%}".replace("%", " %") in words
+    assert f"the expert's {begin[1]}. Without" in words
+    assert f"Without a discount it is {medium['mean_return'] / expert['mean_return']:.0%}".replace("%", " %") in words
 
 
 def test_the_page_says_what_was_measured_of_xqls_falls():
-    found = json.loads((ROOT / "benchmarks" / "results" / "falls-xql-hopper-medium-expert-v1.json").read_text())
-    hopper = "hopper-medium-expert-v1/xql"
-    summary = json.loads((ROOT / "benchmarks/results/standard/seeds-3-and-4" / hopper / "summary.json").read_text())
-    assert found["run"]["score_per_seed"] == summary["score_per_seed"] and summary["seeds"] == [3, 4]
-    assert all("dirty" not in commit for commit in (found["commit"], found["run"]["commit"]))
-    first, more = (float(last_five(f"standard/{place}")) for place in (hopper, f"seeds-3-and-4/{hopper}"))
-    assert f"\n## Why XQL is near {(3 * first + 2 * more) / 5:.0f} on hopper-medium-expert\n" in PAGE
-    words = " ".join(PAGE.split("## Why XQL is near")[1].split("\n## ")[0].split())
-
-    seeds = found["episodes"]
-    assert "score {:.0f} and {:.0f} there".format(*(seed["score"] for seed in seeds)) in words
-    early = np.mean([seed["near_expert_in_steps_50_to_150"] for seed in seeds])
-    assert f"expert's at {early:.0%} of the steps".replace("%", " %") in words
-    length, returns, away = (
-        np.concatenate([seed[name] for seed in seeds])
-        for name in ("lengths", "returns", "steps_from_the_expert_to_a_fall")
-    )
-    fallen = length < 1000
-    assert f"{fallen.sum()} of the {len(length)} episodes end by a fall, and in all of them" in words
-    assert fallen.sum() == len(away)
+    found, words = FALLS["xql"], check_falls("xql", "standard/seeds-3-and-4")
+    assert found["run"]["seeds"] == [3, 4] and "the policies of seeds 3 and 4 play" in words
+    assert "score {:.0f} and {:.0f} there".format(*(seed["score"] for seed in found["episodes"])) in words
+    away = over_seeds(found, "steps_from_the_expert_to_a_fall")
+    length = over_seeds(found, "lengths")
+    assert (length < 1000).sum() == len(away) and "end by a fall, and in all of them" in words
     assert f"the last {away.min()} to {away.max()} steps ({np.median(away):.0f} in the middle)" in words
     early = length[length < 300]
     assert f"{len(early)} come after {early.min()} to {early.max()} steps" in words
-    whole = f"The {(~fallen).sum()} episodes without a fall have returns of {returns[~fallen].mean():,.0f} on average"
-    assert whole in words
 
-    share = [round(100 * seed["share_of_weight_on_expert"]) for seed in found["weights"]]
-    assert f"have {min(share)} to {max(share)} % of the weight" in words
-    iql = min(seed["share_of_weight_on_expert"] for seed in FALLS["weights"])
-    assert np.mean(share) < 100 * iql  # "even less"
+    mean_share = [np.mean([seed["share_of_weight_on_expert"] for seed in x["weights"]]) for x in (found, FALLS["iql"])]
+    assert mean_share[0] < mean_share[1] and "choose the expert even less" in words
     v = {name: [seed[name]["v"] for seed in found["weights"]] for name in falls.HALVES}
     earned = {name: found["weights"][0][name]["return_to_go"] for name in falls.HALVES}
-    assert f"$V$ is {min(v['expert']):.1f} to {max(v['expert']):.1f} on the expert's rows" in words
-    assert f"which have earned {earned['expert']:.1f}, and" in words and max(v["expert"]) < earned["expert"]
+    assert all(max(v[name]) < earned[name] for name in falls.HALVES) and "values are still too low" in words
     assert f"{min(v['medium']):.1f} to {max(v['medium']):.1f} on the medium policy's" in words
-    assert f"have earned {earned['medium']:.1f}. IQL's are not" in words and max(v["medium"]) < earned["medium"]
+    assert f"have earned {earned['medium']:.1f}. IQL's are not" in words
 
 
 def test_the_page_says_what_corls_settings_of_iql_give():
@@ -367,8 +365,8 @@ def test_the_page_says_how_td3_bc_depends_on_the_walkers_data():
     assert f"With v2 10 % BC has {new} in the place of {old}, and 54.4 is published." in WORDS
     new, old = (last_five(f"{place}/td3_bc") for place in (second, first))
     assert f"But TD3+BC has only {new} in the place of {old}." in WORDS
-    ours = " and ".join(str(last_five(f"{second}/{method}")) for method in ("iql", "awac"))
-    assert f"we think: they have {ours}, and 82.2 and 80.6 are published." in WORDS
+    iql, awac, xql = (last_five(f"{second}/{method}") for method in ("iql", "awac", "xql"))
+    assert f"we think: they have {iql}, {awac} and {xql}, and 82.2, 80.6 and 82.2 are published." in WORDS
     heading = f"Why TD3+BC is near {float(new):.0f} on walker2d-medium-replay"
     assert f"\n## {heading}\n" in PAGE
     place = "trials/medium-alone/walker2d-medium-v2/td3_bc"
