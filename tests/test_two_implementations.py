@@ -163,6 +163,25 @@ def test_a_run_on_other_data_is_refused(tmp_path, monkeypatch, name, rows):
         falls.main(falls.Options(tmp_path))
 
 
+@pytest.mark.parametrize("algo, layer_norm", [("iql", [False, False]), ("xql", [True, True]), ("td3_bc", None)])
+def test_what_is_asked_of_a_run_and_where_the_answer_goes(tmp_path, monkeypatch, algo, layer_norm):
+    about = {"commit": "", "command": "", "device": "", "num_updates": 1, "seeds": [3, 4], "score_per_seed": [1, 2]}
+    (tmp_path / "config.json").write_text(json.dumps({"config": {"algo": algo}}))
+    (tmp_path / "summary.json").write_text(json.dumps(about))
+    data = types.SimpleNamespace(reward=np.zeros(4), return_to_go=None, end=None)
+    cfg = types.SimpleNamespace(dataset="stitch/hopper-medium-expert-v1", hidden=(256, 256))
+    runs = types.SimpleNamespace(cfg=cfg, runs=[{}, {}])
+    module = types.SimpleNamespace(restore=lambda *_: runs, load_data=lambda cfg: (data, None))
+    stubs = {"ROWS": 2, "RESULTS": tmp_path, "of_data": lambda *_: {}, "episodes": lambda *_: []}
+    stubs |= {"load_dataset": lambda *_, **__: (data, None), "weights": lambda runs, i, value, *_: value.layer_norm}
+    for name, stub in stubs.items():
+        monkeypatch.setattr(falls, name, stub)
+    monkeypatch.setattr(falls.importlib, "import_module", {f"algos.{algo}": module}.get)
+    falls.main(falls.Options(tmp_path))
+    result = json.loads((tmp_path / f"falls-{algo}-hopper-medium-expert-v1.json").read_text())
+    assert result["run"] == about and result.get("weights") == layer_norm
+
+
 def test_by_which_weights_each_half_is_cloned(monkeypatch):
     """Critics that are off by +1 and 0 in seed 0, and by +3 and +2 in seed 1; V is off by 0 and 1."""
     critic = types.SimpleNamespace(apply=lambda params, obs, action: obs[:, 0] + action[:, 0] + params[:, None])
@@ -281,6 +300,8 @@ def test_the_page_says_what_was_measured_of_iqls_falls():
 
 def test_the_page_says_what_was_measured_of_xqls_falls():
     found, words = FALLS["xql"], check_falls("xql", "standard/seeds-3-and-4")
+    (near,) = re.findall(r"## Why XQL is near (\d+) on", PAGE)
+    assert f"XQL is near {near} on hopper-medium-expert-v1" in algo_page("xql")
     assert found["run"]["seeds"] == [3, 4] and "the policies of seeds 3 and 4 play" in words
     assert "score {:.0f} and {:.0f} there".format(*(seed["score"] for seed in found["episodes"])) in words
     away = over_seeds(found, "steps_from_the_expert_to_a_fall")
@@ -433,6 +454,7 @@ def test_the_page_says_how_far_the_scores_on_halfcheetah_are_above_the_medium_po
     assert said in WORDS
     for name in names:
         assert f"{theirs[name]} is published for {names[name]}" in WORDS or f"{theirs[name]} for {names[name]}" in WORDS
+    assert "has 42.4 on halfcheetah-medium, which is the medium policy alone." in WORDS  # CORL's README
     above = [[round(x - at, 1) for x in scores.values()] for scores, at in ((theirs, 42.4), (ours, round(medium, 1)))]
     (theirs_low, theirs_high), (ours_low, ours_high) = ((min(x), max(x)) for x in above)
     said = f"are {theirs_low} to {theirs_high} points above the medium policy, and ours are {ours_low} to {ours_high}."
